@@ -1,0 +1,124 @@
+"""Schemas, fakes and default kernels of the ops as ``torch.ops.smi_fast.*``.
+
+The reference is the default kernel of each op; a compiled backend registers its own under the key of its
+device. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a registered one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smi_fast import reference
+
+_SCHEMAS = {
+    "gather_patches": (
+        "(Tensor images, Tensor kept, Tensor shift, Tensor flip, int patch_size) -> (Tensor, Tensor)"
+    ),
+    "gather_patches_backward": (
+        "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, int patch_size, int height, int width)"
+        " -> Tensor"
+    ),
+    "gather_attention": (
+        "(Tensor qkv, Tensor? kept, Tensor? lengths, bool importance) -> (Tensor, Tensor)"
+    ),
+    "gather_attention_backward": (
+        "(Tensor grad, Tensor qkv, Tensor? kept, Tensor? lengths) -> Tensor"
+    ),
+    "total_variation": "(Tensor images, Tensor? kept, int patch_size) -> Tensor",
+    "total_variation_backward": (
+        "(Tensor grad_l1, Tensor grad_l2, Tensor images, Tensor? kept, int patch_size, Tensor parts)"
+        " -> Tensor"
+    ),
+    "batch_norm_matching": (
+        "(Tensor x, Tensor running_mean, Tensor running_var, Tensor weight, Tensor bias, float eps)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_matching_backward": (
+        "(Tensor grad, Tensor x, Tensor running_var, Tensor weight, float eps, Tensor offset,"
+        " Tensor slope) -> Tensor"
+    ),
+    "adam_clamp_": (
+        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step, float lr,"
+        " float beta1, float beta2, Tensor low, Tensor high, Tensor? kept, int patch_size) -> ()"
+    ),
+}
+
+_library = torch.library.Library("smi_fast", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def _fake(name: str):  # type: ignore[no-untyped-def]
+    return torch.library.register_fake(f"smi_fast::{name}", lib=_library)
+
+
+@_fake("gather_patches")
+def _(
+    images: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int
+) -> tuple[Tensor, Tensor]:
+    batch, count = kept.shape
+    return images.new_empty(batch, count, images.shape[1] * patch_size**2), kept.new_empty(
+        batch, count
+    )
+
+
+@_fake("gather_patches_backward")
+def _(
+    grad: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int, height: int, width: int
+) -> Tensor:
+    return grad.new_empty(len(grad), grad.shape[2] // patch_size**2, height, width)
+
+
+@_fake("gather_attention")
+def _(
+    qkv: Tensor, kept: Tensor | None, lengths: Tensor | None, importance: bool
+) -> tuple[Tensor, Tensor]:
+    batch, count, _, heads, width = qkv.shape
+    count = count if kept is None else kept.shape[1]
+    return qkv.new_empty(batch, count, heads * width), qkv.new_empty(
+        batch, count if importance else 0
+    )
+
+
+@_fake("gather_attention_backward")
+def _(grad: Tensor, qkv: Tensor, kept: Tensor | None, lengths: Tensor | None) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+@_fake("total_variation")
+def _(images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor:
+    return images.new_empty(3, len(reference.NEIGHBOURS))
+
+
+@_fake("total_variation_backward")
+def _(
+    grad_l1: Tensor, grad_l2: Tensor, images: Tensor, kept: Tensor | None, patch_size: int, parts: Tensor
+) -> Tensor:
+    return images.new_empty(images.shape)
+
+
+@_fake("batch_norm_matching")
+def _(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(running_mean), torch.empty_like(running_var)
+
+
+@_fake("batch_norm_matching_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("adam_clamp_")
+def _(*_: object) -> None:
+    return None
