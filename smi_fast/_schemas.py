@@ -1,10 +1,13 @@
 """Schemas, fakes and default kernels of the ops as ``torch.ops.smi_fast.*``.
 
-The reference is the default kernel of each op; a compiled backend registers its own under the key of its
-device. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a registered one.
+The reference is the default kernel of each op; a compiled backend registers its own under the key
+of its device. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a
+registered one.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +16,12 @@ from smi_fast import reference
 
 _SCHEMAS = {
     "gather_patches": (
-        "(Tensor images, Tensor kept, Tensor shift, Tensor flip, int patch_size) -> (Tensor, Tensor)"
+        "(Tensor images, Tensor kept, Tensor shift, Tensor flip, int patch_size)"
+        " -> (Tensor, Tensor)"
     ),
     "gather_patches_backward": (
-        "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, int patch_size, int height, int width)"
-        " -> Tensor"
+        "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, int patch_size, int height,"
+        " int width) -> Tensor"
     ),
     "gather_attention": (
         "(Tensor qkv, Tensor? kept, Tensor? lengths, bool importance) -> (Tensor, Tensor)"
@@ -27,8 +31,8 @@ _SCHEMAS = {
     ),
     "total_variation": "(Tensor images, Tensor? kept, int patch_size) -> Tensor",
     "total_variation_backward": (
-        "(Tensor grad_l1, Tensor grad_l2, Tensor images, Tensor? kept, int patch_size, Tensor parts)"
-        " -> Tensor"
+        "(Tensor grad_l1, Tensor grad_l2, Tensor images, Tensor? kept, int patch_size,"
+        " Tensor parts) -> Tensor"
     ),
     "batch_norm_matching": (
         "(Tensor x, Tensor running_mean, Tensor running_var, Tensor weight, Tensor bias, float eps)"
@@ -39,8 +43,9 @@ _SCHEMAS = {
         " Tensor slope) -> Tensor"
     ),
     "adam_clamp_": (
-        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step, float lr,"
-        " float beta1, float beta2, Tensor low, Tensor high, Tensor? kept, int patch_size) -> ()"
+        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step,"
+        " float lr, float beta1, float beta2, Tensor low, Tensor high, Tensor? kept,"
+        " int patch_size) -> ()"
     ),
 }
 
@@ -50,7 +55,7 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-def _fake(name: str):  # type: ignore[no-untyped-def]
+def _fake(name: str) -> Any:
     return torch.library.register_fake(f"smi_fast::{name}", lib=_library)
 
 
@@ -66,7 +71,13 @@ def _(
 
 @_fake("gather_patches_backward")
 def _(
-    grad: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int, height: int, width: int
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
 ) -> Tensor:
     return grad.new_empty(len(grad), grad.shape[2] // patch_size**2, height, width)
 
@@ -94,7 +105,12 @@ def _(images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor:
 
 @_fake("total_variation_backward")
 def _(
-    grad_l1: Tensor, grad_l2: Tensor, images: Tensor, kept: Tensor | None, patch_size: int, parts: Tensor
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    kept: Tensor | None,
+    patch_size: int,
+    parts: Tensor,
 ) -> Tensor:
     return images.new_empty(images.shape)
 

@@ -1,7 +1,8 @@
 """Which implementation runs an op.
 
-Backends are listed fastest first. Each says in one sentence why it can't run an op on a device and data
-type, or that it can. ``auto`` takes the first that can; a backend asked for by name runs or raises its
+Backends are listed fastest first. Each says in one sentence why it can't run an op on a device and
+data type, or that it can. ``auto`` takes the first that can; a backend asked for by name runs or
+raises its
 reason: nothing falls back silently.
 """
 
@@ -29,7 +30,7 @@ DEFAULT = os.environ.get("SMI_FAST_BACKEND", AUTO)
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was asked for by name doesn't exist or can't run here; the message says why."""
+    """A backend that was asked for doesn't exist or can't run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Backend:
 
     Attributes:
         name: what ``backend=`` and ``SMI_FAST_BACKEND`` call it.
-        functions: holds a function for each of :data:`OPS` and its ``_backward``, with the signatures of
-            :mod:`smi_fast.reference`.
+        functions: holds a function for each of :data:`OPS` and its ``_backward``, with the
+            signatures of :mod:`smi_fast.reference`.
         why_not: ``(op, device, dtype) -> reason`` that it can't run, or None when it can.
     """
 
@@ -78,7 +79,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, name: str = AUTO) 
         op: one of :data:`OPS`.
         device: of the tensors.
         dtype: of the floating point tensors.
-        name: a backend, or "auto" for ``SMI_FAST_BACKEND`` when that is set and else the first that can.
+        name: a backend, or "auto": ``SMI_FAST_BACKEND`` when that is set, else the first that can.
 
     Raises:
         BackendUnavailable: when the named backend, or every one, can't; with the reasons.
@@ -91,7 +92,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, name: str = AUTO) 
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
-    raise BackendUnavailable(f"no backend can run {op} on {device} in {dtype}: {'; '.join(reasons)}")
+    raise BackendUnavailable(
+        f"no backend can run {op} on {device} in {dtype}: {'; '.join(reasons)}"
+    )
 
 
 def report(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:

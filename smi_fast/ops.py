@@ -1,7 +1,7 @@
 """The public ops: checked inputs, a backend chosen by :mod:`smi_fast.backends`, and gradients.
 
-The docstring of each op has the one PyTorch expression that it equals; :mod:`smi_fast.reference` is that
-expression without its detours. Gradients are first order only.
+The docstring of each op has the one PyTorch expression that it equals; :mod:`smi_fast.reference` is
+that expression without its detours. Gradients are first order only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def gather_patches(
 ) -> tuple[Tensor, Tensor]:
     """The kept patches of jittered images, without jittering the images.
 
-    A kept patch follows the shift to the nearest cell of the grid (a half rounds up) and then the flip;
+    A kept patch follows the shift to the nearest cell of the grid (a half rounds up) and then the
+    flip;
     what that cell shows is a displaced, wrapped-around window of the original image. Equal to::
 
         jittered = images.roll((shift[0], shift[1]), (2, 3))
@@ -44,8 +45,8 @@ def gather_patches(
         backend: see :mod:`smi_fast.backends`.
 
     Returns:
-        patches [B, K, C·P·P], pixels in the order of a convolution's weight, and positions int64 [B, K],
-        the grid cell that each one has in the jittered image.
+        patches [B, K, C·P·P], pixels in the order of a convolution's weight, and positions int64
+        [B, K], the grid cell that each one has in the jittered image.
 
     Raises:
         ValueError: wrong shape, data type or device.
@@ -97,7 +98,8 @@ def gather_attention(
     importance: bool = False,
     backend: str = AUTO,
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention among kept tokens, from the QKV projection's layout to the output projection's.
+    """Self-attention among kept tokens, from the QKV projection's layout to the output
+    projection's.
 
     With ``rows = qkv if kept is None else qkv.gather(1, kept…)`` equal to::
 
@@ -108,7 +110,8 @@ def gather_attention(
 
     Args:
         qkv: [B, N, 3, H, D], any strides.
-        kept: int64 [B, K], distinct rows of ``qkv`` to attend among; None takes all of them in order.
+        kept: int64 [B, K], distinct rows of ``qkv`` to attend among; None takes all of them in
+            order.
         lengths: int64 [B], the tokens of each image that count; the rows after them are zero.
         importance: also return how much the first kept token attends to each; it has no gradient.
         backend: see :mod:`smi_fast.backends`.
@@ -166,8 +169,8 @@ def total_variation(
         l2 = sum(torch.linalg.vector_norm(d) for d in differences)
 
     as DeepInversion (arXiv 1912.08795) and SMI (arXiv 2510.27186) use it. With ``kept``, only
-    differences count that have at least one pixel in a kept patch: the others are constant while the
-    background is frozen.
+    differences count that have at least one pixel in a kept patch: the others are constant while
+    the background is frozen.
 
     Args:
         images: [B, C, H, W].
@@ -319,10 +322,11 @@ def adam_clamp_(
     patch_size: int = 1,
     backend: str = AUTO,
 ) -> None:
-    """One step of Adam (arXiv 1412.6980, eps 1e-8) on pixels, then a clamp of each channel; in place.
+    """One step of Adam (arXiv 1412.6980, eps 1e-8) on pixels, then a clamp of each channel; in
+    place.
 
-    Equal to ``torch.optim.Adam`` followed by ``images.clamp_(low[:, None, None], high[:, None, None])``,
-    on all pixels or on those of kept patches.
+    Equal to ``torch.optim.Adam`` followed by ``images.clamp_(low[:, None, None], high[:, None,
+    None])``, on all pixels or on those of kept patches.
 
     Args:
         images: [B, C, H, W], changed.

@@ -1,15 +1,19 @@
 """The specification of every op in plain PyTorch, forward and backward.
 
-Each function is what a kernel of any backend must compute. It runs on every device and in float64, and
-it is the backend called ``reference``. Inputs are taken as valid: :mod:`smi_fast.ops` checks them.
+Each function is what a kernel of any backend must compute. It runs on every device and in float64,
+and it is the backend called ``reference``. Inputs are taken as valid: :mod:`smi_fast.ops` checks
+them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-# Neighbour offsets (rows, columns) of the four differences: horizontal, vertical and both diagonals.
+# Neighbour offsets (rows, columns) of the four differences: horizontal, vertical and both
+# diagonals.
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 ADAM_EPS = 1e-8
 
@@ -33,8 +37,8 @@ def window_indices(
         width: of the image, in pixels.
 
     Returns:
-        pixels int64 [B, K, P, P], flat positions in an image plane, and cells int64 [B, K], the patch of
-        the jittered grid.
+        pixels int64 [B, K, P, P], flat positions in an image plane, and cells int64 [B, K], the
+        patch of the jittered grid.
     """
     rows, columns = height // patch_size, width // patch_size
     moved = nearest_cells(shift, patch_size)
@@ -61,15 +65,21 @@ def gather_patches(
 
 
 def gather_patches_backward(
-    grad: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int, height: int, width: int
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the images; windows never overlap, so it is a scatter without sums."""
+    """Gradient [B, C, H, W] of the images: windows never overlap, so a scatter without sums."""
     channels = grad.shape[2] // patch_size**2
     pixels, _ = window_indices(kept, shift, flip, patch_size, height, width)
     flat = pixels.flatten(1)[:, None].expand(-1, channels, -1)
     windows = grad.unflatten(2, (channels, patch_size**2)).transpose(1, 2).flatten(2)
     images = grad.new_zeros(len(grad), channels, height * width).scatter(2, flat, windows)
-    return images.unflatten(2, (height, width))
+    return images.view(len(grad), channels, height, width)
 
 
 def _rows(qkv: Tensor, kept: Tensor | None) -> Tensor:
@@ -81,7 +91,7 @@ def _rows(qkv: Tensor, kept: Tensor | None) -> Tensor:
 
 def _probabilities(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √D) [B, H, K, K]; rows and columns from ``lengths`` on are zero."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if lengths is None:
         return scores.softmax(dim=-1)
     valid = torch.arange(k.shape[-2], device=k.device) < lengths[:, None, None, None]
@@ -150,8 +160,8 @@ def _counted(mask: Tensor, offset: tuple[int, int]) -> Tensor:
 
 
 def total_variation(images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor:
-    """The parts of :func:`smi_fast.ops.total_variation`: [3, 4], for each of the four differences the sum
-    of absolute values, the Frobenius norm, and the number of differences that count."""
+    """The parts of :func:`smi_fast.ops.total_variation`: [3, 4], for each of the four differences
+    the sum of absolute values, the Frobenius norm, and the number of differences that count."""
     mask = None if kept is None else pixel_mask(kept, patch_size, *images.shape[-2:])
     parts = []
     for offset in NEIGHBOURS:
@@ -167,9 +177,15 @@ def total_variation(images: Tensor, kept: Tensor | None, patch_size: int) -> Ten
 
 
 def total_variation_backward(
-    grad_l1: Tensor, grad_l2: Tensor, images: Tensor, kept: Tensor | None, patch_size: int, parts: Tensor
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    kept: Tensor | None,
+    patch_size: int,
+    parts: Tensor,
 ) -> Tensor:
-    """Gradient of the images: for each difference d, sign(d)/count and d/norm, plus here, minus there.
+    """Gradient of the images: for each difference d, sign(d)/count and d/norm, plus here, minus
+    there.
 
     A norm of zero has the subgradient zero.
     """
@@ -192,7 +208,7 @@ def total_variation_backward(
 def batch_norm_matching(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm in eval mode of x [B, C, H, W], and the mean and biased variance [C] that x itself has."""
+    """BatchNorm in eval mode of x [B, C, H, W]; the mean and biased variance [C] of x itself."""
     scale = weight * (running_var + eps).rsqrt()
     y = x * scale[:, None, None] + (bias - running_mean * scale)[:, None, None]
     var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -233,26 +249,23 @@ def adam_clamp_(
     tensors = (images, grad, exp_avg, exp_avg_sq)
     bounds = (low[:, None, None], high[:, None, None])
     if kept is None:
-        _adam_clamp_(*tensors, step, lr, beta1, beta2, *bounds)
+        _adam_clamp_(tensors, step, lr, beta1, beta2, *bounds)
         return
     columns = images.shape[3] // patch_size
-    # Cells of an image as [B, rows, columns, C, P, P]: indexing the first three copies only kept patches.
+    # As [B, rows, columns, C, P, P], so that indexing the first three copies only kept patches.
     cells = [
         t.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size)).permute(0, 2, 4, 1, 3, 5)
         for t in tensors
     ]
     where = (torch.arange(len(kept), device=kept.device)[:, None], kept // columns, kept % columns)
     picked = [cell[where] for cell in cells]
-    _adam_clamp_(*picked, step, lr, beta1, beta2, *bounds)
+    _adam_clamp_(picked, step, lr, beta1, beta2, *bounds)
     for cell, values in zip((cells[0], *cells[2:]), (picked[0], *picked[2:]), strict=True):
         cell[where] = values
 
 
 def _adam_clamp_(
-    pixels: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    tensors: Sequence[Tensor],
     step: int,
     lr: float,
     beta1: float,
@@ -260,6 +273,7 @@ def _adam_clamp_(
     low: Tensor,
     high: Tensor,
 ) -> None:
+    pixels, grad, exp_avg, exp_avg_sq = tensors
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(ADAM_EPS)

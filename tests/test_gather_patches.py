@@ -19,7 +19,9 @@ def roll_flip_unfold_gather(
     return patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
 
 
-def published_cell(patch: int, shift: tuple[int, int], flip: bool, size: int, grid: tuple[int, int]) -> int:
+def published_cell(
+    patch: int, shift: tuple[int, int], flip: bool, size: int, grid: tuple[int, int]
+) -> int:
     """Where a patch goes, one by one: to the nearest cell, a half upwards, then mirrored."""
     row, column = divmod(patch, grid[1])
     row = int(row + (shift[0] / size + 0.5) // 1) % grid[0]
@@ -27,10 +29,14 @@ def published_cell(patch: int, shift: tuple[int, int], flip: bool, size: int, gr
     return row * grid[1] + (grid[1] - 1 - column if flip else column)
 
 
-def check(images: Tensor, kept: Tensor, shift: tuple[int, int], flip: bool, patch_size: int) -> None:
+def check(
+    images: Tensor, kept: Tensor, shift: tuple[int, int], flip: bool, patch_size: int
+) -> None:
     grid = images.shape[2] // patch_size, images.shape[3] // patch_size
     patches, positions = ops.gather_patches(images, kept, shift, flip, patch_size=patch_size)
-    expected = [[published_cell(p, shift, flip, patch_size, grid) for p in row] for row in kept.tolist()]
+    expected = [
+        [published_cell(p, shift, flip, patch_size, grid) for p in row] for row in kept.tolist()
+    ]
     assert positions.tolist() == expected
     jittered = roll_flip_unfold_gather(images, positions, shift, flip, patch_size)
     assert torch.equal(patches, jittered)
@@ -47,7 +53,9 @@ def test_window_gather_is_roll_flip_unfold_gather_for_every_shift(flip: bool) ->
 @pytest.mark.parametrize("patch_size", [7, 8, 14, 16, 32])
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (6, 2)])
 @pytest.mark.parametrize("count", [1, 6, "all"])
-def test_patch_sizes_and_rectangles(patch_size: int, grid: tuple[int, int], count: int | str) -> None:
+def test_patch_sizes_and_rectangles(
+    patch_size: int, grid: tuple[int, int], count: int | str
+) -> None:
     height, width = grid[0] * patch_size, grid[1] * patch_size
     images = torch.randn(2, 3, height, width, dtype=torch.float64)
     total = grid[0] * grid[1]
@@ -66,7 +74,9 @@ def test_strided_and_expanded_images() -> None:
 def test_jitter_may_be_tensors() -> None:
     images, kept = torch.randn(2, 3, 32, 32), random_kept(2, 5, 16)
     given = ops.gather_patches(images, kept, (5, -3), True, patch_size=8)
-    tensors = ops.gather_patches(images, kept, torch.tensor([5, -3]), torch.tensor(True), patch_size=8)
+    tensors = ops.gather_patches(
+        images, kept, torch.tensor([5, -3]), torch.tensor(True), patch_size=8
+    )
     assert torch.equal(given[0], tensors[0]) and torch.equal(given[1], tensors[1])
 
 
@@ -107,7 +117,10 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.zeros(3, 16, 16)}, r"expected images \[B, C, H, W\], got .*\[3, 16, 16\]"),
+        (
+            {"images": torch.zeros(3, 16, 16)},
+            r"expected images \[B, C, H, W\], got .*\[3, 16, 16\]",
+        ),
         ({"patch_size": 5}, "multiples of the patch size 5, got 16 x 16"),
         ({"kept": torch.zeros(2, 3)}, r"expected kept int64 \[2, K\], got torch.float32 \[2, 3\]"),
         ({"kept": torch.zeros(1, 3, dtype=torch.int64)}, r"kept int64 \[2, K\], got .* \[1, 3\]"),

@@ -142,7 +142,10 @@ def test_batch_norm_matching_is_batch_norm_and_the_published_term() -> None:
         ({"exp_avg": torch.zeros(2, 3, 8, 8, dtype=F64)}, "exp_avg like images"),
         ({"low": torch.zeros(2)}, r"low torch.float32 \[3\], got torch.float32 \[2\]"),
         ({"step": 0}, "step >= 1, got 0"),
-        ({"kept": torch.zeros(2, 3, dtype=torch.int64), "patch_size": 3}, "patch size 3, got 8 x 8"),
+        (
+            {"kept": torch.zeros(2, 3, dtype=torch.int64), "patch_size": 3},
+            "patch size 3, got 8 x 8",
+        ),
     ],
 )
 def test_bad_adam_input_is_refused(change: dict, message: str) -> None:
@@ -155,7 +158,9 @@ def test_bad_adam_input_is_refused(change: dict, message: str) -> None:
 
 def test_bad_statistics_are_refused() -> None:
     of_four = [torch.ones(4)] * 4
-    with pytest.raises(ValueError, match=r"running_mean torch.float32 \[3\], got torch.float32 \[4\]"):
+    with pytest.raises(
+        ValueError, match=r"running_mean torch.float32 \[3\], got torch.float32 \[4\]"
+    ):
         ops.batch_norm_matching(torch.zeros(2, 3, 4, 4), *of_four)
     with pytest.raises(ValueError, match="not empty"):
         ops.batch_norm_matching(torch.zeros(0, 4, 4, 4), *of_four)

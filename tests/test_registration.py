@@ -1,4 +1,4 @@
-"""The ops as torch sees them: schemas, fakes, tracing, choice of backend, and what importing costs."""
+"""The ops as torch sees them: schemas, fakes, tracing, backends, and what importing costs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,15 @@ def test_compiles_into_one_graph() -> None:
         out, importance = ops.gather_attention(qkv, importance=True)
         l1, l2 = ops.total_variation(images, kept, patch_size=4)
         y, loss = ops.batch_norm_matching(images, *(torch.ones(3) for _ in range(4)))
-        terms = (patches.square().sum(), out.square().sum(), importance.sum(), l1, l2, y.sum(), loss)
+        terms = (
+            patches.square().sum(),
+            out.square().sum(),
+            importance.sum(),
+            l1,
+            l2,
+            y.sum(),
+            loss,
+        )
         return torch.stack(terms).sum()
 
     eager = torch.autograd.grad(step(images, qkv), (images, qkv))
@@ -66,9 +74,11 @@ def test_compiles_into_one_graph() -> None:
 
 def test_named_backend_that_is_missing_or_cannot_run_says_so() -> None:
     images, kept = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(backends.BackendUnavailable, match="among auto, .*reference, got 'cpu'"):
+    with pytest.raises(backends.BackendUnavailable, match=r"among auto, .*reference, got 'cpu'"):
         ops.gather_patches(images, kept, patch_size=4, backend="cpu")
-    with pytest.raises(backends.BackendUnavailable, match="reference: .* floating point, got torch.int32"):
+    with pytest.raises(
+        backends.BackendUnavailable, match=r"reference: .* floating point, got torch.int32"
+    ):
         ops.gather_patches(images.int(), kept, patch_size=4, backend="reference")
 
 

@@ -1,0 +1,49 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo 'make demo    invert the embedded teacher into demo/'
+	@echo 'make test    run every test'
+	@echo 'make lint    ruff, mypy --strict and clang-format'
+	@echo 'make bench   run the benchmarks'
+	@echo 'make clean   remove what these made, except .venv'
+
+demo: .venv/.installed
+	$(BIN)/smi-fast invert --teacher fashion-canvas --classes 0-9 --per-class 4 --schedule smi \
+	    --iterations 400 --out demo --seed 0 --overwrite
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+# mypy follows folders and no package map, so it is shown kernels/ where it gets installed.
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf .venv/typed && mkdir -p .venv/typed/smi_fast
+	ln -s $(CURDIR)/smi_fast/* $(CURDIR)/kernels .venv/typed/smi_fast
+	MYPYPATH=.venv/typed $(BIN)/mypy -p smi_fast
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null | \
+	    xargs -r $(BIN)/clang-format --dry-run -Werror
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist demo *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
+
+# The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.
+.venv/.installed: pyproject.toml setup.py | $(BIN)/pip
+	$(BIN)/pip install 'setuptools>=77' wheel ninja 'torch>=2.10' torchvision
+	$(BIN)/pip install --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+# Debian keeps ensurepip, without which a venv has no pip, in a package of its own.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	    [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy python3-venv; } || { \
+	    echo 'This needs Python 3.10 or newer with venv: on Debian, apt-get install python3-venv.' >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,1 @@
+"""Measurements of smi_fast, and the training of its embedded teacher."""

@@ -1,0 +1,259 @@
+"""The command ``smi-fast``."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smi_fast import __version__
+
+if TYPE_CHECKING:
+    from smi_fast.inverter import InversionResult, SparseInverter
+    from smi_fast.pool import Pool
+    from smi_fast.schedules import Schedule
+
+SCHEDULES = ("smi", "smi-scaled", "dense")
+PACKAGES = ("torch", "timm", "triton", "numpy")
+
+app = typer.Typer(
+    help="Invert a frozen Vision Transformer into images, working only on patches that are kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command; what a user can mend is told in one sentence, with exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:
+        if not type(error).__module__.startswith("smi_fast") and not _is_ours(error):
+            raise
+        print(f"smi-fast: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by a line of this package and not somewhere below it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices and which backends run on them."""
+    import torch
+
+    from smi_fast import backends
+
+    print(f"smi_fast  {__version__}")
+    print(f"python    {platform.python_version()}")
+    for name, found in _versions().items():
+        print(f"{name:<9} {found}")
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        what = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
+        print(f"\n{device} ({what})")
+        for name, reason in backends.report(device).items():
+            print(f"  {name:<10} {'runs' if reason is None else reason}")
+    if len(devices) == 1:
+        print("\nno CUDA device is visible")
+
+
+@app.command()
+def invert(
+    out: Annotated[Path, typer.Option(help="Folder for the images.")],
+    teacher: Annotated[
+        str, typer.Option(help="fashion-canvas, or a ViT of timm.")
+    ] = "fashion-canvas",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(help="Wanted classes, such as 0-9 or 3,17,20-24.")
+    ] = "0-9",
+    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="smi: stops at 50, 100, 200, 300; smi-scaled: at the same fractions of "
+            "--iterations as those are of 4000; dense: none."
+        ),
+    ] = "smi",
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 4000,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 0.25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images inverted together.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Decides noise and jitter.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if any.")
+    ] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Implementation of the ops, see smi-fast info.")
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished pool.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing pool.")
+    ] = False,
+) -> None:
+    """Invert classes of a teacher into a folder of images."""
+    from smi_fast.inverter import SparseInverter
+    from smi_fast.pool import Pool
+    from smi_fast.zoo import label_names, load_teacher
+
+    if resume and overwrite:
+        raise ValueError("expected --resume or --overwrite, got both")
+    stops = _schedule(schedule, iterations)
+    model = load_teacher(teacher, checkpoint).to(_device(device))
+    inverter = SparseInverter(model, schedule=stops, iterations=iterations, lr=lr, backend=backend)
+    targets = [
+        label for label in _classes(classes, inverter.teacher.num_classes) for _ in range(per_class)
+    ]
+    settings = {
+        "teacher": teacher,
+        "checkpoint": None if checkpoint is None else checkpoint.name,
+        "classes": classes,
+        "per_class": per_class,
+        "schedule": schedule,
+        "iterations": iterations,
+        "lr": lr,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    pool = Pool.resume(out, settings) if resume else Pool.create(out, settings, overwrite=overwrite)
+    names = label_names(model)
+    provenance = {"teacher": teacher, "schedule": schedule, "seed": seed, "versions": _versions()}
+    _invert_all(inverter, pool, targets, batch_size, seed, names, provenance)
+    _summarise(pool, inverter.schedule)
+
+
+def _invert_all(
+    inverter: SparseInverter,
+    pool: Pool,
+    targets: list[int],
+    batch_size: int,
+    seed: int,
+    names: tuple[str, ...] | None,
+    provenance: dict[str, Any],
+) -> None:
+    """Inverts what the pool doesn't hold yet, batch by batch."""
+    import torch
+
+    from smi_fast.inverter import NonFiniteLoss
+    from smi_fast.plots import loss_curves
+    from smi_fast.pool import LOSS_CURVES
+
+    for start in range(len(pool.records), len(targets), batch_size):
+        wanted = targets[start : start + batch_size]
+        # One stream per batch: a resumed run draws what an uninterrupted one would have drawn.
+        generator = torch.Generator().manual_seed((seed << 32) + start)
+        try:
+            result = inverter.invert(wanted, generator=generator)
+        except NonFiniteLoss as error:
+            pool.add_unfinished(error.result.images)
+            raise
+        if result.interrupted:
+            pool.add_unfinished(result.images)
+            print(
+                f"interrupted after {result.iterations} iterations: this batch as it was is in "
+                f"{pool.path / 'unfinished'}; --resume starts it again",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130)
+        records = [{**record, **provenance} for record in _records(result, names)]
+        pool.add(result.images, result.masked_images, result.masks, records)
+        loss_curves(result.history, inverter.schedule.at, pool.path / LOSS_CURVES)
+
+
+def _records(result: InversionResult, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    predictions = result.logits.argmax(1).tolist()
+    triples = zip(result.targets.tolist(), predictions, result.confidence.tolist(), strict=True)
+    return [
+        {
+            "label": label,
+            "class_name": str(label) if names is None else names[label],
+            "prediction": prediction,
+            "confidence": confidence,
+            "iterations": result.iterations,
+            "kept_patches": result.kept.shape[1],
+        }
+        for label, prediction, confidence in triples
+    ]
+
+
+def _summarise(pool: Pool, schedule: Schedule) -> None:
+    from smi_fast.plots import contact_sheet
+    from smi_fast.pool import CONTACT_SHEET
+
+    contact_sheet(pool.path, pool.path / CONTACT_SHEET)
+    records = pool.records
+    right = sum(record["prediction"] == record["label"] for record in records) / len(records)
+    confidence = sum(record["confidence"] for record in records) / len(records)
+    seen = (
+        "whole images" if not schedule.at else f"{records[0]['kept_patches']} kept patches of each"
+    )
+    print(
+        f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
+        f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}\n"
+        f"look at {pool.path / CONTACT_SHEET}"
+    )
+
+
+def _schedule(name: str, iterations: int) -> Schedule:
+    from smi_fast.schedules import Dense, StopSchedule
+
+    if name == "smi":
+        return StopSchedule()
+    if name == "smi-scaled":
+        return StopSchedule.scaled(iterations)
+    if name == "dense":
+        return Dense()
+    raise ValueError(f"expected a schedule among {', '.join(SCHEDULES)}, got {name!r}")
+
+
+def _classes(text: str, count: int) -> list[int]:
+    """The classes of "3,17,20-24", in the order given."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"expected classes such as 0-9 or 3,17,20-24, got {text!r}")
+        chosen += range(int(first), int(last or first) + 1)
+    if not chosen or max(chosen) >= count:
+        raise ValueError(f"expected classes in 0..{count - 1}, got {text!r}")
+    return chosen
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"expected device auto, cpu or a visible cuda device, got {name!r}")
+    return name
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The published class's interface (Egg-Hu/SMI, ``synthesis.SMI``) over smi_fast's parts.
+
+In a published script, ``from smi_fast.compat import SMI`` replaces ``from synthesis import SMI``.
+It draws noise and jitter from the same global generators in the same order, follows the published
+loop step by step (background "regularized", final mask "reranked"), and returns the same tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from smi_fast.inverter import JITTER_SHARE, SparseInverter
+from smi_fast.objectives import CrossEntropy, L2Norm, Objective, TotalVariation
+from smi_fast.schedules import Dense, Schedule, StopSchedule, still_iterations
+from smi_fast.teacher import SparseViT
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Normalizer(Protocol):
+    """Anything with the mean and std of each channel."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class SMI:
+    """Stands in for the published ``SMI``; same constructor, ``synthesize`` and ``sample``.
+
+    Args:
+        teacher: a timm ``VisionTransformer``, or one that the published ``build_model`` has
+            patched.
+        teacher_name: not read, as in the published class.
+        student: not read while ``adv`` is 0.
+        num_classes: classes to draw targets from.
+        img_shape: (channels, height, width).
+        patch_size: side of a patch in pixels; must be the teacher's.
+        iterations: steps of the optimiser.
+        lr_g: learning rate.
+        synthesis_batch_size: images that one call of ``synthesize`` inverts.
+        sample_batch_size: images that one call of ``sample`` gives.
+        adv: weight of the adversarial term; only 0.
+        bn: weight of BatchNorm matching against a CNN; only 0.
+        oh: weight of the cross-entropy.
+        tv1: weight of total variation, l1.
+        tv2: weight of total variation, l2.
+        l2: weight of the norm of all pixels.
+        save_dir: folder for the inverted images, created when missing.
+        transform: applied to each PIL image that ``sample`` reads; by default it becomes a tensor
+            [3, H, W] in [0, 1].
+        normalizer: has ``mean`` and ``std``.
+        device: where to run; the teacher must be there.
+        bnsource: not read while ``bn`` is 0.
+        init_dataset: folder of further images for ``sample``.
+
+    Raises:
+        ValueError: ``adv`` or ``bn`` above 0, no normalizer, or shapes that aren't the teacher's.
+        UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        teacher_name: str,
+        student: nn.Module | None,
+        num_classes: int,
+        img_shape: tuple[int, int, int] = (3, 224, 224),
+        patch_size: int = 16,
+        iterations: int = 2000,
+        lr_g: float = 0.25,
+        synthesis_batch_size: int = 128,
+        sample_batch_size: int = 128,
+        adv: float = 0.0,
+        bn: float = 0,
+        oh: float = 1,
+        tv1: float = 0.0,
+        tv2: float = 1e-5,
+        l2: float = 0.0,
+        save_dir: str | Path = "",
+        transform: Callable[[Image.Image], Any] | None = None,
+        normalizer: Normalizer | None = None,
+        device: str | torch.device = "cpu",
+        bnsource: str = "resnet50v2",
+        init_dataset: str | Path | None = None,
+    ) -> None:
+        for name, weight in (("adv", adv), ("bn", bn)):
+            if weight:
+                raise ValueError(
+                    f"expected {name}=0, got {weight}: that term is not available here"
+                )
+        if normalizer is None:
+            raise ValueError("expected a normalizer with mean and std, got None")
+        self.teacher = SparseViT(teacher)
+        if self.teacher.device != torch.device(device):
+            raise ValueError(f"expected the teacher on {device}, it is on {self.teacher.device}")
+        shape = (self.teacher.vit.in_chans, *self.teacher.image_size)
+        if tuple(img_shape) != shape or patch_size != self.teacher.patch_size:
+            raise ValueError(
+                f"expected the teacher's img_shape {shape} and patch_size "
+                f"{self.teacher.patch_size}, got {tuple(img_shape)} and {patch_size}"
+            )
+        if num_classes != self.teacher.num_classes:
+            raise ValueError(
+                f"the teacher has {self.teacher.num_classes} classes, got {num_classes}"
+            )
+        terms: tuple[Objective, ...] = (
+            CrossEntropy(oh),
+            TotalVariation(tv1, "l1"),
+            TotalVariation(tv2, "l2"),
+            L2Norm(l2),
+        )
+        self.objectives = [term for term in terms if term.weight]
+        self.iterations, self.lr = iterations, lr_g
+        self.normalizer = normalizer
+        self.synthesis_batch_size, self.sample_batch_size = synthesis_batch_size, sample_batch_size
+        self.save_dir, self.transform = Path(save_dir), transform
+        self.init_dataset = None if init_dataset is None else Path(init_dataset)
+        self._batches = 0
+        self._iterator: Iterator[Any] | None = None
+
+    def synthesize(
+        self,
+        targets: Tensor | None = None,
+        num_patches: int = 197,
+        prune_it: Sequence[int] = (-1,),
+        prune_ratio: Sequence[float] = (0,),
+    ) -> dict[str, Tensor]:
+        """Inverts one batch and saves it in ``save_dir``.
+
+        Args:
+            targets: int64 [synthesis_batch_size]; by default random, sorted.
+            num_patches: tokens of a whole image, the class token included.
+            prune_it: iterations of the stops; [-1] for none.
+            prune_ratio: share of the remaining patches that each stop drops; [0] for none.
+
+        Returns:
+            "synthetic" [B, 3, H, W] in [0, 1] and "masked_synthetic", with dropped patches black.
+
+        Raises:
+            ValueError: ``num_patches`` isn't the teacher's, or stops that can't be.
+        """
+        teacher = self.teacher
+        tokens = teacher.num_patches + teacher.num_prefix_tokens
+        if num_patches != tokens:
+            raise ValueError(f"expected num_patches={tokens} for this teacher, got {num_patches}")
+        dense = list(prune_it) == [-1] or list(prune_ratio) == [0]
+        schedule: Schedule = Dense() if dense else StopSchedule(tuple(prune_it), tuple(prune_ratio))
+        inverter = SparseInverter(
+            teacher,
+            objectives=self.objectives,
+            schedule=schedule,
+            mean=self.normalizer.mean,
+            std=self.normalizer.std,
+            iterations=self.iterations,
+            lr=self.lr,
+            background="regularized",
+            final_mask="reranked",
+        )
+        shape = (self.synthesis_batch_size, teacher.vit.in_chans, *teacher.image_size)
+        init = torch.randn(shape, device=teacher.device)
+        if targets is None:
+            drawn = torch.randint(0, teacher.num_classes, (self.synthesis_batch_size,))
+            targets = drawn.sort().values
+        result = inverter.invert(
+            targets.to(teacher.device),
+            init=init,
+            jitter=self._published_jitter(schedule),
+            progress=True,
+        )
+        self._save(result.images if dense else result.masked_images)
+        self._iterator = None
+        return {"synthetic": result.images, "masked_synthetic": result.masked_images}
+
+    def sample(self) -> Any:
+        """The next shuffled batch of the images in ``save_dir``, starting over at the end.
+
+        Raises:
+            RuntimeError: nothing has been synthesized yet.
+        """
+        if self._batches == 0:
+            raise RuntimeError("call synthesize() before sample(): there are no images yet")
+        try:
+            if self._iterator is None:
+                raise StopIteration
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self._loader())
+            return next(self._iterator)
+
+    def _published_jitter(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """Draws as the published loop does, at the iterations that it jitters."""
+        still = still_iterations(schedule)
+        limits = [side // JITTER_SHARE for side in self.teacher.image_size]
+        shifts, flips = [], []
+        for iteration in range(self.iterations):
+            drawn = iteration not in still
+            shifts.append([random.randint(-m, m) if drawn else 0 for m in limits])
+            flips.append(drawn and random.random() > 0.5)
+        return torch.tensor(shifts), torch.tensor(flips)
+
+    def _save(self, images: Tensor) -> None:
+        self.save_dir.mkdir(parents=True, exist_ok=True)
+        pixels = (images.permute(0, 2, 3, 1) * 255).byte().cpu().numpy()
+        for index, image in enumerate(pixels):
+            Image.fromarray(image).save(self.save_dir / f"{self._batches}-{index}.png")
+        self._batches += 1
+
+    def _loader(self) -> DataLoader[Any]:
+        folders = [self.save_dir, *([] if self.init_dataset is None else [self.init_dataset])]
+        dataset: ConcatDataset[Any] = ConcatDataset(
+            [_Images(folder, self.transform) for folder in folders]
+        )
+        return DataLoader(dataset, batch_size=self.sample_batch_size, shuffle=True)
+
+
+class _Images(Dataset[Any]):
+    """All images below a folder."""
+
+    def __init__(self, folder: Path, transform: Callable[[Image.Image], Any] | None) -> None:
+        paths = folder.rglob("*")
+        self.paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.transform = transform or _to_tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

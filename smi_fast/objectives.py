@@ -1,0 +1,158 @@
+"""The terms of the loss: small objects with a name and a weight, or functions of your own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smi_fast import ops
+from smi_fast.backends import AUTO
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the terms of one iteration may read.
+
+    Attributes:
+        images: [B, C, H, W], normalised, not jittered.
+        logits: [B, classes], of the jittered images.
+        targets: int64 [B] or probabilities [B, classes].
+        kept: int64 [B, K] when pixels outside these patches are frozen, else None.
+        patch_size: side of a patch in pixels.
+        backend: which implementation of the ops to use.
+    """
+
+    images: Tensor
+    logits: Tensor
+    targets: Tensor
+    kept: Tensor | None
+    patch_size: int
+    backend: str = AUTO
+
+
+class Objective(ABC):
+    """A term of the loss: ``weight * objective(step)`` is added to it.
+
+    Attributes:
+        name: of its un-weighted value in the history.
+        weight: its factor.
+    """
+
+    name: str
+    weight: float
+
+    @abstractmethod
+    def __call__(self, step: Step) -> Tensor:
+        """The un-weighted scalar."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Objective):
+    """Mean cross-entropy of the logits against class indices or probabilities."""
+
+    weight: float = 1.0
+    name: str = "cross_entropy"
+
+    def __call__(self, step: Step) -> Tensor:
+        return F.cross_entropy(step.logits, step.targets)
+
+
+@dataclass(frozen=True)
+class TotalVariation(Objective):
+    """Total variation of the whole batch, see :func:`smi_fast.ops.total_variation`.
+
+    Args:
+        weight: factor; the published l2 one is 1e-4 (arXiv 2510.27186).
+        norm: "l2", the sum of four Frobenius norms, or "l1", of four mean absolute differences.
+
+    Raises:
+        ValueError: another norm.
+    """
+
+    weight: float = 1e-4
+    norm: str = "l2"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l1", "l2"):
+            raise ValueError(f"expected norm l1 or l2, got {self.norm!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "total_variation" if self.norm == "l2" else "total_variation_l1"
+
+    def __call__(self, step: Step) -> Tensor:
+        l1, l2 = ops.total_variation(
+            step.images, step.kept, patch_size=step.patch_size, backend=step.backend
+        )
+        return l1 if self.norm == "l1" else l2
+
+
+@dataclass(frozen=True)
+class L2Norm(Objective):
+    """Norm of all pixels of the batch; of those in kept patches while the others are frozen.
+
+    Args:
+        weight: factor; DeepInversion's is 1e-5 (arXiv 1912.08795).
+    """
+
+    weight: float = 1e-5
+    name: str = "l2_norm"
+
+    def __call__(self, step: Step) -> Tensor:
+        pixels = step.images
+        if step.kept is not None:
+            pixels, _ = ops.gather_patches(
+                pixels, step.kept, patch_size=step.patch_size, backend=step.backend
+            )
+        norm: Tensor = torch.linalg.vector_norm(pixels)
+        return norm
+
+
+@dataclass(frozen=True)
+class UserTerm(Objective):
+    """A function ``(images, logits) -> scalar`` as a term; its weight is in what it returns."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    name: str
+    weight: float = 1.0
+
+    def __call__(self, step: Step) -> Tensor:
+        value = self.function(step.images, step.logits)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"expected the term {self.name} to return a scalar tensor, got {got}")
+        return value.reshape(())
+
+
+def published_objectives() -> tuple[Objective, ...]:
+    """The terms and weights of the published code (arXiv 2510.27186)."""
+    return (CrossEntropy(), TotalVariation())
+
+
+def as_objectives(
+    terms: Iterable[Objective | Callable[[Tensor, Tensor], Tensor]],
+) -> tuple[Objective, ...]:
+    """Terms with names of their own; functions are wrapped in :class:`UserTerm`.
+
+    Raises:
+        ValueError: no term at all, or two of one name.
+        TypeError: something that is no term.
+    """
+    objectives = tuple(map(_as_objective, terms))
+    names = [objective.name for objective in objectives]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected one or more terms with different names, got {names}")
+    return objectives
+
+
+def _as_objective(term: Objective | Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    if isinstance(term, Objective):
+        return term
+    if callable(term):
+        return UserTerm(term, getattr(term, "__name__", type(term).__name__))
+    raise TypeError(f"expected a term or a function (images, logits) -> scalar, got {term!r}")

@@ -1,0 +1,331 @@
+"""SparseViT: a frozen timm Vision Transformer that computes kept patches, and only what is read."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from smi_fast import ops
+from smi_fast.backends import AUTO, check_name
+
+Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
+
+# Functions that the published code (arXiv 2510.27186) binds over a timm model's methods. What they
+# change, the kept tokens and the attention maps, is what SparseViT does itself.
+_PUBLISHED_PATCHES = frozenset(
+    {"vit_forward", "vit_forward_features", "vit_block_forward", "vit_attention_forward"}
+)
+_OVERRIDABLE = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+
+
+class UnsupportedTeacher(TypeError):
+    """The model can't be computed exactly on kept patches; the message names the module and why."""
+
+
+class SparseOutput(NamedTuple):
+    """What :class:`SparseViT` returns.
+
+    Attributes:
+        logits: [B, classes].
+        importance: [B, K], how much what the head reads attends to each kept patch in the last
+            block, or None when it wasn't asked for. It has no gradient.
+    """
+
+    logits: Tensor
+    importance: Tensor | None
+
+
+class SparseViT(nn.Module):
+    """A frozen view of a timm ``VisionTransformer`` that takes a set of kept patches.
+
+    The weights are shared with the wrapped model, not copied, and never get a gradient; the wrapped
+    module itself is left as it was. With every patch kept the logits are those of the model in eval
+    mode.
+
+    The last block computes only the rows that the head reads: with token pooling those of the class
+    (and distillation) token. Importance is the attention of those rows, averaged over heads: the
+    class token's row with token pooling, the pooling's own latent query with map pooling, the mean
+    of all patches' rows when patches are averaged.
+
+    Args:
+        teacher: a timm ``VisionTransformer`` with global attention and square patches: any prefix
+            tokens, LayerScale, q/k norm, pre-norm, token, average, maximum or map pooling. One that
+            the published code has patched is taken as the model it was.
+        backend: which implementation of the ops to use, see :mod:`smi_fast.backends`.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        patch_size: side of a patch in pixels.
+        grid: patches per side, (rows, columns).
+        num_classes: length of the logits.
+
+    Raises:
+        UnsupportedTeacher: for anything that it can't compute exactly.
+        BackendUnavailable: there is no such backend.
+    """
+
+    def __init__(self, teacher: nn.Module, *, backend: str = AUTO) -> None:
+        super().__init__()
+        vit = _check_teacher(teacher)
+        self.backend = check_name(backend)
+        self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        self.patch_size = int(vit.patch_embed.patch_size[0])
+        self.num_classes = int(vit.num_classes)
+        self.vit = _freeze(vit)
+        prefix, positions = _embeddings(self.vit)
+        self._prefix: Tensor
+        self._positions: Tensor | None
+        self.register_buffer("_prefix", prefix, persistent=False)
+        self.register_buffer("_positions", positions, persistent=False)
+        reads_tokens = vit.global_pool == "token" and vit.attn_pool is None
+        self._rows_read = vit.num_prefix_tokens if reads_tokens else None
+        if reads_tokens and not isinstance(vit, VisionTransformerDistilled):
+            self._rows_read = 1
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a whole image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens."""
+        return int(self.vit.num_prefix_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights, and so of the images."""
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.vit.patch_embed.proj.weight
+        return weight
+
+    def train(self, mode: bool = True) -> SparseViT:
+        """Stays in eval mode: a frozen teacher has no other."""
+        return super().train(False)
+
+    def every_patch(self, batch: int) -> Tensor:
+        """The set that keeps all patches, int64 [batch, rows·columns]."""
+        return torch.arange(self.num_patches, device=self.device).expand(batch, -1)
+
+    def forward(
+        self,
+        images: Tensor,
+        kept: Tensor | None = None,
+        *,
+        jitter: Jitter | None = None,
+        importance: bool = False,
+    ) -> SparseOutput:
+        """Logits of the kept patches of (jittered) images.
+
+        Args:
+            images: [B, C, H, W] of the model's own size, normalised as the model expects.
+            kept: int64 [B, K], distinct patches of the un-jittered grid; None keeps all.
+            jitter: (shift, flip) as :func:`smi_fast.ops.gather_patches` takes them; None for
+                neither.
+            importance: also return the importance of each kept patch.
+
+        Raises:
+            ValueError: wrong shape, data type or device of the images or of ``kept``.
+        """
+        self._check_images(images)
+        if kept is None:
+            kept = self.every_patch(len(images))
+        shift, flip = jitter if jitter is not None else ((0, 0), False)
+        patches, positions = ops.gather_patches(
+            images, kept, shift, flip, patch_size=self.patch_size, backend=self.backend
+        )
+        x = self._embed(patches, positions)
+        for block in self.vit.blocks[:-1]:
+            x = self._block(block, x)
+        x, row = self._last_block(self.vit.blocks[-1], x, importance)
+        x = self.vit.norm(x)
+        if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
+            row = _map_pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
+        return SparseOutput(self.vit.forward_head(x), row)
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (self.vit.in_chans, *self.image_size)
+        if images.dim() != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"expected images [B, {expected[0]}, {expected[1]}, {expected[2]}] "
+                f"for this teacher, got {list(images.shape)}"
+            )
+        if images.dtype != self.dtype or images.device != self.device:
+            raise ValueError(
+                f"expected images like the teacher's weights, {self.dtype} on {self.device}, "
+                f"got {images.dtype} on {images.device}"
+            )
+
+    def _embed(self, patches: Tensor, positions: Tensor) -> Tensor:
+        embed = self.vit.patch_embed
+        x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+        if self._positions is not None:
+            x = x + self._positions[positions]
+        x = torch.cat([self._prefix.expand(len(x), -1, -1), x], dim=1)
+        embedded: Tensor = self.vit.norm_pre(x)
+        return embedded
+
+    def _block(self, block: Block, x: Tensor) -> Tensor:
+        attention = block.attn
+        y = block.norm1(x)
+        qkv = attention.qkv(y).unflatten(2, (3, attention.num_heads, -1))
+        if not _is_identity(attention.q_norm, attention.k_norm):
+            q, k, v = qkv.unbind(2)
+            qkv = torch.stack([attention.q_norm(q), attention.k_norm(k), v], dim=2)
+        out, _ = ops.gather_attention(qkv, backend=self.backend)
+        return _rest_of_block(block, x, y, out)
+
+    def _last_block(
+        self, block: Block, x: Tensor, importance: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The last block's rows that the head reads, and how much they attend to each patch."""
+        attention, read = block.attn, self._rows_read
+        if read is None and not importance:
+            return self._block(block, x), None
+        y = block.norm1(x)
+        width = len(attention.qkv.weight) // 3
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        q = F.linear(y[:, :read], weight[:width], None if bias is None else bias[:width])
+        kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
+        heads = attention.num_heads
+        q = attention.q_norm(q.unflatten(2, (heads, -1))).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
+        k, v = attention.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        probabilities = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
+        out = (probabilities @ v).transpose(1, 2).flatten(2)
+        prefix = self.num_prefix_tokens
+        rows = slice(0, 1) if read is not None else slice(prefix, None)
+        row = probabilities[:, :, rows, prefix:].detach().mean(dim=(1, 2)) if importance else None
+        return _rest_of_block(block, x[:, :read], y[:, :read], out), row
+
+
+def _rest_of_block(block: Block, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """From attention's output to the block's: projection, residuals and MLP; all row by row."""
+    attention = block.attn
+    out = attention.norm(out)
+    if getattr(attention, "gate", None) is not None:
+        out = out * attention.gate(y).sigmoid()
+    x = x + block.ls1(attention.proj(out))
+    x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x
+
+
+@torch.no_grad()
+def _map_pool_importance(pool: AttentionPoolLatent, tokens: Tensor) -> Tensor:
+    """Attention of the pooling's latent query to each patch, mean over heads and latents."""
+    q = pool.q(pool.latent).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+    k = pool.kv(tokens).unflatten(2, (2, pool.num_heads, -1))[:, :, 0].transpose(1, 2)
+    scores: Tensor = (pool.q_norm(q) * pool.scale) @ pool.k_norm(k).mT
+    return scores.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def _is_identity(*modules: nn.Module) -> bool:
+    return all(isinstance(module, nn.Identity) for module in modules)
+
+
+def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
+    """Prefix tokens [1, prefix, D] with positions added, and the positions [rows·columns, D]."""
+    tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
+    width = vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)
+    prefix = torch.cat([width, *(token for token in tokens if token is not None)], dim=1)
+    if vit.pos_embed is None:
+        return prefix, None
+    if vit.no_embed_class:
+        return prefix, vit.pos_embed[0]
+    count = vit.num_prefix_tokens
+    return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]
+
+
+def _freeze(vit: VisionTransformer) -> VisionTransformer:
+    """A copy of the modules over the same weights, without gradients, hooks or patched methods."""
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in vit.parameters()
+    }
+    memo.update((id(b), b.detach()) for b in vit.buffers())
+    frozen = copy.deepcopy(vit, memo).eval()
+    for module in frozen.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                value.clear()
+        for name in _OVERRIDABLE:
+            if callable(vars(module).get(name)):
+                delattr(module, name)
+    return frozen
+
+
+def _check_teacher(teacher: nn.Module) -> VisionTransformer:
+    """The teacher, when everything in it is computed exactly by :class:`SparseViT`."""
+    if not isinstance(teacher, VisionTransformer):
+        raise UnsupportedTeacher(
+            "expected a timm VisionTransformer, got "
+            f"{type(teacher).__module__}.{type(teacher).__name__}"
+        )
+    _refuse_own_methods("the teacher", teacher, VisionTransformer, VisionTransformerDistilled)
+    _check_patch_embed(teacher.patch_embed)
+    if len(teacher.blocks) == 0:
+        raise UnsupportedTeacher("expected at least one block, got none")
+    for index, block in enumerate(teacher.blocks):
+        name = f"blocks.{index}"
+        _expect_type(name, block, Block)
+        _expect_type(f"{name}.attn", block.attn, Attention)
+        _expect_type(f"{name}.mlp", block.mlp, Mlp, GluMlp, SwiGLU)
+        _refuse_own_methods(name, block, Block)
+        _refuse_own_methods(f"{name}.attn", block.attn, Attention)
+        width = len(block.attn.qkv.weight) // 3 // block.attn.num_heads
+        if abs(block.attn.scale - width**-0.5) > 1e-9:
+            raise UnsupportedTeacher(
+                f"expected {name}.attn to scale by 1/sqrt({width}), got {block.attn.scale:.4g}"
+            )
+    if teacher.attn_pool is not None:
+        _expect_type("attn_pool", teacher.attn_pool, AttentionPoolLatent)
+        if teacher.attn_pool.pos_embed is not None:
+            raise UnsupportedTeacher("attn_pool has positions of its own, kept patches don't")
+    if teacher.attn_pool is None and teacher.global_pool not in ("token", "avg", "avgmax", "max"):
+        raise UnsupportedTeacher(
+            "expected a pooling that gives one row an image, got "
+            f"global_pool={teacher.global_pool!r}"
+        )
+    return teacher
+
+
+def _check_patch_embed(embed: Any) -> None:
+    _expect_type("patch_embed", embed, PatchEmbed)
+    high, wide = embed.patch_size
+    if high != wide:
+        raise UnsupportedTeacher(f"expected square patches, got patch_embed of {high} x {wide}")
+    proj = embed.proj
+    if proj.stride != proj.kernel_size or any(proj.padding) or proj.groups != 1:
+        raise UnsupportedTeacher("expected patch_embed.proj to read each patch once, got overlaps")
+
+
+def _expect_type(name: str, module: nn.Module, *types: type[nn.Module]) -> None:
+    if type(module) not in types:
+        expected = " or ".join(t.__name__ for t in types)
+        raise UnsupportedTeacher(f"expected {name} to be {expected}, got {type(module).__name__}")
+
+
+def _refuse_own_methods(name: str, module: nn.Module, *known: type[nn.Module]) -> None:
+    """Methods that a subclass or a patch has changed would be left out without a word."""
+    for method in _OVERRIDABLE:
+        patch = vars(module).get(method)
+        if patch is not None and getattr(patch, "__name__", "") not in _PUBLISHED_PATCHES:
+            raise UnsupportedTeacher(f"{name} has its {method} replaced: its own would be ignored")
+        owner = next((base for base in type(module).__mro__ if method in vars(base)), None)
+        if owner is not None and owner not in known and owner is not nn.Module:
+            raise UnsupportedTeacher(f"{name} is a {owner.__name__} with a {method} of its own")

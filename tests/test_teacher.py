@@ -1,0 +1,310 @@
+"""SparseViT against timm: logits, pixel gradients, subsets, refusals, a teacher left alone."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import pytest
+import timm
+import torch
+from conftest import random_kept
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from smi_fast import SparseViT, UnsupportedTeacher
+
+# Name, and what makes it quick: few blocks and few classes; the geometry is the model's own.
+TEACHERS = {
+    "deit_tiny_patch16_224": {},
+    "deit_small_patch16_224": {},
+    "deit_base_patch16_224": {"depth": 2},
+    "deit_tiny_distilled_patch16_224": {},
+    "vit_base_patch32_224": {"depth": 2},
+    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 224},
+    "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 224},
+    "vit_base_patch16_clip_quickgelu_224": {"depth": 2},
+    "vit_base_patch16_siglip_224": {"depth": 2},
+    "vit_medium_patch16_gap_256": {"depth": 2},
+    "deit_tiny_patch16_224 rectangle": {"img_size": (96, 160), "depth": 3},
+    "vit_tiny_patch16_224 no block to spare": {"depth": 1},
+    "vit_tiny_patch16_224 qk norm": {"depth": 2, "qk_norm": True, "init_values": 0.1},
+    "vit_tiny_patch16_224 average with class token": {"depth": 2, "global_pool": "avg"},
+    "vit_tiny_patch16_224 maximum": {"depth": 2, "global_pool": "max"},
+    "vit_tiny_patch16_224 no bias": {"depth": 2, "qkv_bias": False},
+}
+
+
+def make_teacher(name: str, **options: object) -> VisionTransformer:
+    """A timm model whose every parameter is random: zero-initialised ones would hide mistakes."""
+    options = {"num_classes": 10, **TEACHERS.get(name, {}), **options}
+    teacher = timm.create_model(name.split()[0], **options).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(0.05 * noise if parameter.dim() > 1 else 1 + 0.2 * noise)
+    return teacher
+
+
+def random_images(teacher: VisionTransformer, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *teacher.patch_embed.img_size)
+
+
+def with_gradient(model: nn.Module, images: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    images = images.clone().requires_grad_()
+    logits = model(images, *arguments)
+    logits = logits if isinstance(logits, Tensor) else logits.logits
+    (gradient,) = torch.autograd.grad(torch.linalg.vector_norm(logits), images)
+    return logits.detach(), gradient
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_equals_timm_with_every_patch(name: str) -> None:
+    teacher = make_teacher(name)
+    images = random_images(teacher)
+    logits, gradient = with_gradient(teacher, images)
+    ours, our_gradient = with_gradient(SparseViT(teacher), images)
+    assert relative_error(ours, logits) < 1e-5
+    assert relative_error(our_gradient, gradient) < 1e-4
+
+
+class OnlyKept(nn.Module):
+    """A timm model fed with given tokens only: what sparse inversion means by kept."""
+
+    def __init__(self, teacher: VisionTransformer, kept: Tensor) -> None:
+        super().__init__()
+        self.teacher = teacher
+        prefix = torch.arange(teacher.num_prefix_tokens).expand(len(kept), -1)
+        self.rows = torch.cat([prefix, kept + teacher.num_prefix_tokens], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        teacher = self.teacher
+        x = teacher._pos_embed(teacher.patch_embed(images))
+        x = x.gather(1, self.rows[..., None].expand(-1, -1, x.shape[2]))
+        return teacher.forward_head(teacher.norm(teacher.blocks(teacher.norm_pre(x))))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("count", [1, 7])
+def test_equals_timm_on_a_subset_of_tokens(name: str, count: int) -> None:
+    teacher = make_teacher(name, depth=2)
+    images = random_images(teacher)
+    kept = random_kept(2, count, teacher.patch_embed.num_patches)
+    logits, gradient = with_gradient(OnlyKept(teacher, kept), images)
+    ours, our_gradient = with_gradient(SparseViT(teacher), images, kept)
+    assert relative_error(ours, logits) < 1e-5
+    assert relative_error(our_gradient, gradient) < 1e-4
+    assert torch.equal(our_gradient != 0, gradient != 0)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
+def test_float64(name: str) -> None:
+    teacher = make_teacher(name, depth=2).double()
+    images = random_images(teacher).double()
+    expected, ours = with_gradient(teacher, images), with_gradient(SparseViT(teacher), images)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_jitter_equals_a_jittered_image() -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2).double()
+    images = random_images(teacher).double()
+    rolled = images.roll((-9, 21), (2, 3)).flip(3)
+    jittered = SparseViT(teacher)(images, jitter=((-9, 21), True)).logits
+    torch.testing.assert_close(jittered, teacher(rolled))
+
+
+def attention_maps(teacher: VisionTransformer, images: Tensor) -> Tensor:
+    """Softmax attention of the last block, [B, H, N, N], from the block's own input."""
+    seen = []
+    block = teacher.blocks[-1]
+    handle = block.norm1.register_forward_hook(lambda *hooked: seen.append(hooked[2]))
+    teacher(images)
+    handle.remove()
+    attention = block.attn
+    qkv = attention.qkv(seen[0]).unflatten(2, (3, attention.num_heads, -1))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    return (attention.q_norm(q) * attention.scale @ attention.k_norm(k).mT).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("deit_tiny_patch16_224", slice(0, 1)),
+        ("deit_tiny_distilled_patch16_224", slice(0, 1)),
+        ("vit_small_patch14_reg4_dinov2", slice(0, 1)),
+        ("vit_medium_patch16_gap_256", slice(0, None)),
+        ("vit_tiny_patch16_224 average with class token", slice(1, None)),
+    ],
+)
+@torch.no_grad()
+def test_importance_is_the_attention_of_what_the_head_reads(name: str, rows: slice) -> None:
+    teacher = make_teacher(name, depth=2)
+    images = random_images(teacher)
+    maps = attention_maps(teacher, images)
+    expected = maps[:, :, rows, teacher.num_prefix_tokens :].mean((1, 2))
+    importance = SparseViT(teacher)(images, importance=True).importance
+    torch.testing.assert_close(importance, expected, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def test_importance_of_map_pooling_is_its_own_attention() -> None:
+    teacher = make_teacher("vit_base_patch16_siglip_224")
+    images = random_images(teacher)
+    pool, features = teacher.attn_pool, teacher.forward_features(images)
+    q = pool.q(pool.latent).reshape(pool.num_heads, -1)
+    k = pool.kv(features)[..., : teacher.embed_dim].unflatten(2, (pool.num_heads, -1))
+    scores = torch.einsum("hd,bnhd->bhn", q, k) * pool.scale
+    importance = SparseViT(teacher)(images, importance=True).importance
+    torch.testing.assert_close(importance, scores.softmax(-1).mean(1), rtol=1e-4, atol=1e-7)
+
+
+def test_importance_changes_no_logits_and_has_no_gradient() -> None:
+    for name in ("deit_tiny_patch16_224", "vit_medium_patch16_gap_256"):
+        teacher = SparseViT(make_teacher(name, depth=2))
+        images = torch.randn(1, 3, *teacher.image_size, requires_grad=True)
+        kept = random_kept(1, 9, teacher.num_patches)
+        plain, scored = teacher(images, kept), teacher(images, kept, importance=True)
+        assert plain.importance is None and not scored.importance.requires_grad
+        torch.testing.assert_close(scored.logits, plain.logits)
+
+
+def test_importance_follows_the_order_of_kept_under_jitter() -> None:
+    teacher = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2))
+    images, kept = torch.randn(1, 3, 224, 224), random_kept(1, 20, 196)
+    shuffled = kept[:, torch.randperm(20)]
+    jitter = ((16, -32), True)
+    a = teacher(images, kept, jitter=jitter, importance=True).importance
+    b = teacher(images, shuffled, jitter=jitter, importance=True).importance
+    torch.testing.assert_close(b.gather(1, shuffled.argsort()), a)
+
+
+def test_teacher_is_left_as_it_was() -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2).train()
+    teacher.blocks[0].mlp.fc1.weight.requires_grad_(False)
+    state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    flags = {name: p.requires_grad for name, p in teacher.named_parameters()}
+    sparse = SparseViT(teacher)
+    with_gradient(sparse, torch.randn(1, 3, 224, 224))
+    assert teacher.training and not sparse.vit.training and not sparse.train().training
+    assert {name: p.requires_grad for name, p in teacher.named_parameters()} == flags
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+    assert not any(m._forward_hooks or m._backward_hooks for m in teacher.modules())
+    pairs = zip(teacher.parameters(), sparse.vit.parameters(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() and not b.requires_grad for a, b in pairs)
+
+
+def test_no_weight_gradient_is_computed() -> None:
+    """What backward saves holds no activation that only a weight's gradient would need."""
+    teacher = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2))
+    images = torch.randn(1, 3, 224, 224, requires_grad=True)
+    logits = teacher(images).logits
+    nodes, leaves = [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert leaves == {id(images)}
+
+
+def test_last_block_computes_only_rows_that_are_read() -> None:
+    sizes = {}
+    for name in (
+        "deit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "vit_medium_patch16_gap_256",
+    ):
+        sparse = SparseViT(make_teacher(name, depth=2))
+        rows = []
+        sparse.vit.blocks[-1].mlp.fc1.register_forward_hook(
+            lambda module, given, out, rows=rows: rows.append(out.shape[1])
+        )
+        sparse(torch.randn(1, 3, *sparse.image_size))
+        sizes[name] = rows
+    assert list(sizes.values()) == [[1], [2], [256]]
+
+
+def test_model_patched_by_the_published_code_is_the_model_it_was() -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    images = torch.randn(1, 3, 224, 224)
+    expected = teacher(images)
+
+    def vit_forward(
+        self: nn.Module, x: Tensor, current_abs_index: Tensor, next_index: Tensor
+    ) -> Tensor:
+        raise AssertionError("SparseViT must not call the patched method")
+
+    def vit_block_forward(self: nn.Module, x: Tensor) -> Tensor:
+        raise AssertionError("SparseViT must not call the patched method")
+
+    teacher.forward = MethodType(vit_forward, teacher)
+    for block in teacher.blocks:
+        block.forward = MethodType(vit_block_forward, block)
+    assert relative_error(SparseViT(teacher)(images).logits, expected) < 1e-5
+    assert teacher.forward.__name__ == "vit_forward"
+
+
+def replaced_forward(teacher: VisionTransformer) -> VisionTransformer:
+    teacher.forward = lambda images: images
+    return teacher
+
+
+class OwnHead(VisionTransformer):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x[:, 0]
+
+
+def changed(path: str, module: nn.Module) -> VisionTransformer:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    teacher.set_submodule(path, module)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "expected a timm VisionTransformer, got torch.nn.*Linear"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Beit"),
+        (lambda: timm.create_model("vit_relpos_small_patch16_224"), "VisionTransformerRelPos"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
+        (lambda: replaced_forward(make_teacher("deit_tiny_patch16_224")), "forward replaced"),
+        (lambda: OwnHead(depth=1, embed_dim=48, num_heads=3), "OwnHead with a forward_head"),
+        (lambda: changed("blocks.1.attn", nn.Identity()), "blocks.1.attn to be Attention"),
+        (lambda: changed("blocks.0.mlp", nn.Identity()), "blocks.0.mlp to be Mlp or .*"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", global_pool=""), "global_pool=''"),
+        (lambda: VisionTransformer(patch_size=(8, 16), depth=1), "square patches, .* 8 x 16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exact_is_refused_by_name(make: object, message: str) -> None:
+    with pytest.raises(UnsupportedTeacher, match=message):
+        SparseViT(make())
+
+
+def test_bad_images_are_refused() -> None:
+    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=1))
+    with pytest.raises(
+        ValueError, match=r"expected images \[B, 3, 224, 224\] .* got \[1, 3, 230, 224\]"
+    ):
+        sparse(torch.zeros(1, 3, 230, 224))
+    with pytest.raises(ValueError, match=r"torch.float32 on cpu, got torch.float64 on cpu"):
+        sparse(torch.zeros(1, 3, 224, 224, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"on cpu, got torch.float32 on meta"):
+        sparse(torch.zeros(1, 3, 224, 224, device="meta"))
+    with pytest.raises(ValueError, match=r"kept int64 \[1, K\], got torch.int64 \[2, 3\]"):
+        sparse(torch.zeros(1, 3, 224, 224), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_compiles_into_one_graph() -> None:
+    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2))
+    images, kept = torch.randn(1, 3, 224, 224), random_kept(1, 5, 196)
+    jitter = (torch.tensor([3, -17]), torch.tensor(True))
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    expected = sparse(images, kept, jitter=jitter, importance=True)
+    traced = compiled(images, kept, jitter=jitter, importance=True)
+    torch.testing.assert_close(traced.logits, expected.logits)
+    torch.testing.assert_close(traced.importance, expected.importance)
