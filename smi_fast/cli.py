@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from smi_fast.schedules import Schedule
 
 SCHEDULES = ("smi", "smi-scaled", "dense")
-PACKAGES = ("torch", "timm", "triton", "numpy")
+PACKAGES = ("timm", "triton", "numpy")
 
 app = typer.Typer(
     help="Invert a frozen Vision Transformer into images, working only on patches that are kept.",
@@ -246,7 +246,10 @@ def _device(name: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    import torch
+
+    # Its own version tells the build: 2.14.1+cu130, where the package says 2.14.1.
+    found = {"torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

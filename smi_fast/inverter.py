@@ -298,8 +298,11 @@ class SparseInverter:
 
     def _show(self, bar: tqdm[None], state: _State) -> None:
         name = self.objectives[0].name
+        rate = (bar.format_dict["rate"] or 0) * len(state.images) / self.iterations
         bar.set_postfix_str(
-            f"{name} {state.history[name][-1]:.3f}, kept {state.kept.shape[1]}", refresh=False
+            f"{name} {state.history[name][-1]:.3f}, kept {state.kept.shape[1]}, "
+            f"{rate:.3g} images/s",
+            refresh=False,
         )
         bar.update()
 

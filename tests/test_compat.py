@@ -1,0 +1,162 @@
+"""The published interface, called as the published script calls it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
+from smi_fast.compat import SMI
+
+NORMALIZER = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+@pytest.fixture
+def teacher() -> VisionTransformer:
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    )
+
+
+def make(teacher: nn.Module, folder: Path, **options: object) -> SMI:
+    options = {
+        "teacher": teacher,
+        "teacher_name": "deit_tiny_16_imagenet",
+        "student": None,
+        "num_classes": 5,
+        "img_shape": (3, 32, 32),
+        "patch_size": 8,
+        "iterations": 8,
+        "lr_g": 0.25,
+        "synthesis_batch_size": 3,
+        "sample_batch_size": 2,
+        "tv2": 1e-4,
+        "save_dir": folder,
+        "normalizer": NORMALIZER,
+        **options,
+    }
+    return SMI(**options)
+
+
+def seed() -> None:
+    torch.manual_seed(7)
+    random.seed(7)
+
+
+@pytest.mark.parametrize(
+    ("prune_it", "prune_ratio", "schedule"),
+    [([-1], [0], Dense()), ([2, 5], [0.3, 0.3], StopSchedule((2, 5), (0.3, 0.3)))],
+)
+def test_draws_and_returns_what_the_published_loop_does(
+    teacher: VisionTransformer, tmp_path: Path, prune_it: list, prune_ratio: list, schedule: Dense
+) -> None:
+    seed()
+    smi = make(teacher, tmp_path)
+    made = smi.synthesize(num_patches=17, prune_it=prune_it, prune_ratio=prune_ratio)
+
+    # The published order of draws: noise, then targets, then two shifts and a flip per iteration.
+    seed()
+    init = torch.randn(size=[3, 3, 32, 32])
+    targets = torch.randint(low=0, high=5, size=(3,)).sort()[0]
+    shift, flip = torch.zeros(8, 2, dtype=torch.int64), torch.zeros(8, dtype=torch.bool)
+    for it in range(8):
+        if it + 1 not in prune_it and it not in prune_it:
+            shift[it] = torch.tensor([random.randint(-4, 4), random.randint(-4, 4)])
+            flip[it] = random.random() > 0.5
+    inverter = SparseInverter(
+        teacher,
+        objectives=[CrossEntropy(), TotalVariation(1e-4)],
+        schedule=schedule,
+        mean=NORMALIZER.mean,
+        std=NORMALIZER.std,
+        iterations=8,
+        background="regularized",
+        final_mask="reranked",
+    )
+    expected = inverter.invert(targets, init=init, jitter=(shift, flip), progress=False)
+    assert torch.equal(made["synthetic"], expected.images)
+    assert torch.equal(made["masked_synthetic"], expected.masked_images)
+    tokens = 17 if prune_it == [-1] else int(17 * 0.7 * 0.7)
+    assert (expected.masks.flatten(1).sum(1) == min(tokens, 16)).all()
+
+    shown = expected.images if prune_it == [-1] else expected.masked_images
+    saved = np.stack([np.asarray(Image.open(tmp_path / f"0-{i}.png")) for i in range(3)])
+    assert np.array_equal(saved, (shown * 255).byte().permute(0, 2, 3, 1).numpy())
+
+
+def test_sample_gives_shuffled_batches_for_ever(teacher: VisionTransformer, tmp_path: Path) -> None:
+    smi = make(teacher, tmp_path, iterations=1)
+    with pytest.raises(RuntimeError, match="synthesize"):
+        smi.sample()
+    images = smi.synthesize(torch.tensor([0, 1, 2]), num_patches=17)["synthetic"]
+    stored = {image.tobytes() for image in (images * 255).byte().numpy()}
+    batches = [smi.sample() for _ in range(4)]
+    assert [len(batch) for batch in batches] == [2, 1, 2, 1]
+    epoch = torch.cat(batches[:2])
+    assert {image.tobytes() for image in (epoch * 255).round().byte().numpy()} == stored
+
+
+def test_transform_and_further_images(teacher: VisionTransformer, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    Image.new("L", (5, 5), 9).save(tmp_path / "more" / "grey.JPEG")
+    seen = []
+
+    def transform(image: Image.Image) -> Tensor:
+        seen.append((image.mode, image.size))
+        return torch.zeros(1)
+
+    smi = make(
+        teacher, tmp_path / "pool", iterations=1, transform=transform, sample_batch_size=4,
+        init_dataset=tmp_path / "more",
+    )  # fmt: skip
+    smi.synthesize(num_patches=17)
+    assert smi.sample().shape == (4, 1)
+    assert sorted(seen) == [("RGB", (5, 5))] + [("RGB", (32, 32))] * 3
+
+
+def test_patched_model_gives_the_same_images(teacher: VisionTransformer, tmp_path: Path) -> None:
+    seed()
+    plain = make(teacher, tmp_path / "a").synthesize(num_patches=17)
+
+    def vit_forward(self: nn.Module, x: Tensor, current: Tensor, following: Tensor) -> Tensor:
+        raise AssertionError("not called")
+
+    teacher.forward = MethodType(vit_forward, teacher)
+    seed()
+    patched = make(teacher, tmp_path / "b").synthesize(num_patches=17)
+    assert torch.equal(plain["synthetic"], patched["synthetic"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adv": 1.0}, "adv=0, got 1.0"),
+        ({"bn": 0.5}, "bn=0, got 0.5"),
+        ({"normalizer": None}, "a normalizer with mean and std, got None"),
+        (
+            {"img_shape": (3, 64, 64)},
+            r"img_shape \(3, 32, 32\) and patch_size 8, got \(3, 64, 64\)",
+        ),
+        ({"patch_size": 16}, "patch_size 8, got .* and 16"),
+        ({"num_classes": 1000}, "5 classes, got 1000"),
+        ({"device": "meta"}, "the teacher on meta, it is on cpu"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    teacher: VisionTransformer, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(teacher, tmp_path, **options)
+
+
+def test_other_token_count_is_refused(teacher: VisionTransformer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_patches=17 for this teacher, got 197"):
+        make(teacher, tmp_path).synthesize()

@@ -1,0 +1,321 @@
+"""The loop: what it computes, what it promises about the background, and how it ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import smi_fast
+from smi_fast import (
+    CrossEntropy,
+    Dense,
+    L2Norm,
+    NonFiniteLoss,
+    SparseInverter,
+    SparseViT,
+    StopSchedule,
+    TotalVariation,
+)
+from smi_fast.schedules import still_iterations
+
+SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+STOPS = StopSchedule((3, 6), (0.5, 0.5))
+TARGETS = [1, 4]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> VisionTransformer:
+    torch.manual_seed(1)
+    model = VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+def make(teacher: VisionTransformer, **options: object) -> SparseInverter:
+    options = {"schedule": STOPS, "iterations": 10, **SPACE, **options}
+    return SparseInverter(teacher, **options)
+
+
+def run(teacher: VisionTransformer, seed: int = 0, **options: object) -> smi_fast.InversionResult:
+    generator = torch.Generator().manual_seed(seed)
+    return make(teacher, **options).invert(TARGETS, generator=generator, progress=False)
+
+
+def frames(inverter: SparseInverter, **options: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The pixels and the kept patches after every step."""
+    pixels, kept = [], []
+    inverter.invert(
+        TARGETS,
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+        callback=lambda _, images, patches: (pixels.append(images.clone()), kept.append(patches)),
+        **options,
+    )
+    return pixels, kept
+
+
+def pixel_mask(kept: Tensor) -> Tensor:
+    mask = torch.zeros(len(kept), 24, dtype=torch.bool).scatter(1, kept, True)
+    mask = mask.reshape(-1, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    return mask.expand(-1, 3, -1, -1)
+
+
+def test_dense_run_is_the_plain_loop(teacher: VisionTransformer) -> None:
+    inverter = make(teacher, schedule=Dense(), objectives=[CrossEntropy(2.0), TotalVariation(0.1)])
+    init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    shift, flip = torch.randint(-9, 10, (10, 2)), torch.rand(10) < 0.5
+    result = inverter.invert(TARGETS, init=init, jitter=(shift, flip), progress=False)
+
+    mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
+    pixels = init.clone().requires_grad_()
+    adam = torch.optim.Adam([pixels], 0.25, (0.5, 0.99))
+    for t in range(10):
+        jittered = pixels.roll(tuple(shift[t].tolist()), (2, 3))
+        jittered = jittered.flip(3) if flip[t] else jittered
+        entropy = F.cross_entropy(teacher(jittered), torch.tensor(TARGETS))
+        rows, columns = pixels.diff(dim=2), pixels.diff(dim=3)
+        diagonals = (
+            pixels[..., 1:, 1:] - pixels[..., :-1, :-1],
+            pixels[..., 1:, :-1] - pixels[..., :-1, 1:],
+        )
+        variation = sum(map(torch.norm, (rows, columns, *diagonals)))
+        assert result.history["cross_entropy"][t] == pytest.approx(entropy.item(), abs=1e-10)
+        assert result.history["total_variation"][t] == pytest.approx(variation.item(), abs=1e-9)
+        adam.zero_grad()
+        (2 * entropy + 0.1 * variation).backward()
+        adam.step()
+        with torch.no_grad():
+            pixels.clamp_(-mean / std, (1 - mean) / std)
+    torch.testing.assert_close(result.images, pixels.detach() * std + mean)
+
+
+def test_stops_keep_the_most_important_patches(teacher: VisionTransformer) -> None:
+    pixels, kept = frames(make(teacher))
+    assert [k.shape[1] for k in kept] == [24] * 3 + [12] * 3 + [6] * 4
+    sparse = SparseViT(teacher)
+    for stop in (3, 6):
+        # The pixels before step t - 1 are those after step t - 2.
+        before = sparse(pixels[stop - 2], kept[stop - 1], importance=True).importance
+        top = before.topk(kept[stop].shape[1]).indices
+        assert torch.equal(kept[stop], kept[stop - 1].gather(1, top).sort().values)
+
+
+def test_frozen_background_does_not_change(teacher: VisionTransformer) -> None:
+    pixels, kept = frames(make(teacher))
+    for t in range(1, 10):
+        mask = pixel_mask(kept[t])
+        assert torch.equal(pixels[t][~mask], pixels[t - 1][~mask])
+        assert (pixels[t][mask] != pixels[t - 1][mask]).double().mean() > 0.5
+
+
+def test_regularized_background_goes_on_changing(teacher: VisionTransformer) -> None:
+    pixels, kept = frames(make(teacher, background="regularized"))
+    mask = pixel_mask(kept[9])
+    assert (pixels[9][~mask] != pixels[8][~mask]).double().mean() > 0.5
+
+
+def test_result_shows_kept_patches_and_is_in_range(teacher: VisionTransformer) -> None:
+    result = run(teacher)
+    mask = pixel_mask(result.kept)
+    assert torch.equal(result.masks, mask[:, 0, ::8, ::8])
+    assert torch.equal(result.masked_images[mask], result.images[mask])
+    assert not result.masked_images[~mask].any()
+    assert 0 <= result.images.min() < result.images.max() <= 1
+    normalised = (result.images - torch.tensor(SPACE["mean"])[:, None, None].double()) / (
+        torch.tensor(SPACE["std"])[:, None, None].double()
+    )
+    torch.testing.assert_close(result.logits, SparseViT(teacher)(normalised, result.kept).logits)
+    assert [(p.patches, p.iterations) for p in result.timing] == [(24, 3), (12, 3), (6, 4)]
+    assert (result.iterations, result.interrupted) == (10, False)
+    assert {name: len(values) for name, values in result.history.items()} == {
+        "cross_entropy": 10,
+        "total_variation": 10,
+    }
+
+
+def test_same_seed_same_bytes(teacher: VisionTransformer) -> None:
+    first, again, other = run(teacher), run(teacher), run(teacher, seed=1)
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.kept, again.kept)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_no_jitter_around_stops(teacher: VisionTransformer) -> None:
+    assert still_iterations(STOPS) == {2, 3, 5, 6}
+    still, anywhere = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, 2, dtype=torch.int64)
+    anywhere[[2, 3, 5, 6]] = 5
+    upright = torch.zeros(10, dtype=torch.bool)
+    frames_of = [frames(make(teacher), jitter=(shift, upright))[0] for shift in (still, anywhere)]
+    assert torch.equal(frames_of[0][-1], frames_of[1][-1])
+    anywhere[4] = 5
+    assert not torch.equal(
+        frames(make(teacher), jitter=(anywhere, upright))[0][-1], frames_of[0][-1]
+    )
+
+
+def test_functions_are_terms(teacher: VisionTransformer) -> None:
+    def redness(images: Tensor, logits: Tensor) -> Tensor:
+        assert images.shape == (2, 3, 32, 48) and logits.shape == (2, 5)
+        return -images[:, 0].mean()
+
+    plain = run(teacher, objectives=[CrossEntropy(0.01)], iterations=20)
+    red = run(teacher, objectives=[CrossEntropy(0.01), redness], iterations=20)
+    assert red.images[:, 0].mean() > plain.images[:, 0].mean() + 0.1
+    assert red.history["redness"][-1] < red.history["redness"][0]
+
+
+def test_soft_targets(teacher: VisionTransformer) -> None:
+    inverter = make(teacher)
+    draw = [torch.Generator().manual_seed(0) for _ in range(2)]
+    hard = inverter.invert(TARGETS, generator=draw[0], progress=False)
+    one_hot = F.one_hot(torch.tensor(TARGETS), 5).double()
+    soft = inverter.invert(one_hot, generator=draw[1], progress=False)
+    torch.testing.assert_close(soft.images, hard.images)
+    torch.testing.assert_close(soft.confidence, hard.confidence)
+
+
+def test_l2_norm_and_l1_variation_are_recorded(teacher: VisionTransformer) -> None:
+    init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    terms = [CrossEntropy(), L2Norm(), TotalVariation(0.1, "l1")]
+    inverter = make(teacher, objectives=terms, iterations=7)
+    history = inverter.invert(TARGETS, init=init, progress=False).history
+    assert history["l2_norm"][0] == pytest.approx(init.norm().item())
+    l1 = sum(
+        d.abs().mean().item()
+        for d in (
+            init.diff(dim=2),
+            init.diff(dim=3),
+            init[..., 1:, 1:] - init[..., :-1, :-1],
+            init[..., 1:, :-1] - init[..., :-1, 1:],
+        )
+    )
+    assert history["total_variation_l1"][0] == pytest.approx(l1)
+    # After a stop the norm is that of kept patches only.
+    assert history["l2_norm"][6] < 0.75 * history["l2_norm"][5]
+
+
+def test_interrupt_gives_back_what_is_done(teacher: VisionTransformer) -> None:
+    def interrupt(iteration: int, images: Tensor, kept: Tensor) -> None:
+        if iteration == 4:
+            raise KeyboardInterrupt
+
+    generator = torch.Generator().manual_seed(0)
+    result = make(teacher).invert(TARGETS, generator=generator, progress=False, callback=interrupt)
+    pixels, kept = frames(make(teacher))
+    assert result.interrupted
+    assert result.iterations == len(result.history["cross_entropy"]) == 5
+    assert torch.equal(result.kept, kept[4])
+    mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
+    torch.testing.assert_close(result.images, pixels[4] * std + mean)
+
+
+@pytest.mark.parametrize("broken", ["value", "gradient"])
+def test_non_finite_loss_stops_with_the_last_finite_images(
+    teacher: VisionTransformer, broken: str
+) -> None:
+    calls = []
+
+    def spoilt(images: Tensor, logits: Tensor) -> Tensor:
+        calls.append(images.detach().clone())
+        if len(calls) <= 4:
+            return images.sum() * 0
+        return images.sum() * torch.nan if broken == "value" else (images * 0).sqrt().sum()
+
+    name = "spoilt" if broken == "value" else "gradient"
+    with pytest.raises(NonFiniteLoss, match=f"{name} is not finite at iteration 4") as caught:
+        run(teacher, objectives=[CrossEntropy(), spoilt])
+    assert (caught.value.iteration, caught.value.term) == (4, name)
+    result = caught.value.result
+    assert result.iterations == 4
+    mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
+    torch.testing.assert_close(result.images, calls[-1] * std + mean)
+    assert result.images.isfinite().all()
+
+
+def test_invert_is_the_one_liner(teacher: VisionTransformer) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options = {"schedule": STOPS, "iterations": 10, **SPACE}
+    result = smi_fast.invert(teacher, TARGETS, generator=generator, progress=False, **options)
+    assert torch.equal(result.images, run(teacher).images)
+
+
+def test_empty_batch(teacher: VisionTransformer) -> None:
+    result = make(teacher, objectives=[TotalVariation()]).invert(
+        torch.zeros(0, dtype=torch.int64), progress=False
+    )
+    assert result.images.shape == (0, 3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background": "black"}, "background frozen or regularized, got 'black'"),
+        ({"final_mask": "all"}, "final_mask kept or reranked, got 'all'"),
+        ({"iterations": 0}, "1 or more iterations, got 0"),
+        ({"lr": 0.0}, "lr above 0, got 0"),
+        ({"betas": (0.5, 1.0)}, r"two betas in \[0, 1\), got \(0.5, 1.0\)"),
+        ({"iterations": 6}, "the stop at 6 is past the end of 6 iterations"),
+        ({"schedule": StopSchedule((1,), (0.97,))}, "the stop at 1 drops all of 24 patches"),
+        ({"mean": None}, "pretrained_cfg has no mean"),
+        ({"mean": (0.5,)}, r"mean of 3 channels, got \(0.5,\)"),
+        ({"std": (0.2, 0.0, 0.2)}, "std above 0"),
+        ({"objectives": []}, "one or more terms"),
+        ({"objectives": [CrossEntropy(), CrossEntropy(2)]}, "different names"),
+    ],
+)
+def test_bad_options_are_refused(teacher: VisionTransformer, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(teacher, **options)
+
+
+def test_what_is_no_term_is_refused(teacher: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match=r"a term or a function .* got 3"):
+        make(teacher, objectives=[3])
+
+    def vector(images: Tensor, logits: Tensor) -> Tensor:
+        return logits
+
+    with pytest.raises(ValueError, match=r"term vector to return a scalar tensor, got \[2, 5\]"):
+        run(teacher, objectives=[vector])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": [1, 5]}, r"targets in 0\.\.4, got 1\.\.5"),
+        ({"targets": [-1, 2]}, r"targets in 0\.\.4, got -1\.\.2"),
+        ({"targets": torch.tensor([0.5, 1.0])}, r"whole numbers \[B\] or probabilities \[B, 5\]"),
+        ({"targets": torch.zeros(2, 4)}, r"probabilities \[B, 5\], got torch.float32 \[2, 4\]"),
+        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, "on cpu, .* got meta"),
+        ({"init": torch.zeros(2, 3, 32, 40)}, r"init as floating point \[2, 3, 32, 48\]"),
+        (
+            {"init": torch.zeros(2, 3, 32, 48, device="meta")},
+            "on cpu, got torch.float32 .* on meta",
+        ),
+        ({"jitter": (torch.zeros(9, 2).long(), torch.zeros(10) > 0)}, r"shift int64 \[10, 2\]"),
+        (
+            {"jitter": (torch.zeros(10, 2).long(), torch.zeros(10))},
+            r"flip bool \[10\], got torch.f",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(
+    teacher: VisionTransformer, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(teacher).invert(**({"targets": TARGETS, "progress": False} | arguments))
+
+
+def test_progress_bar_tells_loss_and_kept_patches(
+    teacher: VisionTransformer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(teacher).invert(TARGETS)
+    bar = capsys.readouterr().err.splitlines()[-1]
+    assert "10/10" in bar and "cross_entropy" in bar and "kept 6" in bar and "images/s" in bar
