@@ -249,7 +249,7 @@ def _versions() -> dict[str, str]:
     import torch
 
     # Its own version tells the build: 2.14.1+cu130, where the package says 2.14.1.
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

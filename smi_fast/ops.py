@@ -28,8 +28,7 @@ def gather_patches(
     """The kept patches of jittered images, without jittering the images.
 
     A kept patch follows the shift to the nearest cell of the grid (a half rounds up) and then the
-    flip;
-    what that cell shows is a displaced, wrapped-around window of the original image. Equal to::
+    flip; that cell shows a displaced, wrapped-around window of the original image. Equal to::
 
         jittered = images.roll((shift[0], shift[1]), (2, 3))
         jittered = jittered.flip(3) if flip else jittered

@@ -66,7 +66,7 @@ class StopSchedule:
 
     Args:
         at: iterations of the stops, ascending, from 1. The published ones are for 4000 iterations.
-        drop: share of the remaining patches that each stop drops, each in [0, 1);
+        drop: share of the remaining patches that each stop drops, in [0, 1): of K patches
             ``int(K * (1 - share))`` stay.
 
     Raises:
