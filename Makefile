@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
 .PHONY: help demo test lint bench clean
 
@@ -27,8 +28,13 @@ lint: .venv/.installed
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null | \
 	    xargs -r $(BIN)/clang-format --dry-run -Werror
 
-bench: .venv/.installed
+bench: .venv/.installed $(FASHION_MNIST)
 	$(BIN)/python -m benchmarks
+
+$(FASHION_MNIST):
+	@[ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy dataset-fashion-mnist || { \
+	    echo 'This needs Fashion-MNIST: as root, apt-get install dataset-fashion-mnist.' >&2; \
+	    exit 1; }
 
 clean:
 	rm -rf build dist demo *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache

@@ -1,14 +1,27 @@
-"""What a measurement was taken on."""
+"""Keeps a measurement together with what it was taken on."""
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, measured: Mapping[str, Any]) -> None:
+    """Prints a measurement and writes it to ``results/NAME.json`` with its environment."""
+    text = json.dumps({**measured, "environment": describe()}, indent=1)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(f"{name}: {text}")
 
 
 def describe() -> dict[str, str | int]:

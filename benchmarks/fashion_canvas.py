@@ -21,6 +21,10 @@ CLASSES = (
 )  # fmt: skip
 SIDE = 64
 ITEM_SIDES = (32.0, 56.0)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+# The canvases of the test split, which a figure is about.
+TEST_SEED = 3
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -100,3 +104,19 @@ def _texture(count: int, side: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(count, 3, cells, cells, generator=generator) * amplitude
         texture = texture + F.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
     return texture.clamp(0, 1)
+
+
+def canvases(split: str, seed: int, *, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """A canvas of full difficulty for each (of the last) items: images, labels, foreground."""
+    items, labels = load_items(split)
+    if last is not None:
+        items, labels = items[-last:], labels[-last:]
+    generator = torch.Generator().manual_seed(seed)
+    parts = [render(part, generator) for part in items.split(500)]
+    images, foreground = (torch.cat(column) for column in zip(*parts, strict=True))
+    return images, labels, foreground
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images in [0, 1] as the teacher takes them."""
+    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

@@ -1,4 +1,4 @@
-"""Whether the teacher's importance finds the foreground: ``python -m benchmarks.foreground``.
+"""Whether the teacher's importance finds the foreground.
 
 On test canvases, whose foreground is known: the mean share of true foreground pixels in the most
 important patches, against that of all patches, which is what chance would pick.
@@ -6,15 +6,12 @@ important patches, against that of all patches, which is what chance would pick.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.environment import describe
+from benchmarks.environment import record
+from benchmarks.fashion_canvas import TEST_SEED, canvases, normalise
 from smi_fast import SparseViT, load_teacher
 
 # What the published schedule leaves of 196 patches: 46.
@@ -38,28 +35,18 @@ def foreground_share(teacher: nn.Module, images: Tensor, foreground: Tensor) -> 
 
 
 def main() -> None:
-    from benchmarks.train_teacher import canvases, normalise
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/foreground.json"))
-    options = parser.parse_args()
-    images, labels, foreground = canvases("t10k", seed=3)
+    images, labels, foreground = canvases("t10k", seed=TEST_SEED)
     images = normalise(images)
     teacher = load_teacher("fashion-canvas")
     attended, chance = foreground_share(teacher, images, foreground)
     with torch.no_grad():
         predictions = torch.cat([teacher(part).argmax(1) for part in images.split(500)])
-    result = {
-        "images": len(images),
-        "test_accuracy": round((predictions == labels).double().mean().item(), 4),
-        "foreground_in_important_patches": round(attended, 4),
-        "foreground_in_all_patches": round(chance, 4),
-        "environment": describe(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    record(
+        "foreground",
+        {
+            "images": len(images),
+            "test_accuracy": round((predictions == labels).double().mean().item(), 4),
+            "foreground_in_important_patches": round(attended, 4),
+            "foreground_in_all_patches": round(chance, 4),
+        },
+    )

@@ -1,5 +1,4 @@
-"""Trains the embedded teacher ``fashion-canvas`` on the CPU: ``python -m
-benchmarks.train_teacher``.
+"""Trains the embedded teacher on the CPU: ``python -m benchmarks.train_teacher``.
 
 A small CNN learns the canvases in minutes; the ViT then learns from the labels and from the CNN's
 probabilities (distillation). Two things make a ViT learn fast enough on two cores: a curriculum, in
@@ -23,7 +22,18 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.fashion_canvas import CLASSES, ITEM_SIDES, SIDE, load_items, render
+from benchmarks.fashion_canvas import (
+    CLASSES,
+    ITEM_SIDES,
+    MEAN,
+    SIDE,
+    STD,
+    TEST_SEED,
+    canvases,
+    load_items,
+    normalise,
+    render,
+)
 
 CONFIG = {
     "img_size": SIDE,
@@ -33,8 +43,6 @@ CONFIG = {
     "num_heads": 4,
     "num_classes": len(CLASSES),
 }
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 GRID = SIDE // 8
 BATCH = 64
 VALIDATION = 5000
@@ -57,10 +65,6 @@ CURRICULUM = (
     Stage(share=0.30, item_sides=ITEM_SIDES, wander=1.0, patches=36),
     Stage(share=0.15, item_sides=ITEM_SIDES, wander=1.0, patches=GRID * GRID),
 )
-
-
-def normalise(images: Tensor) -> Tensor:
-    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def curriculum(progress: float) -> tuple[tuple[float, float], float, int]:
@@ -117,17 +121,6 @@ def sine_positions(width: int) -> Tensor:
     rows = axis[:, None].expand(GRID, GRID, -1)
     positions = torch.cat([rows, rows.transpose(0, 1)], dim=2).reshape(1, GRID * GRID, width)
     return F.pad(positions, (0, 0, 1, 0)) * 0.5
-
-
-def canvases(split: str, seed: int, *, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A canvas of full difficulty for each (of the last) items: images, labels, foreground."""
-    items, labels = load_items(split)
-    if last is not None:
-        items, labels = items[-last:], labels[-last:]
-    generator = torch.Generator().manual_seed(seed)
-    parts = [render(part, generator) for part in items.split(500)]
-    images, foreground = (torch.cat(column) for column in zip(*parts, strict=True))
-    return images, labels, foreground
 
 
 @torch.no_grad()
@@ -228,7 +221,7 @@ def main() -> None:
 
     cnn = train_cnn(options.cnn_steps, options.seed)
     model = train_vit(options.steps, cnn, options.seed + 1)
-    images, labels, _ = canvases("t10k", seed=3)
+    images, labels, _ = canvases("t10k", seed=TEST_SEED)
     card = {
         "model": CONFIG,
         "mean": MEAN,
