@@ -102,7 +102,7 @@ class SMI:
         self.teacher = SparseViT(teacher)
         if self.teacher.device != torch.device(device):
             raise ValueError(f"expected the teacher on {device}, it is on {self.teacher.device}")
-        shape = (self.teacher.vit.in_chans, *self.teacher.image_size)
+        shape = (self.teacher.channels, *self.teacher.image_size)
         if tuple(img_shape) != shape or patch_size != self.teacher.patch_size:
             raise ValueError(
                 f"expected the teacher's img_shape {shape} and patch_size "
@@ -165,7 +165,7 @@ class SMI:
             background="regularized",
             final_mask="reranked",
         )
-        shape = (self.synthesis_batch_size, teacher.vit.in_chans, *teacher.image_size)
+        shape = (self.synthesis_batch_size, teacher.channels, *teacher.image_size)
         init = torch.randn(shape, device=teacher.device)
         if targets is None:
             drawn = torch.randint(0, teacher.num_classes, (self.synthesis_batch_size,))

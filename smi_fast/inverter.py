@@ -167,7 +167,7 @@ class SparseInverter:
         if given is None:
             raise ValueError(f"the teacher's pretrained_cfg has no {name}: pass {name}=(r, g, b)")
         values = torch.tensor(tuple(given), dtype=torch.float64)
-        channels = self.teacher.vit.in_chans
+        channels = self.teacher.channels
         if values.shape != (channels,):
             raise ValueError(f"expected {name} of {channels} channels, got {tuple(given)}")
         if name == "std" and (values <= 0).any():
@@ -358,7 +358,7 @@ class SparseInverter:
         self, init: Tensor | None, batch: int, generator: torch.Generator | None
     ) -> Tensor:
         teacher = self.teacher
-        shape = (batch, teacher.vit.in_chans, *teacher.image_size)
+        shape = (batch, teacher.channels, *teacher.image_size)
         if init is None:
             noise = torch.randn(shape, generator=generator, dtype=torch.float32)
             return noise.to(teacher.device, teacher.dtype)

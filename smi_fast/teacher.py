@@ -61,6 +61,7 @@ class SparseViT(nn.Module):
         backend: which implementation of the ops to use, see :mod:`smi_fast.backends`.
 
     Attributes:
+        channels: of an image.
         image_size: (height, width) in pixels.
         patch_size: side of a patch in pixels.
         grid: patches per side, (rows, columns).
@@ -75,6 +76,7 @@ class SparseViT(nn.Module):
         super().__init__()
         vit = _check_teacher(teacher)
         self.backend = check_name(backend)
+        self.channels = int(vit.patch_embed.proj.in_channels)
         self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.patch_size = int(vit.patch_embed.patch_size[0])
@@ -160,7 +162,7 @@ class SparseViT(nn.Module):
         return SparseOutput(self.vit.forward_head(x), row)
 
     def _check_images(self, images: Tensor) -> None:
-        expected = (self.vit.in_chans, *self.image_size)
+        expected = (self.channels, *self.image_size)
         if images.dim() != 4 or images.shape[1:] != expected:
             raise ValueError(
                 f"expected images [B, {expected[0]}, {expected[1]}, {expected[2]}] "
