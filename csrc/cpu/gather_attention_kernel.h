@@ -16,15 +16,26 @@ template <typename T, int kVecs>
 void multiply_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t width,
                    int64_t depth, bool accumulate) {
   using V = Vec<T>;
-  V sums[kTileRows][kVecs] = {};
+  // Unrolled by name, because sums that are indexed by a loop live in memory.
+  V sums[kTileRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) sums[r][v] = V{};
+  }
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += width) {
     V row[kVecs];
+#pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) row[v] = load<V>(b + v * lanes<T>());
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 3
       for (int v = 0; v < kVecs; ++v) sums[r][v] += a[r * a_row] * row[v];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) {
       T* to = c + r * width + v * lanes<T>();
       store(to, accumulate ? load<V>(to) + sums[r][v] : sums[r][v]);
@@ -167,9 +178,9 @@ int64_t workspace_size(int64_t length, int64_t head_width) {
 // to [count, width] = rows of q, k or v from `begin` on.
 template <typename T>
 void gather_rows(const Head<T>& head, int64_t part, int64_t begin, int64_t count, T scale,
-                 int64_t width, T* to) {
+                 int64_t width, T* __restrict to) {
   for (int64_t i = begin; i < begin + count; ++i, to += width) {
-    const T* from = head.qkv + head.offset(part, i);
+    const T* __restrict from = head.qkv + head.offset(part, i);
     for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * scale;
   }
 }
@@ -177,7 +188,7 @@ void gather_rows(const Head<T>& head, int64_t part, int64_t begin, int64_t count
 // dqkv's rows = from [count, width], times a scale.
 template <typename T>
 void scatter_rows(const Head<T>& head, int64_t part, int64_t begin, int64_t count, T scale,
-                  int64_t width, const T* from, T* d_qkv) {
+                  int64_t width, const T* __restrict from, T* __restrict d_qkv) {
   for (int64_t i = begin; i < begin + count; ++i, from += width) {
     T* to = d_qkv + head.offset(part, i);
     for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * scale;
