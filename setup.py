@@ -29,8 +29,8 @@ def cpu_extension() -> Extension:
         sorted(map(str, root.glob("*.cpp"))),
         depends=sorted(map(str, root.glob("*.h"))),
         define_macros=[("TORCH_TARGET_VERSION", abi(*TORCH_FLOOR))],
-        # Vectors of sums need -fopenmp-simd, of square roots -fno-math-errno. The instruction set is
-        # chosen when the library runs (csrc/cpu/per_isa.h), so it isn't here.
+        # Vectors of sums need -fopenmp-simd, of square roots -fno-math-errno. No instruction set is
+        # named here, because it is chosen when the library runs (csrc/cpu/per_isa.h).
         extra_compile_args=[
             *("-O3", "-fopenmp-simd", "-fno-math-errno", "-ffp-contract=fast"),
             *("-fvisibility=hidden", "-Wall", "-Wextra"),

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels; they register themselves under the ops of :mod:`smi_fast._schemas`."""
+"""Loads the compiled kernels, which register themselves for the ops of :mod:`smi_fast._schemas`."""
 
 from __future__ import annotations
 

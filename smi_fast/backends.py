@@ -104,9 +104,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, name: str = AUTO) 
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
-    raise BackendUnavailable(
-        f"no backend can run {op} on {device} in {dtype}: {'; '.join(reasons)}"
-    )
+    raise BackendUnavailable(f"no backend can run {op} on {device} in {dtype}: {'; '.join(reasons)}")
 
 
 def report(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:

@@ -1,8 +1,8 @@
 """Calls of every op that the C++ kernels are checked on, and the error that they may have.
 
-Run as a program it checks a reduced grid of them: once more for every instruction set, and under
-sanitizers. Its argument is a folder with the ``_C_cpu`` to check in place of the installed one; a sanitized one can
-be asked for a planted fault.
+Run as a program it checks a reduced grid of them: for every instruction set, and under sanitizers.
+Its argument is a folder with the ``_C_cpu`` to check in place of the installed one; a sanitized one
+has a planted fault, for ``--planted-fault``.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ class Case:
 def within_budget(ours: Tensor, eager: Tensor, exact: Tensor) -> bool:
     """Whether the greatest error is at most twice that of eager PyTorch in the same precision.
 
-    Both errors have a floor of two units in the last place of the greatest number.
+    Relative to the greatest number it may be two units in the last place in float32, which a lucky
+    rounding of eager would otherwise forbid, and 1e-12 in float64, which eager defines.
     """
     if not exact.numel():
         return True
     our, plain = _errors(ours, eager, exact)
-    floor = 2 * torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    return our <= 2 * plain + max(floor, 1e-12 if ours.dtype == torch.float64 else 1e-30)
+    floor = 1e-12 if ours.dtype == torch.float64 else 2 * torch.finfo(ours.dtype).eps
+    return our <= 2 * plain + floor * exact.abs().max().item()
 
 
 def _errors(ours: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -205,9 +206,10 @@ def batch_norm_matching_cases() -> Iterator[Case]:
     for shape in ((1, 1, 1, 1), (3, 5, 7, 7), (2, 3, 33, 65), (8, 64, 14, 14), (2, 2, 1, 1024)):
         yield from pair("x".join(map(str, shape)), torch.randn(shape) * 3 + 1)
     x = torch.randn(3, 5, 14, 15)
-    for layout, values in {**layouts(x), "far": x + 1e3, "outlier": x}.items():
+    outlier = x.clone()
+    outlier[:, :, 0, 0] = 1e4
+    for layout, values in {**layouts(x), "far": x + 1e3, "outlier": outlier}.items():
         yield from pair(layout, values)
-    x[:, :, 0, 0] = 1e4
 
 
 def adam_clamp_cases() -> Iterator[Case]:
