@@ -4,7 +4,7 @@
 // around its own mean, so that the variance stays accurate however large the mean is.
 template <typename T>
 Moments normalize(const T* __restrict x, T* __restrict y, int64_t size, T scale, T offset) {
-  constexpr int64_t kBlock = 1024;
+  constexpr int64_t kBlock = 256;  // short enough for sums in T
   Moments moments;
   for (int64_t start = 0; start < size; start += kBlock) {
     const int64_t count = std::min(kBlock, size - start);
