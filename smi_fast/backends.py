@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smi_fast import reference
+from smi_fast import _native, reference
 
 OPS = (
     "gather_patches",
@@ -53,7 +53,20 @@ def _reference_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str
     return None if dtype.is_floating_point else f"{op} takes floating point, got {dtype}"
 
 
-BACKENDS = (Backend("reference", reference, _reference_why_not),)
+def _cpp_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _native.WHY_NO_CPU is not None:
+        return _native.WHY_NO_CPU
+    if device.type != "cpu":
+        return f"{op} runs on the CPU, got {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"{op} takes float32 or float64, got {dtype}"
+    return None
+
+
+BACKENDS = (
+    Backend("cpp", torch.ops.smi_fast, _cpp_why_not),
+    Backend("reference", reference, _reference_why_not),
+)
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,87 @@
+#include <cmath>
+
+#include "common.h"
+
+namespace smi_fast {
+
+// The scalars of one step of Adam, rounded once.
+template <typename T>
+struct AdamStep {
+  T to_mean, keep_square, to_square, rate, root, eps;
+
+  AdamStep(int64_t step, double lr, double beta1, double beta2)
+      : to_mean(static_cast<T>(1 - beta1)),
+        keep_square(static_cast<T>(beta2)),
+        to_square(static_cast<T>(1 - beta2)),
+        rate(static_cast<T>(lr / (1 - std::pow(beta1, step)))),
+        root(static_cast<T>(1 / std::sqrt(1 - std::pow(beta2, step)))),
+        eps(static_cast<T>(1e-8)) {}
+};
+
+}  // namespace smi_fast
+
+#define SMI_KERNEL "adam_clamp_kernel.h"
+#include "per_isa.h"
+
+namespace smi_fast {
+namespace {
+
+template <typename T>
+void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+         const AdamStep<T>& step, const Tensor& low, const Tensor& high,
+         const std::optional<Tensor>& kept, int64_t patch_size) {
+  const auto kernel = SMI_BEST(adam_clamp<T>);
+  const int64_t batch = images.size(0), channels = images.size(1), width = images.size(3);
+  const int64_t plane = images.size(2) * width;
+  T* p = images.mutable_data_ptr<T>();          // [B, C, H, W]
+  const T* g = grad.const_data_ptr<T>();        // [B, C, H, W]
+  T* m = exp_avg.mutable_data_ptr<T>();         // [B, C, H, W]
+  T* v = exp_avg_sq.mutable_data_ptr<T>();      // [B, C, H, W]
+  const T* lowest = low.const_data_ptr<T>();    // [C]
+  const T* highest = high.const_data_ptr<T>();  // [C]
+  if (!kept) {
+    const int64_t block = std::min(kGrain, plane), blocks = plane ? ceil_div(plane, block) : 0;
+    for_each_task(batch * channels * blocks, block, [&](int64_t i) {
+      const int64_t channel = i / blocks % channels, start = i % blocks * block;
+      const int64_t at = i / blocks * plane + start;
+      kernel(p + at, g + at, m + at, v + at, 1, std::min(block, plane - start), 0, step,
+             lowest[channel], highest[channel]);
+    });
+    return;
+  }
+  const int64_t* patches = kept->const_data_ptr<int64_t>();  // [B, K]
+  const int64_t count = kept->size(1), columns = width / patch_size;
+  for_each_task(batch * count, channels * patch_size * patch_size, [&](int64_t i) {
+    const int64_t row = patches[i] / columns, column = patches[i] % columns;
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const int64_t at =
+          (i / count * channels + channel) * plane + (row * width + column) * patch_size;
+      kernel(p + at, g + at, m + at, v + at, patch_size, patch_size, width, step, lowest[channel],
+             highest[channel]);
+    }
+  });
+}
+
+void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, int64_t step,
+                 double lr, double beta1, double beta2, const Tensor& low, const Tensor& high,
+                 const std::optional<Tensor>& kept_any, int64_t patch_size) {
+  std::optional<Tensor> kept;
+  if (kept_any) {
+    kept = checked_kept(*kept_any, (images.size(2) / patch_size) * (images.size(3) / patch_size));
+  }
+  const Tensor p = as_contiguous(images), m = as_contiguous(exp_avg), v = as_contiguous(exp_avg_sq);
+  with_type_of(images, [&](auto zero) {
+    using T = decltype(zero);
+    run<T>(p, as_contiguous(grad), m, v, AdamStep<T>(step, lr, beta1, beta2), as_contiguous(low),
+           as_contiguous(high), kept, patch_size);
+  });
+  if (!images.is_contiguous()) torch::stable::copy_(images, p);
+  if (!exp_avg.is_contiguous()) torch::stable::copy_(exp_avg, m);
+  if (!exp_avg_sq.is_contiguous()) torch::stable::copy_(exp_avg_sq, v);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) { m.impl("adam_clamp_", TORCH_BOX(&adam_clamp_)); }
+
+}  // namespace smi_fast

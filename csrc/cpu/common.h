@@ -1,0 +1,64 @@
+// What the CPU ops share: tensors in, tasks out.
+
+#pragma once
+
+// Torch's headers aren't ours to tidy.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace smi_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements below which a task isn't worth a thread.
+constexpr int64_t kGrain = 16384;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Runs a generic lambda with a zero of the tensor's type.
+template <typename Run>
+auto with_type_of(const Tensor& tensor, const Run& run) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "expected float32 or float64, got ", torch::headeronly::toString(type));
+  return type == ScalarType::Float ? run(float{}) : run(double{});
+}
+
+// Runs run(i) for each of `count` tasks of `size` elements.
+template <typename Run>
+void for_each_task(int64_t count, int64_t size, const Run& run) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  });
+}
+
+// The kept indices as a contiguous tensor, all of them in [0, total).
+inline Tensor checked_kept(const Tensor& kept, int64_t total) {
+  const Tensor result = as_contiguous(kept);
+  const int64_t* values = result.const_data_ptr<int64_t>();  // [B, K]
+  for (int64_t i = 0; i < result.numel(); ++i) {
+    STD_TORCH_CHECK(values[i] >= 0 && values[i] < total, "expected kept in [0, ", total, "), got ",
+                    values[i], " at [", i / kept.size(1), ", ", i % kept.size(1), "]");
+  }
+  return result;
+}
+
+}  // namespace smi_fast

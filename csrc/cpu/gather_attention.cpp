@@ -1,0 +1,190 @@
+#include <cmath>
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#include "common.h"
+
+namespace smi_fast {
+
+// The kept tokens of one image in one head.
+template <typename T>
+struct Head {
+  const T* qkv;         // [N, 3, H, D] from the head on
+  const int64_t* kept;  // [K], or null for all rows in order
+  int64_t length;       // tokens that count
+  int64_t width;        // D
+  int64_t out_row;      // H·D
+  T scale;              // 1/√D
+
+  // Elements before row i of q, k or v, the parts 0, 1 and 2.
+  int64_t offset(int64_t part, int64_t i) const {
+    return ((kept ? kept[i] : i) * 3 + part) * out_row;
+  }
+};
+
+}  // namespace smi_fast
+
+#define SMI_KERNEL "gather_attention_kernel.h"
+#include "per_isa.h"
+
+namespace smi_fast {
+namespace {
+
+// Zeroed memory that vectors of any instruction set are aligned in.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {
+    std::fill_n(data_, size, T{0});
+  }
+  ~Buffer() { ::operator delete(data_, kAlignment); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
+
+// The arguments of both directions, checked; one task for each image and head.
+template <typename T>
+class Heads {
+ public:
+  Heads(const Tensor& qkv, const std::optional<Tensor>& kept, const std::optional<Tensor>& lengths)
+      : batch_(qkv.size(0)),
+        tokens_(qkv.size(1)),
+        heads_(qkv.size(3)),
+        width_(qkv.size(4)),
+        count_(kept ? kept->size(1) : tokens_),
+        qkv_(qkv.const_data_ptr<T>()),
+        kept_(kept ? kept->const_data_ptr<int64_t>() : nullptr) {
+    for (int64_t b = 0; b < batch_; ++b) {
+      const int64_t length =
+          lengths ? lengths->const_data_ptr<int64_t>()[b * lengths->stride(0)] : count_;
+      lengths_.push_back(std::clamp<int64_t>(length, 0, count_));
+    }
+  }
+
+  int64_t batch() const { return batch_; }
+  int64_t count() const { return count_; }
+  int64_t heads() const { return heads_; }
+  int64_t out_row() const { return heads_ * width_; }
+  int64_t length(int64_t image) const { return lengths_[image]; }
+
+  // Elements before the task's part of qkv, and of [B, K, H·D].
+  int64_t qkv_offset(int64_t task) const {
+    return task / heads_ * tokens_ * 3 * out_row() + task % heads_ * width_;
+  }
+  int64_t out_offset(int64_t task) const {
+    return task / heads_ * count_ * out_row() + task % heads_ * width_;
+  }
+
+  Head<T> head(int64_t task) const {
+    const int64_t image = task / heads_;
+    return {qkv_ + qkv_offset(task),
+            kept_ ? kept_ + image * count_ : nullptr,
+            lengths_[image],
+            width_,
+            out_row(),
+            static_cast<T>(1 / std::sqrt(static_cast<double>(width_)))};
+  }
+
+  // Runs run(task, buffer), the buffer a thread's own.
+  template <typename Run>
+  void for_each(const Run& run) const {
+    const int64_t size = SMI_BEST(workspace_size<T>)(count_, width_);
+    // Products of that many multiplications take as long as kGrain elements of a pixel op.
+    const int64_t grain = 16 * kGrain / std::max<int64_t>(1, count_ * count_ * width_) + 1;
+    torch::stable::parallel_for(0, batch_ * heads_, grain, [&](int64_t begin, int64_t end) {
+      const Buffer<T> buffer(size);
+      for (int64_t task = begin; task < end; ++task) run(task, buffer.data());
+    });
+  }
+
+ private:
+  int64_t batch_, tokens_, heads_, width_, count_;
+  const T* qkv_;         // [B, N, 3, H, D]
+  const int64_t* kept_;  // [B, K], or null
+  std::vector<int64_t> lengths_;
+};
+
+std::optional<Tensor> checked_rows(const std::optional<Tensor>& kept, const Tensor& qkv) {
+  if (!kept) return std::nullopt;
+  return checked_kept(*kept, qkv.size(1));
+}
+
+std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any,
+                                            const std::optional<Tensor>& kept_any,
+                                            const std::optional<Tensor>& lengths,
+                                            bool want_importance) {
+  const Tensor qkv = as_contiguous(qkv_any);
+  const std::optional<Tensor> kept = checked_rows(kept_any, qkv);
+  const int64_t batch = qkv.size(0), heads = qkv.size(3), width = qkv.size(4);
+  const int64_t count = kept ? kept->size(1) : qkv.size(1);
+  const Tensor out = torch::stable::new_empty(qkv, {batch, count, heads * width});
+  const Tensor importance = torch::stable::new_empty(qkv, {batch, want_importance ? count : 0});
+  with_type_of(qkv, [&](auto zero) {
+    using T = decltype(zero);
+    const Heads<T> tasks(qkv, kept, lengths);
+    const auto kernel = SMI_BEST(attend<T>);
+    T* out_data = out.mutable_data_ptr<T>();                                 // [B, K, H·D]
+    std::vector<T> first_rows(want_importance ? batch * heads * count : 0);  // [B, H, K]
+    tasks.for_each([&](int64_t task, T* buffer) {
+      T* own = out_data + tasks.out_offset(task);
+      kernel(tasks.head(task), buffer, own, want_importance ? &first_rows[task * count] : nullptr);
+      for (int64_t i = tasks.length(task / heads); i < count; ++i) {
+        std::fill_n(own + i * tasks.out_row(), width, T{0});
+      }
+    });
+    if (!want_importance) return;
+    T* scores = importance.mutable_data_ptr<T>();  // [B, K]
+    for (int64_t i = 0; i < batch * count; ++i) {
+      double sum = 0;
+      for (int64_t h = 0; h < heads; ++h) {
+        sum += first_rows[(i / count * heads + h) * count + i % count];
+      }
+      scores[i] = static_cast<T>(sum / static_cast<double>(heads));
+    }
+  });
+  return {out, importance};
+}
+
+Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
+                                 const std::optional<Tensor>& kept_any,
+                                 const std::optional<Tensor>& lengths) {
+  const Tensor grad = as_contiguous(grad_any), qkv = as_contiguous(qkv_any);
+  const std::optional<Tensor> kept = checked_rows(kept_any, qkv);
+  const Tensor result =
+      kept ? torch::stable::new_zeros(qkv, qkv.sizes()) : torch::stable::empty_like(qkv);
+  with_type_of(qkv, [&](auto zero) {
+    using T = decltype(zero);
+    const Heads<T> tasks(qkv, kept, lengths);
+    const auto kernel = SMI_BEST(attend_backward<T>);
+    const T* grad_data = grad.const_data_ptr<T>();  // [B, K, H·D]
+    T* d_qkv = result.mutable_data_ptr<T>();        // [B, N, 3, H, D]
+    tasks.for_each([&](int64_t task, T* buffer) {
+      const Head<T> head = tasks.head(task);
+      T* own = d_qkv + tasks.qkv_offset(task);
+      kernel(head, buffer, grad_data + tasks.out_offset(task), own);
+      for (int64_t i = head.length; i < tasks.count(); ++i) {
+        for (int64_t part = 0; part < 3; ++part) {
+          std::fill_n(own + head.offset(part, i), head.width, T{0});
+        }
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
+  m.impl("gather_attention", TORCH_BOX(&gather_attention));
+  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
+}
+
+}  // namespace smi_fast

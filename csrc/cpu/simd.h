@@ -1,0 +1,30 @@
+// Vectors of the instruction set whose namespace this is included in; compilers give them
+// operators. Without an include guard on purpose, see per_isa.h.
+
+template <typename T, int kBytes = kVectorBytes>
+struct VecOf {
+  typedef T Type __attribute__((vector_size(kBytes)));
+};
+
+template <typename T, int kBytes = kVectorBytes>
+using Vec = typename VecOf<T, kBytes>::Type;
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V result;
+  std::memcpy(&result, from, sizeof(V));
+  return result;
+}
+
+template <typename V, typename T>
+inline void store(T* to, const V& vector) {
+  std::memcpy(to, &vector, sizeof(V));
+}
+
+template <typename T>
+constexpr int64_t lanes() {
+  return kVectorBytes / sizeof(T);
+}
+
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;

@@ -1,0 +1,152 @@
+#include <cmath>
+#include <numeric>
+
+#include "common.h"
+#include "total_variation_cells.h"
+
+namespace smi_fast {
+
+// Of one kind of difference.
+struct Sums {
+  double absolute = 0, squares = 0, count = 0;
+
+  void add(const Sums& other) {
+    absolute += other.absolute;
+    squares += other.squares;
+    count += other.count;
+  }
+};
+
+// What a difference's sign and value are multiplied with in the gradient.
+template <typename T>
+struct Slopes {
+  T per_norm, per_count;
+};
+
+}  // namespace smi_fast
+
+#define SMI_KERNEL "total_variation_kernel.h"
+#include "per_isa.h"
+
+namespace smi_fast {
+namespace {
+
+// The tasks of an op: for each plane all kept patches, or one band of rows after the other.
+class Tasks {
+ public:
+  Tasks(const Tensor& images, const std::optional<Tensor>& kept, int64_t patch_size)
+      : channels_(images.size(1)) {
+    const int64_t height = images.size(2), width = images.size(3);
+    if (kept) {
+      grid_ = {height, width, patch_size, patch_size};
+      const int64_t cells = grid_.rows() * grid_.columns(), count = kept->size(1);
+      const Tensor checked = checked_kept(*kept, cells);
+      const int64_t* values = checked.const_data_ptr<int64_t>();  // [B, K]
+      cells_.assign(values, values + checked.numel());
+      kept_.assign(kept->size(0) * cells, 0);
+      for (int64_t i = 0; i < checked.numel(); ++i) kept_[i / count * cells + values[i]] = 1;
+      cells_per_task_ = cells_per_image_ = count;
+      kept_per_image_ = cells;
+      band_rows_ = height;
+    } else {
+      // A band and its gradient stay in the first cache.
+      constexpr int64_t kBandPixels = 4096;
+      band_rows_ = std::max<int64_t>(1, kBandPixels / std::max<int64_t>(1, width));
+      grid_ = {height, width, band_rows_, std::max<int64_t>(1, width)};
+      bands_ = grid_.rows();
+      cells_.resize(bands_);
+      std::iota(cells_.begin(), cells_.end(), 0);
+      kept_.assign(bands_, 1);
+    }
+    count_ = images.size(0) * channels_ * bands_;
+  }
+
+  const Grid& grid() const { return grid_; }
+  int64_t count() const { return count_; }
+  int64_t pixels() const { return std::min(band_rows_, grid_.height) * grid_.width; }
+
+  // Elements before the plane of a task.
+  int64_t plane(int64_t task) const { return task / bands_ * grid_.height * grid_.width; }
+
+  Cells cells(int64_t task) const {
+    const int64_t image = task / bands_ / channels_;
+    return {cells_.data() + image * cells_per_image_ + task % bands_ * cells_per_task_,
+            cells_per_task_, kept_.data() + image * kept_per_image_};
+  }
+
+  // The rows of the plane whose gradient a task writes.
+  Rectangle band(int64_t task) const {
+    const int64_t top = task % bands_ * band_rows_;
+    return {top, 0, std::min(top + band_rows_, grid_.height), grid_.width};
+  }
+
+ private:
+  Grid grid_;
+  int64_t channels_, count_, band_rows_, bands_ = 1;
+  int64_t cells_per_task_ = 1, cells_per_image_ = 0, kept_per_image_ = 0;
+  std::vector<int64_t> cells_;  // [B, K], or [bands] for all images
+  std::vector<uint8_t> kept_;   // [B, cells], or [bands] for all images
+};
+
+Tensor total_variation(const Tensor& images_any, const std::optional<Tensor>& kept,
+                       int64_t patch_size) {
+  const Tensor images = as_contiguous(images_any);
+  const Tasks tasks(images, kept, patch_size);
+  const Tensor parts = torch::stable::new_empty(images, {3, kKinds});
+  with_type_of(images, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = SMI_BEST(sum_differences<T>);
+    const T* pixels = images.const_data_ptr<T>();  // [B, C, H, W]
+    std::vector<Sums> of_tasks(tasks.count() * kKinds);
+    for_each_task(tasks.count(), tasks.pixels(), [&](int64_t i) {
+      kernel(pixels + tasks.plane(i), tasks.grid(), tasks.cells(i), &of_tasks[i * kKinds]);
+    });
+    T* out = parts.mutable_data_ptr<T>();  // [3, 4]
+    for (int kind = 0; kind < kKinds; ++kind) {
+      Sums total;
+      for (int64_t i = 0; i < tasks.count(); ++i) total.add(of_tasks[i * kKinds + kind]);
+      out[kind] = static_cast<T>(total.absolute);
+      out[kKinds + kind] = static_cast<T>(std::sqrt(total.squares));
+      out[2 * kKinds + kind] = static_cast<T>(total.count);
+    }
+  });
+  return parts;
+}
+
+Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
+                                const Tensor& images_any, const std::optional<Tensor>& kept,
+                                int64_t patch_size, const Tensor& parts_any) {
+  const Tensor images = as_contiguous(images_any), parts = as_contiguous(parts_any);
+  const Tasks tasks(images, kept, patch_size);
+  const Tensor result = torch::stable::empty_like(images);
+  with_type_of(images, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = SMI_BEST(add_gradient<T>);
+    const T* pixels = images.const_data_ptr<T>();  // [B, C, H, W]
+    const T* norms = parts.const_data_ptr<T>() + kKinds;
+    const T* counts = norms + kKinds;
+    Slopes<T> slopes[kKinds];
+    for (int kind = 0; kind < kKinds; ++kind) {
+      const T norm = norms[kind], count = counts[kind];
+      slopes[kind] = {norm > 0 ? *grad_l2.const_data_ptr<T>() / norm : 0,
+                      count > 0 ? *grad_l1.const_data_ptr<T>() / count : 0};
+    }
+    T* out = result.mutable_data_ptr<T>();  // [B, C, H, W]
+    for_each_task(tasks.count(), tasks.pixels(), [&](int64_t i) {
+      T* plane = out + tasks.plane(i);
+      const Rectangle band = tasks.band(i);
+      std::fill(plane + band.top * band.right, plane + band.bottom * band.right, T{0});
+      kernel(pixels + tasks.plane(i), tasks.grid(), tasks.cells(i), slopes, plane);
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
+  m.impl("total_variation", TORCH_BOX(&total_variation));
+  m.impl("total_variation_backward", TORCH_BOX(&total_variation_backward));
+}
+
+}  // namespace smi_fast

@@ -1,0 +1,85 @@
+// Which differences of neighbouring pixels count, as rectangles of pixels.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+namespace smi_fast {
+
+struct Neighbour {
+  int64_t down, right;
+};
+
+// The four differences, and the same seen from their other pixel.
+constexpr int kKinds = 4;
+constexpr Neighbour kNeighbours[2 * kKinds] = {{0, 1},  {1, 0},  {1, 1},   {1, -1},
+                                               {0, -1}, {-1, 0}, {-1, -1}, {-1, 1}};
+
+struct Rectangle {
+  int64_t top, left, bottom, right;
+
+  bool empty() const { return top >= bottom || left >= right; }
+
+  // The pixels whose neighbour is in this rectangle.
+  Rectangle seen_from(const Neighbour& neighbour) const {
+    return {top - neighbour.down, left - neighbour.right, bottom - neighbour.down,
+            right - neighbour.right};
+  }
+
+  Rectangle within(const Rectangle& other) const {
+    return {std::max(top, other.top), std::max(left, other.left), std::min(bottom, other.bottom),
+            std::min(right, other.right)};
+  }
+};
+
+// A plane of pixels cut into cells, the last row of which may be lower.
+struct Grid {
+  int64_t height, width, cell_height, cell_width;
+
+  int64_t rows() const { return (height + cell_height - 1) / cell_height; }
+  int64_t columns() const { return width / cell_width; }
+  int64_t elements(const Neighbour& neighbour) const {
+    return neighbour.down * width + neighbour.right;
+  }
+  Rectangle plane() const { return {0, 0, height, width}; }
+  Rectangle cell(int64_t row, int64_t column) const {
+    const int64_t top = row * cell_height, left = column * cell_width;
+    return {top, left, std::min(top + cell_height, height), left + cell_width};
+  }
+};
+
+// Some kept cells of a grid, and of all cells whether they are kept.
+struct Cells {
+  const int64_t* indices;
+  int64_t count;
+  const uint8_t* kept;
+};
+
+// Calls visit with rectangles that cover, once each, the pixels whose difference with a neighbour
+// counts because of one of the cells: all pixels of the cell, and those of cells next to it that
+// aren't kept but look into it.
+template <typename Visit>
+inline void for_each_rectangle(const Grid& grid, const Cells& cells, const Neighbour& neighbour,
+                               const Visit& visit) {
+  for (int64_t i = 0; i < cells.count; ++i) {
+    const int64_t row = cells.indices[i] / grid.columns();
+    const int64_t column = cells.indices[i] % grid.columns();
+    const Rectangle cell = grid.cell(row, column);
+    const auto visit_some = [&](const Rectangle& pixels) {
+      if (!pixels.empty()) visit(pixels);
+    };
+    visit_some(cell.within(grid.plane().seen_from(neighbour)));
+    for (int64_t up = 0; up <= std::abs(neighbour.down); ++up) {
+      for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
+        const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
+        if (r < 0 || r >= grid.rows() || c < 0 || c >= grid.columns()) continue;
+        if (cells.kept[r * grid.columns() + c]) continue;
+        visit_some(grid.cell(r, c).within(cell.seen_from(neighbour)));
+      }
+    }
+  }
+}
+
+}  // namespace smi_fast

@@ -1,0 +1,256 @@
+"""The C++ kernels against the reference, in every layout and precision, and under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_kept
+from cpp_cases import Case, all_cases, strided, within_budget
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from smi_fast import _native, backends, ops, reference
+
+pytestmark = pytest.mark.skipif(
+    _native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {_native.WHY_NO_CPU}"
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = all_cases()
+F32, F64 = torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_at_most_twice_that_of_eager(case: Case, dtype: torch.dtype) -> None:
+    case.check(dtype)
+
+
+def test_budget_catches_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if str(c) == "gather_attention-46-64")
+    eager, exact = case.run(reference, F32)[0], case.run(reference, F64)[0]
+    assert within_budget(eager, eager, exact)
+    for wrong in (1e-5, float("nan"), float("inf")):
+        planted = eager.clone()
+        planted[1, 45, 127] += wrong
+        assert not within_budget(planted, eager, exact)
+    shifted = next(c for c in CASES if c.op == "gather_patches")
+    monkeypatch.setattr(reference, "gather_patches", lambda images, kept, *_: (images * 2, kept))
+    with pytest.raises(AssertionError):
+        shifted.check(F32)
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    images, kept = torch.randn(3, 3, 224, 224), random_kept(3, 60, 196)
+    qkv, lengths = torch.randn(3, 150, 3, 4, 64), torch.tensor([140, 99, 0])
+    rows, channels = random_kept(3, 140, 150), torch.rand(4, 3) + 0.5
+    state = [torch.rand_like(images) for _ in range(3)]
+    on_patches = {"patch_size": 16, "backend": "cpp"}
+
+    def results(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        leaves = images.clone().requires_grad_(), qkv.clone().requires_grad_()
+        patches, _ = ops.gather_patches(leaves[0], kept, (5, -9), True, **on_patches)
+        out, importance = ops.gather_attention(
+            leaves[1], rows, lengths, importance=True, backend="cpp"
+        )
+        parts = [ops.total_variation(leaves[0], k, **on_patches) for k in (None, kept)]
+        y, loss = ops.batch_norm_matching(leaves[0], *channels, backend="cpp")
+        terms = [patches, out, y, loss, *parts[0], *parts[1]]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in terms), leaves)
+        changed = [t.clone() for t in (images, *state)]
+        rates = {"step": 2, "lr": 0.1, "betas": (0.5, 0.99)}
+        for selection in (None, kept):
+            bounds = {"low": -channels[0], "high": channels[1], "kept": selection}
+            ops.adam_clamp_(*changed, **rates, **bounds, **on_patches)
+        return [*terms, importance, *grads, *changed]
+
+    before = torch.get_num_threads()
+    try:
+        one, two = results(1), results(2)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_element_of_a_result_is_written() -> None:
+    """New memory is filled with nan, and results stay the same."""
+    chosen = CASES[::2]
+    plain = [case.run(torch.ops.smi_fast, F32) for case in chosen]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = [case.run(torch.ops.smi_fast, F32) for case in chosen]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for case, before, after in zip(chosen, plain, poisoned, strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a, b), case
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**40])
+@pytest.mark.parametrize(
+    "op", ["gather_patches", "total_variation", "adam_clamp_", "gather_attention"]
+)
+def test_kept_out_of_range_is_refused_before_anything_is_written(op: str, bad: int) -> None:
+    kept = torch.tensor([[0, 1, 2], [3, bad, 5]])
+    images, qkv = torch.randn(2, 3, 12, 16), torch.randn(2, 12, 3, 2, 8)
+    state = [torch.randn(2, 3, 12, 16), torch.randn(2, 3, 12, 16), torch.rand(2, 3, 12, 16), images]
+    before = [t.clone() for t in state]
+    shift, flip, bounds = torch.tensor([0, 0]), torch.tensor(False), (-torch.ones(3), torch.ones(3))
+    grads = {
+        "gather_patches": (torch.zeros(2, 3, 48), kept, shift, flip, 4, 12, 16),
+        "total_variation": (torch.ones(()), torch.ones(()), images, kept, 4, torch.ones(3, 4)),
+        "gather_attention": (torch.zeros(2, 3, 16), qkv, kept, None),
+    }
+    forward = {
+        "gather_patches": (images, kept, shift, flip, 4),
+        "total_variation": (images, kept, 4),
+        "gather_attention": (qkv, kept, None, True),
+        "adam_clamp_": (images, *state[:3], 1, 0.1, 0.5, 0.99, *bounds, kept, 4),
+    }
+    message = rf"expected kept in \[0, 12\), got {bad} at \[1, 1\]"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.smi_fast, op)(*forward[op])
+    if op in grads:
+        with pytest.raises(RuntimeError, match=message):
+            getattr(torch.ops.smi_fast, f"{op}_backward")(*grads[op])
+    assert all(map(torch.equal, state, before))
+
+
+def test_a_nan_in_a_gradient_reaches_the_pixels() -> None:
+    state = [torch.zeros(1, 1, 4, 4) for _ in range(4)]
+    state[1][0, 0, 1, 2] = torch.nan
+    bounds = {"low": torch.tensor([-1.0]), "high": torch.tensor([1.0])}
+    ops.adam_clamp_(*state, step=1, lr=0.1, betas=(0.5, 0.9), **bounds, backend="cpp")
+    assert state[0].isnan().nonzero().tolist() == [[0, 0, 1, 2]]
+
+
+def test_other_types_and_devices_are_refused_with_the_reason() -> None:
+    with pytest.raises(RuntimeError, match="expected float32 or float64, got Half"):
+        torch.ops.smi_fast.total_variation(torch.zeros(1, 3, 8, 8).half(), None, 1)
+    with pytest.raises(backends.BackendUnavailable, match=r"cpp: .*or float64, got torch.bfloat16"):
+        ops.total_variation(torch.zeros(1, 3, 8, 8).bfloat16(), backend="cpp")
+    with pytest.raises(backends.BackendUnavailable, match=r"cpp: .* runs on the CPU, got meta"):
+        ops.total_variation(torch.zeros(1, 3, 8, 8, device="meta"), backend="cpp")
+
+
+def test_it_is_the_automatic_choice_on_the_cpu() -> None:
+    for op in backends.OPS:
+        assert backends.choose(op, torch.device("cpu"), F32).name == "cpp"
+        assert backends.choose(op, torch.device("cpu"), torch.bfloat16).name == "reference"
+
+
+def test_without_the_library_the_reference_runs_and_the_reason_is_known() -> None:
+    code = """
+import sys, torch
+sys.modules["smi_fast._C_cpu"] = None
+from smi_fast import backends, ops
+ops.total_variation(torch.zeros(1, 3, 8, 8))
+assert backends.choose("total_variation", torch.device("cpu"), torch.float32).name == "reference"
+assert "smi_fast._C_cpu can't be loaded" in backends.report(torch.device("cpu"))["cpp"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def smallest_cases() -> list[Case]:
+    """One call of each op with strided arguments, small enough for opcheck."""
+    found: dict[str, Case] = {}
+    for case in CASES:
+        if "strided" in case.label:
+            found.setdefault(case.op, case)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("case", smallest_cases(), ids=str)
+def test_opcheck(case: Case) -> None:
+    torch.library.opcheck(getattr(torch.ops.smi_fast, case.op), case.arguments)
+
+
+def test_compiles_into_one_graph() -> None:
+    kept, rows = random_kept(2, 4, 6), random_kept(2, 5, 9)
+    shift, flip = torch.tensor([3, -5]), torch.tensor(True)
+    leaves = strided(torch.randn(2, 3, 8, 12)), torch.randn(2, 9, 3, 2, 8)
+
+    def loss(images: Tensor, qkv: Tensor, backend: str) -> Tensor:
+        patches, _ = ops.gather_patches(images, kept, shift, flip, patch_size=4, backend=backend)
+        out, _ = ops.gather_attention(qkv, rows, importance=True, backend=backend)
+        l1, l2 = ops.total_variation(images, kept, patch_size=4, backend=backend)
+        y, term = ops.batch_norm_matching(images, *torch.ones(4, 3), backend=backend)
+        return patches.square().sum() + out.square().sum() + l1 + l2 + y.square().sum() + term
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = [leaf.requires_grad_() for leaf in leaves]
+    ours = torch.autograd.grad(compiled(*inputs, "cpp"), inputs)
+    expected = torch.autograd.grad(loss(*inputs, "reference"), inputs)
+    torch.testing.assert_close(ours, expected)
+
+
+def run_cases(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "cpp_cases.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_instruction_sets(capability: str) -> None:
+    result = run_cases(ATEN_CPU_CAPABILITY=capability)
+    assert result.returncode == 0 and "within their budget" in result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a _C_cpu under AddressSanitizer and UBSan, and one planted fault more."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "planted_fault.cpp"]
+    flags = ["-std=c++20", "-fPIC", "-g1", "-O1", "-fopenmp-simd", "-fno-math-errno"]
+    flags += [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    flags += [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+
+    def compile_one(source: Path) -> str:
+        made = str(folder / f"{source.stem}.o")
+        subprocess.run(["g++", *flags, "-c", str(source), "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    libraries = [f"-L{library_paths()[0]}", "-ltorch_cpu", "-lc10"]
+    library = str(folder / "_C_cpu.abi3.so")
+    subprocess.run(["g++", "-shared", *flags, *objects, *libraries, "-o", library], check=True)
+    return folder
+
+
+def run_sanitized(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    name = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": name.stdout.strip()}
+    return run_cases(str(folder), *arguments, **options)
+
+
+def test_no_access_out_of_bounds_and_nothing_undefined(sanitized: Path) -> None:
+    result = run_sanitized(sanitized)
+    assert result.returncode == 0 and str(sanitized) in result.stdout, result.stderr
+
+
+def test_sanitizer_catches_a_read_out_of_bounds(sanitized: Path) -> None:
+    result = run_sanitized(sanitized, "--planted-fault")
+    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr
