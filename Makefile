@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
+HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")'
 
 .PHONY: help demo test lint bench clean
 
@@ -37,11 +38,15 @@ $(FASHION_MNIST):
 	    exit 1; }
 
 clean:
-	rm -rf build dist demo *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
 # The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.
-.venv/.installed: pyproject.toml setup.py | $(BIN)/pip
+.venv/.installed: pyproject.toml setup.py $(wildcard csrc/*/*) | $(BIN)/pip
+	@{ command -v g++ && $(BIN)/python -c $(HAS_HEADERS); } >/dev/null 2>&1 || { \
+	    [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy g++ python3-dev; } || { \
+	    echo 'The kernels need g++ and Python.h: on Debian, apt-get install g++ python3-dev.' >&2; \
+	    exit 1; }
 	$(BIN)/pip install 'setuptools>=77' wheel ninja 'torch>=2.10' torchvision
 	$(BIN)/pip install --no-build-isolation -e '.[test,dev]'
 	touch $@

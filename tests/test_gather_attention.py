@@ -8,6 +8,8 @@ from torch import Tensor
 
 from smi_fast import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def sdpa(rows: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*rows.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)

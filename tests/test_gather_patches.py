@@ -8,6 +8,8 @@ from torch import Tensor
 
 from smi_fast import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def roll_flip_unfold_gather(
     images: Tensor, positions: Tensor, shift: tuple[int, int], flip: bool, patch_size: int

@@ -12,6 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 GOLDEN = Path(__file__).parent / "golden"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

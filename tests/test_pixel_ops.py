@@ -9,6 +9,8 @@ from torch import Tensor
 
 from smi_fast import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 F64 = torch.float64
 
 
