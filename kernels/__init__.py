@@ -1,4 +1,7 @@
-"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.reference`; installed as ``smi_fast.kernels``."""
+"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.reference`.
+
+Installed as ``smi_fast.kernels``. Importing it imports triton, so ``smi_fast`` itself never does.
+"""
 
 from .adam_clamp import adam_clamp_
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward

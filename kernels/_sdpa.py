@@ -1,7 +1,7 @@
 """Attention for sets of tokens that one program can't hold: PyTorch's own fused kernels take over.
 
-They tile the keys, which is what pays once scores no longer fit in registers; what the fused op saves
-there, the gather and the permutation, is small beside the products themselves.
+They tile the keys, which is what pays once scores no longer fit in registers; what the fused op
+saves, a gather and a permutation, is small there beside the products themselves.
 """
 
 from __future__ import annotations

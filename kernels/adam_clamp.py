@@ -1,4 +1,4 @@
-"""adam_clamp_: a step of Adam and a clamp in one pass over the pixels, or over those of kept patches."""
+"""adam_clamp_: a step of Adam and a clamp in one pass over all pixels, or those of kept patches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""batch_norm_matching: x is read once for BatchNorm in eval mode and for the statistics of x itself.
+"""batch_norm_matching: x is read once, for BatchNorm in eval mode and for its own statistics.
 
-Each program leaves the mean of its tile and the sum of squares around that mean; a second kernel joins
-the tiles of a channel in a fixed order (Chan, Golub and LeVeque 1983), so the result is deterministic.
+Each program leaves the mean of its tile and the sum of squares around that mean; a second kernel
+joins the tiles of a channel (Chan, Golub and LeVeque 1983) in a fixed order: no run differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 4096
 
 @triton.jit
 def _channel_tile(ELEMENTS, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets into [B, C, PIXELS] of one tile of the elements of a channel, and which of them exist."""
+    """Offsets into [B, C, PIXELS] of a tile of the elements of a channel, and which exist."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     plane = (element // PIXELS) * C + tl.program_id(1)
     return plane * PIXELS + element % PIXELS, element < ELEMENTS

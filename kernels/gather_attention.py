@@ -1,11 +1,13 @@
 """gather_attention: one program owns one head of one image.
 
-The kept sets are short, so K and V stay with the program and a row of scores is complete at once: its
-softmax is exact in one pass, and backward computes P again instead of reading any saved statistics. No
-two programs share an output row, so nothing is added atomically and the result is deterministic.
+The kept sets are short, so K and V stay with the program and a row of scores is complete at once:
+its softmax is exact in one pass, and backward computes P again instead of reading saved statistics.
+No two programs share an output row, so nothing is added atomically and no run differs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -151,7 +153,7 @@ def _gather_attention_bwd(
             mask=exists[:, None] & real,
             other=0.0,
         )
-        # Transposed, keys run along the rows: P and dS stay where the products that add up need them.
+        # Transposed, with keys along the rows: P and dS are where the sums over tokens need them.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
         scores = tl.where(valid[:, None], scores, -float("inf"))
         weights = tl.exp2(scores - tl.max(scores, 0)[None, :])
@@ -175,35 +177,55 @@ def _gather_attention_bwd(
         tl.store(dqkv + 2 * H * D + key_at, dv, mask=mask)
 
 
-# Elements of a tile of keys, padded, that one program holds: as the operands of products in forward, as
-# the two accumulators dK and dV in backward. float32 has no tensor-core product: its operands lie in the
-# registers as well. Beyond, SDPA takes over; the compilation tests show that none of these spills.
+# Elements of a padded tile of keys that the registers of one program hold: operands of products in
+# forward, the accumulators dK and dV in backward. float32 has no exact tensor-core product, so its
+# operands lie in registers too. The compilation tests show that nothing spills.
 HALF_FWD, HALF_BWD, HALF_BWD_AT_ONCE = 256 * 128, 256 * 64, 128 * 64
 FULL_FWD, FULL_BWD = 256 * 64, 64 * 64
+MOST_TOKENS = 256
 BLOCK_M = 16
 
 
-def _blocks(count: int, width: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Constants that forward and backward share; a side of ``tl.dot`` is 16 at least."""
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have; interpreted ones have all they want."""
+    if device.type != "cuda":
+        return 2**31
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _padded(size: int) -> int:
+    """A side of a tile: a power of two, and no less than ``tl.dot`` takes."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def _fits(count: int, width: int, like: Tensor, *, backward: bool) -> bool:
+    """Whether one program can hold that many tokens of a head; :mod:`._sdpa` takes the others."""
+    full = like.dtype == torch.float32
+    registers = (FULL_FWD, FULL_BWD)[backward] if full else (HALF_FWD, HALF_BWD)[backward]
+    keys, channels = _padded(count), _padded(width)
+    # K and V, in backward K once more as an operand of dQ, and a block each of P and of Q.
+    elements = (3 if backward else 2) * keys * channels + BLOCK_M * (keys + channels)
+    return (
+        keys <= MOST_TOKENS
+        and keys * channels <= registers
+        and elements * like.element_size() <= shared_memory(like.device)
+    )
+
+
+def _blocks(count: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants that forward and backward share."""
     full = dtype == torch.float32
-    keys = max(16, triton.next_power_of_2(count))
+    keys = _padded(count)
+    warps = (2 if keys > 128 else 1) * 8 if full else (8 if keys > 64 else 4)
     return {
         "D": width,
         "BLOCK_M": BLOCK_M,
         "BLOCK_K": keys,
-        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "BLOCK_D": _padded(width),
         "PRECISION": "ieee" if full else "tf32",
-        "num_warps": (8 if full else 4) * (1 if keys <= 64 else 2),
+        "num_warps": warps,
         "num_stages": 1,
     }
-
-
-def fits(count: int, width: int, dtype: torch.dtype, *, backward: bool) -> bool:
-    """Whether one program can hold that many tokens of a head."""
-    full = dtype == torch.float32
-    limits = (FULL_FWD, FULL_BWD) if full else (HALF_FWD, HALF_BWD)
-    keys = triton.next_power_of_2(count)
-    return bool(keys <= 256 and keys * triton.next_power_of_2(width) <= limits[backward])
 
 
 def gather_attention(
@@ -212,7 +234,7 @@ def gather_attention(
     """See :func:`smi_fast.ops.gather_attention`; importance is [B, 0] when it isn't wanted."""
     batch, count, _, heads, width = qkv.shape
     count = count if kept is None else kept.shape[1]
-    if not fits(count, width, qkv.dtype, backward=False):
+    if not _fits(count, width, qkv, backward=False):
         return _sdpa.attention(qkv, kept, lengths, importance)
     out = qkv.new_empty(batch, count, heads * width)
     rows = qkv.new_empty(batch, heads, count, dtype=torch.float32) if importance else None
@@ -242,7 +264,7 @@ def gather_attention_backward(
     """Gradient [B, N, 3, H, D] of ``qkv``; rows that aren't kept get zero."""
     batch, tokens, _, heads, width = qkv.shape
     count = tokens if kept is None else kept.shape[1]
-    if not fits(count, width, qkv.dtype, backward=True):
+    if not _fits(count, width, qkv, backward=True):
         return _sdpa.attention_backward(grad, qkv, kept, lengths)
     make = torch.empty_like if kept is None else torch.zeros_like
     gradient = make(qkv, memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ from ._launch import launch
 
 @triton.jit
 def _wrapped(shift, SIDE: tl.constexpr):
-    """A shift of either sign as one in [0, SIDE), which moves to the same cells: SIDE is whole patches."""
+    """A shift of either sign as one in [0, SIDE): the same cells, for SIDE is whole patches."""
     return ((tl.load(shift) % SIDE + SIDE) % SIDE).to(tl.int32)
 
 
@@ -82,8 +82,8 @@ def _gather_patches_bwd(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # The windows of all patches tile the image: this program writes those of one row of patches, zero
-    # for patches that aren't kept, so that every pixel is written once.
+    # The windows of all patches tile the image: this program writes those of one row of patches,
+    # zero for patches that aren't kept, so that every pixel is written once.
     ROWS: tl.constexpr = HEIGHT // P
     COLUMNS: tl.constexpr = WIDTH // P
     row = tl.program_id(0)

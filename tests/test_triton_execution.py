@@ -1,7 +1,7 @@
 """The Triton kernels, executed on the CPU: values, bounds, races and bytes.
 
-They run on Triton's interpreter with the corrections of :mod:`triton_guard`, in one process of their own,
-because triton decides at its import whether kernels are interpreted.
+They run on Triton's interpreter with the corrections of :mod:`triton_guard`, in a process of their
+own, because triton decides at its import whether kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ VARIATION = ("total_variation.py", "total_variation", ("float32", None, (2, 3, 9
 @pytest.mark.parametrize(
     ("kernel", "old", "new", "caught"),
     [
-        # A mask dropped in softmax gives wrong values; dropped in a store, it reaches into a neighbour.
+        # A mask dropped in softmax gives wrong values; in a store, it reaches into a neighbour.
         (ATTENTION, 'tl.where(valid[None, :], scores, -float("inf"))', "scores", "AssertionError"),
         (ATTENTION, 'tl.where(valid[:, None], scores, -float("inf"))', "scores", "AssertionError"),
         (

@@ -1,7 +1,8 @@
-"""What :mod:`test_triton_execution` runs in a process of its own: the kernels on the guarded interpreter.
+"""What :mod:`test_triton_execution` runs in its own process: kernels on the guarded interpreter.
 
-A kernel may make twice the error, against the reference in float64, that the reference makes in the data
-type of the case. triton is imported inside of functions: the tests' own process imports this module too.
+A kernel may make twice the error, against the reference in float64, that the reference makes in the
+data type of the case. triton is imported inside of functions, for the tests' own process imports
+this module too.
 """
 
 from __future__ import annotations
@@ -63,16 +64,18 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _within_budget(results: Any, eager: Any, exact: Any) -> None:
-    for index, (ours, theirs, truth) in enumerate(zip(*map(_tensors, (results, eager, exact)))):
+    for index, (ours, theirs, truth) in enumerate(
+        zip(*map(_tensors, (results, eager, exact)), strict=True)
+    ):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         if not truth.numel():
             continue
         error, allowed = ((t.double() - truth).abs().max() for t in (ours, theirs))
-        # The last place of the largest value: where the reference happens to be exact, we needn't be.
-        rounding = torch.finfo(ours.dtype).eps * truth.abs().max()
-        assert error <= 2 * allowed + rounding, (
-            f"output {index}: {error:.2e}, reference {allowed:.2e}"
-        )
+        # One rounding of the largest value, and the noise of float32 sums, for where the reference
+        # happens to be almost exact.
+        rounding = torch.finfo(ours.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+        allowed = 2 * allowed + rounding * truth.abs().max()
+        assert error <= allowed, f"output {index}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def _check(op: str, *arguments: Any, kernels: Any = None) -> Any:
@@ -182,7 +185,7 @@ def gather_attention(
     ragged = None if lengths is None else torch.tensor(lengths)
     if ragged is not None and not gathered:
         for image, length in enumerate(lengths or ()):
-            qkv[image, length:] = torch.finfo(qkv.dtype).max / 4  # mustn't matter, however large
+            qkv[image, length:] = 1e4  # mustn't matter, however large
     out, _ = _check("gather_attention", qkv, kept, ragged, True, kernels=kernels)
     grad = torch.randn(1).to(qkv).expand_as(out) if strided else torch.randn_like(out)
     _check("gather_attention_backward", grad, qkv, kept, ragged, kernels=kernels)
@@ -196,7 +199,7 @@ def empty() -> None:
         patches, _ = _check("gather_patches", images, kept, *jitter, 4)
         _check("gather_patches_backward", patches, kept, *jitter, 4, 8, 8)
         qkv = torch.randn(batch, 5, 3, 2, 16)
-        out, _ = _check("gather_attention", qkv, kept, None, True)
+        out, _ = _check("gather_attention", qkv, kept, None, False)
         _check("gather_attention_backward", out, qkv, kept, None)
         _check("total_variation", images, kept, 4)
 
@@ -207,9 +210,11 @@ def deterministic() -> None:
     x, channel = torch.randn(2, 3, 40, 40), [torch.rand(3) for _ in range(4)]
     qkv = torch.randn(1, 20, 3, 2, 32)
     runs = [
-        _tensors(_kernels().batch_norm_matching(x, *channel, 1e-5))
-        + [_kernels().total_variation(x, None, 1)]
-        + _tensors(_kernels().gather_attention(qkv, None, None, True))
+        [
+            *_kernels().batch_norm_matching(x, *channel, 1e-5),
+            _kernels().total_variation(x, None, 1),
+            *_kernels().gather_attention(qkv, None, None, True),
+        ]
         for _ in range(2)
     ]
     assert all(map(torch.equal, *runs))
@@ -275,10 +280,13 @@ def traffic(op: str) -> tuple[int, int]:
     cases = {
         "gather_patches": (2 * patch, (x, kept, *jitter, size)),
         "gather_patches_backward": (patch + image, (patches, kept, *jitter, size, 224, 224)),
-        "total_variation": (image, (x, None, 1)),
-        "total_variation_backward": (2 * image, (one, one, x, None, 1, parts)),
+        "total_variation": (image // 3, (x[:, :1], None, 1)),
+        "total_variation_backward": (2 * image // 3, (one, one, x[:, :1], None, 1, parts)),
         "batch_norm_matching": (2 * image, (x, *[channel] * 4, 1e-5)),
-        "batch_norm_matching_backward": (3 * image, (x, x, *[channel] * 2, 1e-5, *[channel] * 2)),
+        "batch_norm_matching_backward": (
+            3 * image,
+            (x.clone(), x, *[channel] * 2, 1e-5, *[channel] * 2),
+        ),
         "adam_clamp_": (
             7 * patch,
             (*(x.clone() for _ in range(4)), 1, 0.1, 0.5, 0.9, -channel, channel, kept, size),

@@ -1,15 +1,15 @@
 """Triton's interpreter made trustworthy: what a kernel computes and touches, checked on the CPU.
 
-The stock interpreter of Triton 3.8 computes bfloat16 on its raw bits and reads out of bounds in silence.
-:func:`install` corrects it, in a process where triton was first imported with ``TRITON_INTERPRET=1``:
+The stock interpreter of Triton 3.8 computes bfloat16 on its raw bits and reads out of bounds in
+silence. :func:`install` corrects it, where triton was first imported with ``TRITON_INTERPRET=1``:
 
 * bfloat16 values are held in float32 and rounded to nearest even whenever one is made;
 * a tensor-core product of float32 operands in tf32 loses the mantissa that the hardware drops;
 * ``tl.dot`` refuses the shapes that a real target refuses;
 * a lane that is masked out of a load without ``other`` is poison, not zero;
 * every lane must fall on an element of a tensor argument;
-* no program may store to an element that another one loads or stores, nor one store write an element
-  twice; atomics are refused, for none of our kernels may need one;
+* no program may store to an element that another one loads or stores, nor one store write an
+  element twice; atomics are refused, for none of our kernels may need one;
 * the bytes that each program fetches and stores are counted, an element once for each program.
 """
 
@@ -63,11 +63,13 @@ class Shadow:
     stop: int
     reader: np.ndarray = field(init=False)
     writer: np.ndarray = field(init=False)
+    fetcher: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         # One entry a byte, so that tensors of two types can share a range.
         self.reader = np.full(self.stop - self.start, NOBODY, np.int32)
-        self.writer = np.full(self.stop - self.start, NOBODY, np.int32)
+        self.writer = self.reader.copy()
+        self.fetcher = self.reader.copy()
 
 
 @dataclass
@@ -114,8 +116,8 @@ class Memory:
             self._check(shadow, here - shadow.start, size, store)
         if inside != len(distinct):
             raise OutOfBoundsError(
-                f"{len(distinct) - inside} elements out of bounds in a {'store' if store else 'load'} "
-                f"of program {interpreter.interpreter_builder.grid_idx}"
+                f"{len(distinct) - inside} elements out of bounds in "
+                f"a {'store' if store else 'load'} of program {_program()}"
             )
 
     def _check(self, shadow: Shadow, at: np.ndarray, size: int, store: bool) -> None:
@@ -135,7 +137,9 @@ class Memory:
             traffic.stored += size * int((writers != me).sum())
             shadow.writer[at] = me
         else:
-            traffic.loaded += size * int((readers != me).sum())
+            # Programs run one after the other, so the last to fetch an element tells whether I did.
+            traffic.loaded += size * int((shadow.fetcher[at] != me).sum())
+            shadow.fetcher[at] = me
             shadow.reader[at] = np.where((readers == NOBODY) | (readers == me), me, SEVERAL)
 
 
@@ -222,7 +226,7 @@ def install() -> Memory:
         return np.dtype(np.float32) if _is_bfloat16(dtype) else np_dtype(dtype)
 
     def check_size_of(values: np.ndarray, dtype: Any) -> bool:
-        return _is_bfloat16(dtype) and values.itemsize <= 4 or check_size(values, dtype)
+        return (_is_bfloat16(dtype) and values.itemsize <= 4) or check_size(values, dtype)
 
     def make_rounded(handle: Any) -> None:
         if _is_bfloat16(handle.dtype):
