@@ -155,7 +155,8 @@ def _gather_attention_bwd(
         )
         # Transposed, with keys along the rows: P and dS are where the sums over tokens need them.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = tl.where(valid[:, None], scores, -float("inf"))
+        # Not infinite, so that an image without any token gives zeros and no nan.
+        scores = tl.where(valid[:, None], scores, -1e38)
         weights = tl.exp2(scores - tl.max(scores, 0)[None, :])
         p = weights / tl.sum(weights, 0)[None, :]
         if WITH_V:
