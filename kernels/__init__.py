@@ -1,5 +1,22 @@
-"""The Triton kernels, installed as ``smi_fast.kernels``.
+"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.reference`.
 
-Modules here import one another relatively, and nothing is imported in this file: importing
-``smi_fast`` must never import triton.
+Installed as ``smi_fast.kernels``. Importing it imports triton, so ``smi_fast`` itself never does.
 """
+
+from .adam_clamp import adam_clamp_
+from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
+from .gather_attention import gather_attention, gather_attention_backward
+from .gather_patches import gather_patches, gather_patches_backward
+from .total_variation import total_variation, total_variation_backward
+
+__all__ = [
+    "adam_clamp_",
+    "batch_norm_matching",
+    "batch_norm_matching_backward",
+    "gather_attention",
+    "gather_attention_backward",
+    "gather_patches",
+    "gather_patches_backward",
+    "total_variation",
+    "total_variation_backward",
+]

@@ -8,6 +8,8 @@ reason: nothing falls back silently.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +65,30 @@ def _cpp_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
+class _TritonKernels:
+    """The functions of ``smi_fast.kernels``, imported at the first use: that imports triton."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("smi_fast.kernels"), name)
+
+
+# Looked for once, so that ops stay traceable by torch.compile.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _triton_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "triton isn't installed"
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA devices, got {device}"
+    if dtype not in _TRITON_DTYPES:
+        return f"the Triton kernel of {op} takes float32, bfloat16 or float16, got {dtype}"
+    return None
+
+
 BACKENDS = (
+    Backend("triton", _TritonKernels(), _triton_why_not),
     Backend("cpp", torch.ops.smi_fast, _cpp_why_not),
     Backend("reference", reference, _reference_why_not),
 )

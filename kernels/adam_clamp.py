@@ -1,0 +1,116 @@
+"""adam_clamp_: a step of Adam and a clamp in one pass over all pixels, or those of kept patches."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import ADAM_EPS
+from ._launch import launch
+
+BLOCK = 1024
+
+
+@triton.jit
+def _adam_clamp(
+    images,  # [B, C, HEIGHT, WIDTH], changed
+    grad,  # [B, C, HEIGHT, WIDTH]
+    exp_avg,  # [B, C, HEIGHT, WIDTH], changed
+    exp_avg_sq,  # [B, C, HEIGHT, WIDTH], changed
+    low,  # [C]
+    high,  # [C]
+    kept,  # int64 [B, K], or None: every tile in turn
+    rate,  # lr / (1 - beta1^step)
+    root_scale,  # 1 / sqrt(1 - beta2^step)
+    decay1,  # 1 - beta1
+    beta2,
+    decay2,  # 1 - beta2
+    EPS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = (WIDTH + TILE_X - 1) // TILE_X
+    tile = tl.program_id(0)
+    channel = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if kept is not None:
+        tile = tl.load(kept + batch * tl.num_programs(0) + tile).to(tl.int32)
+    inside_y = tl.arange(0, BLOCK_Y)
+    inside_x = tl.arange(0, BLOCK_X)
+    x = tile % COLUMNS * TILE_X + inside_x
+    mask = (inside_y < TILE_Y)[:, None] & ((inside_x < TILE_X) & (x < WIDTH))[None, :]
+    plane = (batch * tl.num_programs(1) + channel) * (HEIGHT * WIDTH)
+    at = plane + (tile // COLUMNS * TILE_Y + inside_y)[:, None] * WIDTH + x[None, :]
+
+    g = tl.load(grad + at, mask=mask).to(tl.float32)
+    m = tl.load(exp_avg + at, mask=mask).to(tl.float32)
+    v = tl.load(exp_avg_sq + at, mask=mask).to(tl.float32)
+    pixels = tl.load(images + at, mask=mask).to(tl.float32)
+    m += (g - m) * decay1
+    v = v * beta2 + g * g * decay2
+    pixels -= rate * (m / (tl.sqrt(v) * root_scale + EPS))
+    pixels = tl.maximum(pixels, tl.load(low + channel).to(tl.float32))
+    pixels = tl.minimum(pixels, tl.load(high + channel).to(tl.float32))
+    tl.store(exp_avg + at, m, mask=mask)
+    tl.store(exp_avg_sq + at, v, mask=mask)
+    tl.store(images + at, pixels, mask=mask)
+
+
+def adam_clamp_(
+    images: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    low: Tensor,
+    high: Tensor,
+    kept: Tensor | None,
+    patch_size: int,
+) -> None:
+    """See :func:`smi_fast.ops.adam_clamp_`."""
+    batch, channels, height, width = images.shape
+    if kept is None:
+        # A plane is one long row, cut into tiles.
+        height, width, tile_y, tile_x = 1, height * width, 1, BLOCK
+        tiles = triton.cdiv(width, BLOCK)
+    else:
+        tile_y = tile_x = patch_size
+        tiles = kept.shape[1]
+    changed = (images, exp_avg, exp_avg_sq)
+    pixels, m, v = (tensor.contiguous() for tensor in changed)
+    launch(
+        _adam_clamp,
+        (tiles, channels, batch),
+        images,
+        pixels,
+        grad.contiguous(),
+        m,
+        v,
+        low.contiguous(),
+        high.contiguous(),
+        None if kept is None else kept.contiguous(),
+        lr / (1 - beta1**step),
+        (1 - beta2**step) ** -0.5,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        EPS=ADAM_EPS,
+        HEIGHT=height,
+        WIDTH=width,
+        TILE_Y=tile_y,
+        TILE_X=tile_x,
+        BLOCK_Y=triton.next_power_of_2(tile_y),
+        BLOCK_X=triton.next_power_of_2(tile_x),
+        num_warps=4 if kept is None else 2,
+    )
+    for tensor, result in zip(changed, (pixels, m, v), strict=True):
+        if result is not tensor:
+            tensor.copy_(result)

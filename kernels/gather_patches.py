@@ -1,0 +1,180 @@
+"""gather_patches: windows of the un-jittered image, read in place of a rolled and mirrored copy.
+
+Shift and flip are read from device memory, so a captured graph can be replayed with a new jitter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch
+
+
+@triton.jit
+def _wrapped(shift, SIDE: tl.constexpr):
+    """A shift of either sign as one in [0, SIDE): the same cells, for SIDE is whole patches."""
+    return ((tl.load(shift) % SIDE + SIDE) % SIDE).to(tl.int32)
+
+
+@triton.jit
+def _nearest_cells(shift, P: tl.constexpr):
+    return (2 * shift + P) // (2 * P)
+
+
+@triton.jit
+def _gather_patches_fwd(
+    images,  # [B, C, H, W], any strides
+    kept,  # int64 [B, K]
+    shift,  # int64 [2]
+    flip,  # bool []
+    patches,  # [B, K, C * P * P]
+    positions,  # int64 [B, K]
+    stride_b,
+    stride_c,
+    stride_y,
+    stride_x,
+    C: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    ROWS: tl.constexpr = HEIGHT // P
+    COLUMNS: tl.constexpr = WIDTH // P
+    batch = tl.program_id(1).to(tl.int64)
+    slot = batch * tl.num_programs(0) + tl.program_id(0)
+    cell = tl.load(kept + slot).to(tl.int32)
+    down = _wrapped(shift, HEIGHT)
+    right = _wrapped(shift + 1, WIDTH)
+    row = (cell // COLUMNS + _nearest_cells(down, P)) % ROWS
+    column = (cell % COLUMNS + _nearest_cells(right, P)) % COLUMNS
+    mirrored = tl.load(flip)
+    landed = tl.where(mirrored, COLUMNS - 1 - column, column)
+    tl.store(positions + slot, (row * COLUMNS + landed).to(tl.int64))
+
+    inside = tl.arange(0, BLOCK_P)
+    across = tl.where(mirrored, P - 1 - inside, inside)
+    y = ((row * P + inside + HEIGHT - down) % HEIGHT).to(tl.int64)
+    x = ((column * P + across + WIDTH - right) % WIDTH).to(tl.int64)
+    mask = (inside < P)[:, None] & (inside < P)[None, :]
+    window = images + batch * stride_b + y[:, None] * stride_y + x[None, :] * stride_x
+    patch = patches + slot * (C * P * P) + inside[:, None] * P + inside[None, :]
+    for c in tl.static_range(C):
+        pixels = tl.load(window + c * stride_c, mask=mask)
+        tl.store(patch + c * (P * P), pixels, mask=mask)
+
+
+@triton.jit
+def _gather_patches_bwd(
+    grad,  # [B, K, C * P * P]
+    kept,  # int64 [B, K]
+    shift,  # int64 [2]
+    flip,  # bool []
+    images,  # [B, C, H, W]
+    K,
+    C: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # The windows of all patches tile the image: this program writes those of one row of patches,
+    # zero for patches that aren't kept, so that every pixel is written once.
+    ROWS: tl.constexpr = HEIGHT // P
+    COLUMNS: tl.constexpr = WIDTH // P
+    row = tl.program_id(0)
+    channel = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+
+    found = tl.zeros([BLOCK_COLUMNS], tl.int32)  # 1 + the slot of each patch, 0 when it isn't kept
+    for start in range(0, K, BLOCK_K):
+        slots = start + tl.arange(0, BLOCK_K)
+        cells = tl.load(kept + batch * K + slots, mask=slots < K, other=-1)
+        same = (row * COLUMNS + columns)[:, None] == cells[None, :]
+        found += tl.sum(tl.where(same, slots[None, :] + 1, 0), axis=1)
+
+    down = _wrapped(shift, HEIGHT)
+    right = _wrapped(shift + 1, WIDTH)
+    inside = tl.arange(0, BLOCK_P)
+    across = tl.where(tl.load(flip), P - 1 - inside, inside)
+    row = (row + _nearest_cells(down, P)) % ROWS
+    columns_on_screen = (columns + _nearest_cells(right, P)) % COLUMNS
+    y = (row * P + inside + HEIGHT - down) % HEIGHT
+    x = (columns_on_screen[:, None] * P + across[None, :] + WIDTH - right) % WIDTH
+
+    in_patch = inside < P
+    mask = in_patch[:, None, None] & (columns < COLUMNS)[None, :, None] & in_patch[None, None, :]
+    slot = (batch * K + found - 1) * C + channel
+    patch = grad + slot[None, :, None] * (P * P) + inside[:, None, None] * P + inside[None, None, :]
+    pixels = tl.load(patch, mask=mask & (found > 0)[None, :, None], other=0.0)
+    plane = images + (batch * C + channel) * (HEIGHT * WIDTH)
+    tl.store(plane + y[:, None, None] * WIDTH + x[None, :, :], pixels, mask=mask)
+
+
+def gather_patches(
+    images: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int
+) -> tuple[Tensor, Tensor]:
+    """See :func:`smi_fast.ops.gather_patches`."""
+    channels, height, width = images.shape[1:]
+    batch, count = kept.shape
+    patches = images.new_empty(batch, count, channels * patch_size**2)
+    positions = kept.new_empty(batch, count)
+    launch(
+        _gather_patches_fwd,
+        (count, batch),
+        images,
+        images,
+        kept.contiguous(),
+        shift.contiguous(),
+        flip,
+        patches,
+        positions,
+        *images.stride(),
+        C=channels,
+        HEIGHT=height,
+        WIDTH=width,
+        P=patch_size,
+        BLOCK_P=triton.next_power_of_2(patch_size),
+        num_warps=2,
+    )
+    return patches, positions
+
+
+def gather_patches_backward(
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Gradient [B, C, H, W] of the images."""
+    batch, count = kept.shape
+    channels = grad.shape[2] // patch_size**2
+    images = grad.new_empty(batch, channels, height, width)
+    launch(
+        _gather_patches_bwd,
+        (height // patch_size, channels, batch),
+        grad,
+        grad.contiguous(),
+        kept.contiguous(),
+        shift.contiguous(),
+        flip,
+        images,
+        count,
+        C=channels,
+        HEIGHT=height,
+        WIDTH=width,
+        P=patch_size,
+        BLOCK_P=triton.next_power_of_2(patch_size),
+        BLOCK_COLUMNS=triton.next_power_of_2(width // patch_size),
+        BLOCK_K=64,
+        num_warps=8,
+    )
+    return images
