@@ -64,7 +64,7 @@ def build(variant: str = "plain", fault: tuple[str, str, str] | None = None, tag
     )
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     lines = [
-        f"flags = -x c++ -std=c++20 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas {includes}",
+        f"flags = -x c++ -std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas {includes}",
         "rule compile",
         "  command = nice g++ $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

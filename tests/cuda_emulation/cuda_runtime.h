@@ -46,11 +46,11 @@ inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int flipped, int = 32, int line = __builtin_LINE()) {
+T __shfl_sync(unsigned mask, T value, int source, int = 32, int line = __builtin_LINE()) {
   struct Operands {
     T value, result;
     int source;
-  } mine{value, {}, emulation::lane() ^ flipped};
+  } mine{value, {}, source % emulation::kWarp};
   const emulation::Collective run = [](void* const(&lanes)[emulation::kWarp], unsigned mask) {
     for (int i = 0; i < emulation::kWarp; ++i) {
       if (!(mask >> i & 1)) continue;
@@ -61,6 +61,11 @@ T __shfl_xor_sync(unsigned mask, T value, int flipped, int = 32, int line = __bu
   };
   emulation::collective(run, &mine, mask, line, false);
   return mine.result;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int flipped, int = 32, int line = __builtin_LINE()) {
+  return __shfl_sync(mask, value, emulation::lane() ^ flipped, 32, line);
 }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
@@ -108,4 +113,5 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+using std::exp2f, std::log2f;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

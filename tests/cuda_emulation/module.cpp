@@ -61,4 +61,6 @@ PYBIND11_MODULE(MODULE_NAME, module) {
   module.def("batch_norm_matching_fwd", python(launch_batch_norm_matching_fwd));
   module.def("batch_norm_matching_bwd", python(launch_batch_norm_matching_bwd));
   module.def("adam_clamp", python(launch_adam_clamp));
+  module.def("gather_attention_fwd", python(launch_gather_attention_fwd));
+  module.def("gather_attention_bwd", python(launch_gather_attention_bwd));
 }
