@@ -19,8 +19,11 @@ def _poisoned(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dt
 
 
 def _at(tensor: Tensor | None) -> int:
-    assert tensor is None or tensor.is_contiguous()
-    return 0 if tensor is None else tensor.data_ptr()
+    """The address of a tensor; 0 is for one that isn't there, so not for one without elements."""
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    return tensor.data_ptr() if tensor.numel() else 1
 
 
 class Emulated:

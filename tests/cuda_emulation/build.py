@@ -1,7 +1,7 @@
-"""Compiles the CUDA kernels for the host, with ninja, into an importable module.
+"""Compiles the CUDA kernels for the host, with ninja, into importable modules.
 
-The build directory is outside of git and keeps objects between runs. ``python build.py`` builds every
-variant ahead of the tests.
+Objects stay in a build directory outside of git, so that only what changed is compiled again.
+``python build.py`` builds every variant ahead of the tests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -21,11 +23,34 @@ BUILD = HERE.parent.parent / "build" / "cuda_emulation"
 # How the kernels, but not the emulation itself, are compiled.
 VARIANTS = {
     "plain": "-O2 -march=native -ffp-contract=off",
-    "memory": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "memory": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     # Its calls end in races.cpp; ThreadSanitizer's library isn't linked.
-    "races": "-O1 -g -fsanitize=thread",
+    "races": "-O1 -g1 -fsanitize=thread",
 }
 LINK = {"memory": "-fsanitize=address,undefined"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault to plant into a copy of the kernels.
+
+    Attributes:
+        name: of the fault, an identifier.
+        variant: the one that catches it.
+        file: to change.
+        text: that ``replacement`` takes the place of, once.
+        replacement: the fault.
+        source: the .cu file that shall have the fault; the others stay as they are.
+        caught: a regular expression for what the run says.
+    """
+
+    name: str
+    variant: str
+    file: str
+    text: str
+    replacement: str
+    source: str
+    caught: str
 
 
 def why_not() -> str | None:
@@ -44,75 +69,101 @@ def ninja() -> str | None:
     return shutil.which(str(Path(sys.executable).parent / "ninja")) or shutil.which("ninja")
 
 
-def build(variant: str = "plain", fault: tuple[str, str, str] | None = None, tag: str = "") -> Path:
-    """Builds one variant and returns the path of the module.
+def module_path(variant: str, fault: Fault | None = None) -> Path:
+    """Where the module of a variant, with a fault or without, is built."""
+    name = f"emulated_{variant}" if fault is None else f"emulated_{fault.name}"
+    return BUILD / name / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-    Args:
-        variant: a key of :data:`VARIANTS`.
-        fault: file, text and replacement: a fault to plant into a copy of the kernels.
-        tag: tells apart the modules of different faults.
+
+def build(variants: Iterable[str] = VARIANTS, faults: Iterable[Fault] = ()) -> None:
+    """Builds modules, all of them in one run of ninja.
+
+    Raises:
+        RuntimeError: with what the compiler said.
     """
     import pybind11
 
-    name = f"emulated_{variant}{tag}"
-    folder = BUILD / name
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = KERNELS if fault is None else _planted(folder / "kernels", *fault)
     includes = " ".join(
-        f"-I{path}"
-        for path in (HERE, sources, pybind11.get_include(), sysconfig.get_paths()["include"])
+        f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_paths()["include"])
     )
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
     lines = [
-        f"flags = -x c++ -std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas {includes}",
+        "flags = -x c++ -std=c++20 -fPIC -fvisibility=hidden -fno-strict-aliasing"
+        f" -Wall -Wno-unknown-pragmas {includes}",
         "rule compile",
-        "  command = nice g++ $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  command = g++ $flags $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
-        f"  command = g++ -shared $in {LINK.get(variant, '')} -o $out",
+        "  command = g++ -shared $in $extra -o $out",
     ]
-    objects = []
-    for source in [*sorted(sources.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]:
-        kernel = source.suffix == ".cu"
-        extra = VARIANTS[variant] if kernel else f"-O2 -DMODULE_NAME={name}"
-        # The emulation itself is the same in every variant, but for the module's name.
-        shared = not kernel and source.stem != "module"
-        target = BUILD / f"{source.stem}.o" if shared else folder / f"{source.stem}.o"
-        lines += [f"build {target}: compile {source}", f"  extra = {extra if not shared else '-O2'}"]
-        objects.append(str(target))
-    module = folder / f"{name}{suffix}"
-    lines.append(f"build {module}: link {' '.join(objects)}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    command = [str(ninja()), "-C", str(folder), "-f", "build.ninja"]
+
+    def compile_to(target: Path, source: Path, extra: str) -> str:
+        line = f"build {target}: compile {source}"
+        if line not in lines:
+            lines.extend([line, f"  extra = {extra}"])
+        return str(target)
+
+    def kernels_of(variant: str) -> dict[str, str]:
+        return {
+            source.name: compile_to(
+                BUILD / variant / f"{source.stem}.o", source, f"{VARIANTS[variant]} -I{KERNELS}"
+            )
+            for source in sorted(KERNELS.glob("*.cu"))
+        }
+
+    def link(module: Path, variant: str, kernels: Iterable[str]) -> None:
+        name = f"-O2 -I{KERNELS} -DMODULE_NAME={module.parent.name}"
+        own = compile_to(module.parent / "module.o", HERE / "module.cpp", name)
+        common = [
+            compile_to(BUILD / f"{stem}.o", HERE / f"{stem}.cpp", "-O2")
+            for stem in ("emulation", "races")
+        ]
+        lines.append(f"build {module}: link {' '.join([*kernels, own, *common])}")
+        lines.append(f"  extra = {LINK.get(variant, '')}")
+
+    for variant in variants:
+        link(module_path(variant), variant, kernels_of(variant).values())
+    for fault in faults:
+        module = module_path(fault.variant, fault)
+        kernels = kernels_of(fault.variant)
+        folder = _plant(fault, module.parent / "kernels")
+        # First in the link, so that a template in a header is the one with the fault.
+        first = compile_to(
+            module.parent / "faulty.o", folder / fault.source, f"{VARIANTS[fault.variant]} -I{folder}"
+        )
+        del kernels[fault.source]
+        link(module, fault.variant, [first, *kernels.values()])
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [str(ninja()), "-C", str(BUILD)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
-    return module
 
 
-def load(module: Path) -> ModuleType:
-    """Imports a module that :func:`build` made."""
-    spec = importlib.util.spec_from_file_location(module.name.partition(".")[0], module)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def _planted(folder: Path, file: str, text: str, replacement: str) -> Path:
+def _plant(fault: Fault, folder: Path) -> Path:
     """A copy of the kernels with one change; files that stay the same keep their time."""
-    folder.mkdir(exist_ok=True)
-    for source in KERNELS.iterdir():
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh"), KERNELS / "launchers.h"]:
         content = source.read_text()
-        if source.name == file:
-            assert text in content, f"{file} has no {text!r} to plant a fault into"
-            content = content.replace(text, replacement, 1)
+        if source.name == fault.file:
+            assert content.count(fault.text) == 1, f"{fault.file} has {fault.text!r} once no more"
+            content = content.replace(fault.text, fault.replacement)
         target = folder / source.name
         if not target.exists() or target.read_text() != content:
             target.write_text(content)
     return folder
 
 
+def load(module: Path) -> ModuleType:
+    """Imports a module that :func:`build` made."""
+    spec = importlib.util.spec_from_file_location(module.parent.name, module)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 if __name__ == "__main__":
-    for wanted in VARIANTS:
-        print(build(wanted))
+    build()
