@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU by emulation: values, memory, races, and that faults are caught."""
+"""The CUDA kernels, emulated on the CPU: values, memory, races, and that faults are caught."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def backend(_built: None) -> Emulated:
 
 
 def run_alone(module: Path, variant: str) -> subprocess.CompletedProcess[str]:
-    """Runs the reduced grid in a process that has the sanitizers' libraries, if any, from the start."""
+    """Runs the reduced grid in a process that has the libraries of sanitizers from its start."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     if variant == "memory":
         libraries = [
@@ -156,7 +156,8 @@ def test_attention_of_ragged_images(
     cases.check_attention(backend, 3, 2, 40, 32, dtype, lengths=within)
     qkv = torch.randn(3, 40, 3, 2, 32).to(dtype)
     outputs = [
-        backend.gather_attention(qkv, None, torch.tensor(given), True) for given in (lengths, within)
+        backend.gather_attention(qkv, None, torch.tensor(given), True)
+        for given in (lengths, within)
     ]
     assert all(map(torch.equal, *outputs))
 
@@ -209,9 +210,7 @@ def test_total_variation(backend: Emulated, shape: tuple[int, ...], dtype: torch
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 6, 12])
-def test_total_variation_of_kept_patches(
-    backend: Emulated, count: int, dtype: torch.dtype
-) -> None:
+def test_total_variation_of_kept_patches(backend: Emulated, count: int, dtype: torch.dtype) -> None:
     cases.check_variation(backend, (2, 3, 21, 28), 7, count, dtype)
 
 
@@ -226,9 +225,7 @@ def test_batch_norm_matching(
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize(("patch", "count"), [(None, 0), (4, 0), (4, 5), (7, 6)])
-def test_adam_clamp(
-    backend: Emulated, patch: int | None, count: int, dtype: torch.dtype
-) -> None:
+def test_adam_clamp(backend: Emulated, patch: int | None, count: int, dtype: torch.dtype) -> None:
     cases.check_adam(backend, (28, 56) if patch == 7 else (12, 20), patch, count, dtype)
 
 

@@ -66,11 +66,10 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     const int y = static_cast<int>(row % height);
     for (int x = threadIdx.x; x < plane.width; x += kWarp) {
       const bool kept = plane.kept(y, x);
-      const float here = plane.at(y, x);
 #pragma unroll
       for (int k = 0; k < kOffsets; ++k) {
         if (!plane.counts(y + down(k), x + right(k), kept)) continue;
-        const float difference = here - plane.at(y + down(k), x + right(k));
+        const float difference = plane.at(y, x) - plane.at(y + down(k), x + right(k));
         sums[k] += fabsf(difference);
         squares[k] += difference * difference;
         ++counts[k];

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def _poisoned(shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _poisoned(
+    shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     tensor = like.new_empty(shape, dtype=dtype)
     if tensor.is_floating_point():
         return tensor.fill_(torch.nan)
@@ -119,7 +121,13 @@ class Emulated:
         return result
 
     def batch_norm_matching(
-        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+        self,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = _poisoned(x.shape, x)
         mean, var = _poisoned(running_mean.shape, x), _poisoned(running_var.shape, x)

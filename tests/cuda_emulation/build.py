@@ -112,13 +112,11 @@ def build(variants: Iterable[str] = VARIANTS, faults: Iterable[Fault] = ()) -> N
         }
 
     def link(module: Path, variant: str, kernels: Iterable[str]) -> None:
-        name = f"-O2 -I{KERNELS} -DMODULE_NAME={module.parent.name}"
-        own = compile_to(module.parent / "module.o", HERE / "module.cpp", name)
         common = [
-            compile_to(BUILD / f"{stem}.o", HERE / f"{stem}.cpp", "-O2")
-            for stem in ("emulation", "races")
+            compile_to(BUILD / f"{source.stem}.o", source, f"-O2 -I{KERNELS}")
+            for source in sorted(HERE.glob("*.cpp"))
         ]
-        lines.append(f"build {module}: link {' '.join([*kernels, own, *common])}")
+        lines.append(f"build {module}: link {' '.join([*kernels, *common])}")
         lines.append(f"  extra = {LINK.get(variant, '')}")
 
     for variant in variants:
@@ -129,7 +127,9 @@ def build(variants: Iterable[str] = VARIANTS, faults: Iterable[Fault] = ()) -> N
         folder = _plant(fault, module.parent / "kernels")
         # First in the link, so that a template in a header is the one with the fault.
         first = compile_to(
-            module.parent / "faulty.o", folder / fault.source, f"{VARIANTS[fault.variant]} -I{folder}"
+            module.parent / "faulty.o",
+            folder / fault.source,
+            f"{VARIANTS[fault.variant]} -I{folder}",
         )
         del kernels[fault.source]
         link(module, fault.variant, [first, *kernels.values()])
@@ -158,7 +158,7 @@ def _plant(fault: Fault, folder: Path) -> Path:
 
 def load(module: Path) -> ModuleType:
     """Imports a module that :func:`build` made."""
-    spec = importlib.util.spec_from_file_location(module.parent.name, module)
+    spec = importlib.util.spec_from_file_location("emulated", module)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

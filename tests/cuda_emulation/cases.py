@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from conftest import random_kept  # noqa: E402
+
 from cuda_emulation.backend import Emulated  # noqa: E402
 from smi_fast import reference  # noqa: E402
 
@@ -36,7 +37,12 @@ def within_budget(ours: Iterable[Tensor], eager: Iterable[Tensor], exact: Iterab
 
 
 def check_patches(
-    backend: Emulated, size: tuple[int, int], patch: int, shift: tuple[int, int], flip: bool, dtype: torch.dtype
+    backend: Emulated,
+    size: tuple[int, int],
+    patch: int,
+    shift: tuple[int, int],
+    flip: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Gather and its gradient, bit for bit."""
     rows, columns = size[0] // patch, size[1] // patch

@@ -32,7 +32,7 @@ auto python(cudaError_t (*launcher)(P...)) {
 
 }  // namespace
 
-PYBIND11_MODULE(MODULE_NAME, module) {
+PYBIND11_MODULE(emulated, module) {
   py::enum_<Type>(module, "Type")
       .value("float32", Type::kFloat)
       .value("float16", Type::kHalf)
