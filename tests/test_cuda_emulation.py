@@ -182,7 +182,7 @@ def test_no_token_kept(backend: Emulated) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 300, 3, 1, 128), (1, 5, 3, 1, 12), (1, 5, 3, 1, 136)])
 def test_what_does_not_fit_is_refused(backend: Emulated, shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError, match="cudaError_t"):
+    with pytest.raises(RuntimeError, match="cudaError_t|no GPU accepts"):
         backend.gather_attention(torch.randn(shape), None, None, False)
 
 
