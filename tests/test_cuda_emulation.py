@@ -69,7 +69,7 @@ FAULTS = (
         "b + (lane() / 16 * 8 + lane() % 8) * kRow",
         "b + lane() % 16 * kRow",
         "gather_attention_fwd.cu",
-        "AssertionError: error",
+        "AssertionError",
     ),
     Fault(
         "missing_wait",
@@ -78,7 +78,7 @@ FAULTS = (
         "  wait_for_copies();\n",
         "",
         "gather_attention_fwd.cu",
-        "AssertionError: error nan",
+        "AssertionError",
     ),
     Fault(
         "unwritten_output",
@@ -190,7 +190,7 @@ def test_no_token_kept(backend: Emulated) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 300, 3, 1, 128), (1, 5, 3, 1, 12), (1, 5, 3, 1, 136)])
 def test_what_does_not_fit_is_refused(backend: Emulated, shape: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError, match="cudaError_t|no GPU accepts"):
+    with pytest.raises(RuntimeError, match=r"cudaError_t|no GPU accepts"):
         backend.gather_attention(torch.randn(shape), None, None, False)
 
 
