@@ -1,0 +1,269 @@
+// From tensors to launchers: allocates, checks what the kernels can't do, and registers the ops.
+
+// Torch's headers aren't ours to tidy.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "launchers.h"
+
+namespace smi_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using Optional = std::optional<Tensor>;
+
+constexpr int64_t kCopyBytes = 16;
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::kFloat;
+    case ScalarType::Half:
+      return Type::kHalf;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// Contiguous, and where copies of 16 bytes may start.
+Tensor ready(const Tensor& tensor) {
+  const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  const bool aligned = reinterpret_cast<uintptr_t>(dense.data_ptr()) % kCopyBytes == 0;
+  return aligned ? dense : torch::stable::clone(dense);
+}
+
+Optional ready(const Optional& tensor) { return tensor ? Optional(ready(*tensor)) : std::nullopt; }
+
+// Null is for a tensor that wasn't given; one without elements has a null pointer too.
+const int64_t* indices(const Optional& tensor) {
+  static constexpr int64_t kNone = 0;
+  if (!tensor) return nullptr;
+  return tensor->numel() > 0 ? tensor->const_data_ptr<int64_t>() : &kNone;
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_blocks(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= kMaxBlocks, "expected at most ", kMaxBlocks,
+                  " blocks of work in one call, got ", blocks);
+}
+
+ImageShape image_shape(const Tensor& images, const Optional& kept, int64_t patch_size) {
+  const ImageShape shape{images.size(0), images.size(1),           images.size(2),
+                         images.size(3), kept ? kept->size(1) : 0, patch_size};
+  check_blocks(shape.images * shape.kept);
+  check_blocks(shape.images * shape.channels * shape.height);
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor& kept_any,
+                                          const Tensor& shift_any, const Tensor& flip,
+                                          int64_t patch_size) {
+  const DeviceGuard guard(images_any.get_device_index());
+  const Tensor images = ready(images_any), kept = ready(kept_any), shift = ready(shift_any);
+  const ImageShape shape = image_shape(images, kept, patch_size);
+  const int64_t length = shape.channels * patch_size * patch_size;
+  Tensor patches = new_empty(images, {shape.images, shape.kept, length});
+  Tensor positions = new_empty(kept, {shape.images, shape.kept});
+  STD_CUDA_CHECK(launch_gather_patches_fwd(
+      images.element_size(), images.const_data_ptr(), indices(kept), indices(shift),
+      flip.const_data_ptr<bool>(), patches.mutable_data_ptr(),
+      positions.mutable_data_ptr<int64_t>(), shape, current_stream(images)));
+  return {patches, positions};
+}
+
+Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept_any,
+                               const Tensor& shift_any, const Tensor& flip, int64_t patch_size,
+                               int64_t height, int64_t width) {
+  const DeviceGuard guard(grad_any.get_device_index());
+  const Tensor grad = ready(grad_any), kept = ready(kept_any), shift = ready(shift_any);
+  const int64_t channels = grad.size(2) / (patch_size * patch_size);
+  Tensor images = new_empty(grad, {grad.size(0), channels, height, width});
+  STD_CUDA_CHECK(launch_gather_patches_bwd(
+      grad.element_size(), grad.const_data_ptr(), indices(kept), indices(shift),
+      flip.const_data_ptr<bool>(), images.mutable_data_ptr(), image_shape(images, kept, patch_size),
+      current_stream(grad)));
+  return images;
+}
+
+AttentionShape attention_shape(const Tensor& qkv, const Optional& kept, bool backward) {
+  const AttentionShape shape{qkv.size(0), qkv.size(1), kept ? kept->size(1) : qkv.size(1),
+                             qkv.size(3), qkv.size(4)};
+  check_blocks(shape.images * shape.heads);
+  STD_TORCH_CHECK(shape.width > 0 && shape.width % 8 == 0 && shape.width <= kMaxWidth,
+                  "expected heads of a width that is a multiple of 8 up to ", kMaxWidth, ", got ",
+                  shape.width);
+  int64_t most = 0;
+  STD_CUDA_CHECK(max_kept_tokens(type_of(qkv), shape.width, backward, &most));
+  STD_TORCH_CHECK(shape.kept <= most, "expected at most ", most, " kept tokens of width ",
+                  shape.width, " in ", torch::headeronly::toString(qkv.scalar_type()),
+                  backward ? " for the gradient" : "",
+                  " (what the shared memory of this GPU holds), got ", shape.kept);
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any, const Optional& kept_any,
+                                            const Optional& lengths_any, bool importance) {
+  const DeviceGuard guard(qkv_any.get_device_index());
+  const Tensor qkv = ready(qkv_any);
+  const Optional kept = ready(kept_any), lengths = ready(lengths_any);
+  const AttentionShape shape = attention_shape(qkv, kept, false);
+  Tensor out = new_empty(qkv, {shape.images, shape.kept, shape.heads * shape.width});
+  Tensor row = new_empty(qkv, {shape.images, importance ? shape.kept : 0});
+  Tensor scratch =
+      new_empty(qkv, {shape.images, shape.heads, importance ? shape.kept : 0}, ScalarType::Float);
+  STD_CUDA_CHECK(launch_gather_attention_fwd(
+      type_of(qkv), qkv.const_data_ptr(), indices(kept), indices(lengths), out.mutable_data_ptr(),
+      scratch.mutable_data_ptr<float>(), importance ? row.mutable_data_ptr() : nullptr, shape,
+      current_stream(qkv)));
+  return {out, row};
+}
+
+Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
+                                 const Optional& kept_any, const Optional& lengths_any) {
+  const DeviceGuard guard(qkv_any.get_device_index());
+  const Tensor grad = ready(grad_any), qkv = ready(qkv_any);
+  const Optional kept = ready(kept_any), lengths = ready(lengths_any);
+  const AttentionShape shape = attention_shape(qkv, kept, true);
+  Tensor result = torch::stable::empty_like(qkv);
+  STD_CUDA_CHECK(launch_gather_attention_bwd(
+      type_of(qkv), grad.const_data_ptr(), qkv.const_data_ptr(), indices(kept), indices(lengths),
+      result.mutable_data_ptr(), shape, current_stream(qkv)));
+  return result;
+}
+
+// Scratch of a byte for each patch of the grids.
+Tensor patch_mask(const Tensor& images, const Optional& kept, int64_t patch_size) {
+  const int64_t patches = kept ? images.size(2) / patch_size * (images.size(3) / patch_size) : 0;
+  return new_empty(images, {images.size(0), patches}, ScalarType::Byte);
+}
+
+Tensor total_variation(const Tensor& images_any, const Optional& kept_any, int64_t patch_size) {
+  const DeviceGuard guard(images_any.get_device_index());
+  const Tensor images = ready(images_any);
+  const Optional kept = ready(kept_any);
+  Tensor mask = patch_mask(images, kept, patch_size);
+  Tensor partials = new_empty(images, {kVariationBlocks, kVariationParts}, ScalarType::Double);
+  Tensor parts = new_empty(images, {3, 4});
+  STD_CUDA_CHECK(launch_total_variation_fwd(
+      type_of(images), images.const_data_ptr(), indices(kept), mask.mutable_data_ptr<uint8_t>(),
+      partials.mutable_data_ptr<double>(), parts.mutable_data_ptr(),
+      image_shape(images, kept, patch_size), current_stream(images)));
+  return parts;
+}
+
+Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
+                                const Tensor& images_any, const Optional& kept_any,
+                                int64_t patch_size, const Tensor& parts_any) {
+  const DeviceGuard guard(images_any.get_device_index());
+  const Tensor images = ready(images_any), parts = ready(parts_any);
+  const Optional kept = ready(kept_any);
+  Tensor mask = patch_mask(images, kept, patch_size);
+  Tensor result = torch::stable::empty_like(images);
+  STD_CUDA_CHECK(launch_total_variation_bwd(
+      type_of(images), grad_l1.const_data_ptr(), grad_l2.const_data_ptr(), images.const_data_ptr(),
+      indices(kept), mask.mutable_data_ptr<uint8_t>(), parts.const_data_ptr(),
+      result.mutable_data_ptr(), image_shape(images, kept, patch_size), current_stream(images)));
+  return result;
+}
+
+NormShape norm_shape(const Tensor& x) {
+  const NormShape shape{x.size(0), x.size(1), x.size(2) * x.size(3)};
+  check_blocks(shape.images * shape.pixels);
+  STD_TORCH_CHECK(shape.channels <= 65535, "expected at most 65535 channels, got ", shape.channels);
+  return shape;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_matching(const Tensor& x_any,
+                                                       const Tensor& running_mean_any,
+                                                       const Tensor& running_var_any,
+                                                       const Tensor& weight_any,
+                                                       const Tensor& bias_any, double eps) {
+  const DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = ready(x_any), running_mean = ready(running_mean_any);
+  const Tensor running_var = ready(running_var_any), weight = ready(weight_any);
+  const Tensor bias = ready(bias_any);
+  const NormShape shape = norm_shape(x);
+  Tensor partials = new_empty(x, {shape.channels, kNormSplits, 2}, ScalarType::Double);
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mean = new_empty(x, {shape.channels}), var = new_empty(x, {shape.channels});
+  STD_CUDA_CHECK(launch_batch_norm_matching_fwd(
+      type_of(x), x.const_data_ptr(), running_mean.const_data_ptr(), running_var.const_data_ptr(),
+      weight.const_data_ptr(), bias.const_data_ptr(), eps, partials.mutable_data_ptr<double>(),
+      y.mutable_data_ptr(), mean.mutable_data_ptr(), var.mutable_data_ptr(), shape,
+      current_stream(x)));
+  return {y, mean, var};
+}
+
+Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
+                                    const Tensor& running_var_any, const Tensor& weight_any,
+                                    double eps, const Tensor& offset_any, const Tensor& slope_any) {
+  const DeviceGuard guard(x_any.get_device_index());
+  const Tensor grad = ready(grad_any), x = ready(x_any), running_var = ready(running_var_any);
+  const Tensor weight = ready(weight_any), offset = ready(offset_any), slope = ready(slope_any);
+  Tensor result = torch::stable::empty_like(x);
+  STD_CUDA_CHECK(launch_batch_norm_matching_bwd(
+      type_of(x), grad.const_data_ptr(), x.const_data_ptr(), running_var.const_data_ptr(),
+      weight.const_data_ptr(), eps, offset.const_data_ptr(), slope.const_data_ptr(),
+      result.mutable_data_ptr(), norm_shape(x), current_stream(x)));
+  return result;
+}
+
+// A strided tensor is changed in a dense copy and written back.
+void adam_clamp_(Tensor images_any, const Tensor& grad_any, Tensor exp_avg_any,
+                 Tensor exp_avg_sq_any, int64_t step, double lr, double beta1, double beta2,
+                 const Tensor& low_any, const Tensor& high_any, const Optional& kept_any,
+                 int64_t patch_size) {
+  const DeviceGuard guard(images_any.get_device_index());
+  const Tensor images = ready(images_any), grad = ready(grad_any), exp_avg = ready(exp_avg_any);
+  const Tensor exp_avg_sq = ready(exp_avg_sq_any), low = ready(low_any), high = ready(high_any);
+  const Optional kept = ready(kept_any);
+  STD_CUDA_CHECK(launch_adam_clamp(type_of(images), images.mutable_data_ptr(),
+                                   grad.const_data_ptr(), exp_avg.mutable_data_ptr(),
+                                   exp_avg_sq.mutable_data_ptr(), {step, lr, beta1, beta2},
+                                   low.const_data_ptr(), high.const_data_ptr(), indices(kept),
+                                   image_shape(images, kept, patch_size), current_stream(images)));
+  const auto write_back = [](Tensor& tensor, const Tensor& changed) {
+    if (tensor.data_ptr() != changed.data_ptr()) torch::stable::copy_(tensor, changed);
+  };
+  write_back(images_any, images);
+  write_back(exp_avg_any, exp_avg);
+  write_back(exp_avg_sq_any, exp_avg_sq);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smi_fast, CUDA, m) {
+  m.impl("gather_patches", TORCH_BOX(&gather_patches));
+  m.impl("gather_patches_backward", TORCH_BOX(&gather_patches_backward));
+  m.impl("gather_attention", TORCH_BOX(&gather_attention));
+  m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
+  m.impl("total_variation", TORCH_BOX(&total_variation));
+  m.impl("total_variation_backward", TORCH_BOX(&total_variation_backward));
+  m.impl("batch_norm_matching", TORCH_BOX(&batch_norm_matching));
+  m.impl("batch_norm_matching_backward", TORCH_BOX(&batch_norm_matching_backward));
+  m.impl("adam_clamp_", TORCH_BOX(&adam_clamp_));
+}
+
+}  // namespace smi_fast

@@ -1,0 +1,118 @@
+// What the bindings, or any other program with device pointers at hand, call. No header of torch.
+//
+// Every tensor is contiguous; pointers that a launcher doesn't need may be null. Launchers only
+// enqueue work on the stream. Results are the same bits in every run: nothing adds atomically.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace smi_fast {
+
+enum class Type { kFloat, kHalf, kBFloat16 };
+
+constexpr int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
+
+// Kept tokens: K of the N rows of each of B images.
+struct AttentionShape {
+  int64_t images, rows, kept, heads, width;  // B, N, K, H, D
+};
+
+// Images and the patches kept of them. Without `kept`, K and P don't matter.
+struct ImageShape {
+  int64_t images, channels, height, width;  // B, C, H, W
+  int64_t kept, patch;                      // K, P
+};
+
+// `kept` outside of [0, N) reads as a row of NaN, and no gradient is written for it. Widths are
+// multiples of 8 up to kMaxWidth.
+constexpr int64_t kMaxWidth = 128;
+cudaError_t launch_gather_attention_fwd(Type type, const void* qkv,  // [B, N, 3, H, D]
+                                        const int64_t* kept,         // [B, K] or null: K = N
+                                        const int64_t* lengths,      // [B] or null
+                                        void* out,                   // [B, K, H*D]
+                                        float* head_importance,      // scratch [B, H, K]
+                                        void* importance,            // [B, K] or null
+                                        AttentionShape shape, cudaStream_t stream);
+cudaError_t launch_gather_attention_bwd(Type type, const void* grad,  // [B, K, H*D]
+                                        const void* qkv,              // [B, N, 3, H, D]
+                                        const int64_t* kept,          // [B, K] or null: K = N
+                                        const int64_t* lengths,       // [B] or null
+                                        void* grad_qkv,               // [B, N, 3, H, D]
+                                        AttentionShape shape, cudaStream_t stream);
+// How many tokens' rows fit into the shared memory of a block of the current device.
+cudaError_t max_kept_tokens(Type type, int64_t width, bool backward, int64_t* tokens);
+
+// A patch outside of the grid reads as NaN at position -1, and its gradient is dropped. Elements
+// are copied as they are, whatever type has this size: 2, 4 or 8 bytes.
+cudaError_t launch_gather_patches_fwd(int64_t element_bytes, const void* images,  // [B, C, H, W]
+                                      const int64_t* kept,                        // [B, K]
+                                      const int64_t* shift,                       // [2]
+                                      const bool* flip,                           // []
+                                      void* patches,                              // [B, K, C*P*P]
+                                      int64_t* positions,                         // [B, K]
+                                      ImageShape shape, cudaStream_t stream);
+cudaError_t launch_gather_patches_bwd(int64_t element_bytes, const void* grad,  // [B, K, C*P*P]
+                                      const int64_t* kept,                      // [B, K]
+                                      const int64_t* shift,                     // [2]
+                                      const bool* flip,                         // []
+                                      void* grad_images,                        // [B, C, H, W]
+                                      ImageShape shape, cudaStream_t stream);
+
+// A patch outside of the grid counts as not kept. B*C*H < 2^31.
+constexpr int64_t kVariationBlocks = 1024, kVariationParts = 12;
+cudaError_t launch_total_variation_fwd(Type type, const void* images,  // [B, C, H, W]
+                                       const int64_t* kept,            // [B, K] or null
+                                       uint8_t* mask,     // scratch [B, H/P * W/P], with kept
+                                       double* partials,  // scratch [kVariationBlocks, 12]
+                                       void* parts,       // [3, 4]
+                                       ImageShape shape, cudaStream_t stream);
+cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1,  // []
+                                       const void* grad_l2,             // []
+                                       const void* images,              // [B, C, H, W]
+                                       const int64_t* kept,             // [B, K] or null
+                                       uint8_t* mask,      // scratch [B, H/P * W/P], with kept
+                                       const void* parts,  // [3, 4]
+                                       void* grad_images,  // [B, C, H, W]
+                                       ImageShape shape, cudaStream_t stream);
+
+// H and W are joined: pixels = H*W, and B*pixels < 2^31.
+struct NormShape {
+  int64_t images, channels, pixels;
+};
+constexpr int64_t kNormSplits = 64;
+cudaError_t launch_batch_norm_matching_fwd(Type type, const void* x,      // [B, C, H*W]
+                                           const void* running_mean,      // [C]
+                                           const void* running_var,       // [C]
+                                           const void* weight,            // [C]
+                                           const void* bias,              // [C]
+                                           double eps, double* partials,  // scratch [C, splits, 2]
+                                           void* y,                       // [B, C, H*W]
+                                           void* mean,                    // [C]
+                                           void* var,                     // [C]
+                                           NormShape shape, cudaStream_t stream);
+cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad,     // [B, C, H*W]
+                                           const void* x,                   // [B, C, H*W]
+                                           const void* running_var,         // [C]
+                                           const void* weight,              // [C]
+                                           double eps, const void* offset,  // [C]
+                                           const void* slope,               // [C]
+                                           void* grad_x,                    // [B, C, H*W]
+                                           NormShape shape, cudaStream_t stream);
+
+// A patch outside of the grid is passed over.
+struct AdamStep {
+  int64_t step;
+  double lr, beta1, beta2;
+};
+cudaError_t launch_adam_clamp(Type type, void* images,         // [B, C, H, W], changed
+                              const void* grad,                // [B, C, H, W]
+                              void* exp_avg,                   // [B, C, H, W], changed
+                              void* exp_avg_sq,                // [B, C, H, W], changed
+                              AdamStep adam, const void* low,  // [C]
+                              const void* high,                // [C]
+                              const int64_t* kept,             // [B, K] or null
+                              ImageShape shape, cudaStream_t stream);
+
+}  // namespace smi_fast

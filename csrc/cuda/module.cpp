@@ -1,0 +1,9 @@
+// Makes the library importable, so that Python finds and loads it; the ops register themselves.
+
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef definition{
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

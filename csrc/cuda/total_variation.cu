@@ -1,0 +1,209 @@
+// Differences of neighbouring pixels, summed in two stages: smi_fast.reference.total_variation.
+#include "common.cuh"
+
+namespace smi_fast {
+namespace {
+
+constexpr int kWarps = 8, kOffsets = 4;
+
+// The four neighbours: right, below, and on both diagonals below.
+__host__ __device__ constexpr int down(int k) { return k > 0; }
+__host__ __device__ constexpr int right(int k) { return k == 1 ? 0 : k == 3 ? -1 : 1; }
+
+// One image plane and which of its pixels are in kept patches.
+template <typename T>
+struct Plane {
+  const T* pixels;      // [H, W]
+  const uint8_t* mask;  // [H/P, W/P] or null
+  int height, width, patch;
+
+  __device__ Plane(const T* images, const uint8_t* mask, unsigned plane, const ImageShape& shape)
+      : pixels(images + plane * shape.height * shape.width),
+        mask(mask),
+        height(static_cast<int>(shape.height)),
+        width(static_cast<int>(shape.width)),
+        patch(static_cast<int>(shape.patch)) {
+    const int64_t patches = patch ? (height / patch) * (width / patch) : 0;
+    this->mask += plane / static_cast<unsigned>(shape.channels) * patches;
+  }
+
+  __device__ float at(int y, int x) const {
+    return to_float(pixels[static_cast<int64_t>(y) * width + x]);
+  }
+
+  __device__ bool kept(int y, int x) const {
+    return patch == 0 || mask[y / patch * (width / patch) + x / patch] != 0;
+  }
+
+  // Whether there is such a pixel, and a difference to it counts.
+  __device__ bool counts(int y, int x, bool other_is_kept) const {
+    return y >= 0 && y < height && x >= 0 && x < width && (other_is_kept || kept(y, x));
+  }
+};
+
+__global__ void _mark_patches(const int64_t* __restrict__ kept,  // [B, K]
+                              uint8_t* __restrict__ mask,        // [B, H/P * W/P], zero
+                              int64_t count, int64_t kept_per_image, int64_t patches) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count || kept[i] < 0 || kept[i] >= patches) return;
+  mask[i / kept_per_image * patches + kept[i]] = 1;
+}
+
+// A warp walks along rows of pixels; there are fewer than 2^31 of them.
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kWarps)
+    _total_variation_fwd(const T* __restrict__ images,      // [B, C, H, W]
+                         const uint8_t* __restrict__ mask,  // [B, H/P * W/P] or null
+                         double* __restrict__ partials,     // [blocks, 12]
+                         ImageShape shape) {
+  const auto height = static_cast<unsigned>(shape.height);
+  const auto rows = static_cast<unsigned>(shape.images * shape.channels) * height;
+  // A thread adds few enough pixels for float; threads and blocks are added in double.
+  float sums[kOffsets] = {}, squares[kOffsets] = {};
+  int counts[kOffsets] = {};
+  for (unsigned row = blockIdx.x * kWarps + threadIdx.y; row < rows; row += gridDim.x * kWarps) {
+    const Plane<T> plane(images, mask, row / height, shape);
+    const int y = static_cast<int>(row % height);
+    for (int x = threadIdx.x; x < plane.width; x += kWarp) {
+      const bool kept = plane.kept(y, x);
+#pragma unroll
+      for (int k = 0; k < kOffsets; ++k) {
+        if (!plane.counts(y + down(k), x + right(k), kept)) continue;
+        const float difference = plane.at(y, x) - plane.at(y + down(k), x + right(k));
+        sums[k] += fabsf(difference);
+        squares[k] += difference * difference;
+        ++counts[k];
+      }
+    }
+  }
+  double parts[kVariationParts];
+#pragma unroll
+  for (int k = 0; k < kOffsets; ++k) {
+    parts[k] = sums[k];
+    parts[kOffsets + k] = squares[k];
+    parts[2 * kOffsets + k] = counts[k];
+  }
+  const int thread = static_cast<int>(threadIdx.y * kWarp + threadIdx.x);
+  const double total = block_sum<kVariationParts, kWarps>(parts, thread);
+  if (thread < kVariationParts) partials[int64_t{blockIdx.x} * kVariationParts + thread] = total;
+}
+
+// Warp i adds part i of all blocks.
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kVariationParts)
+    _total_variation_sum(const double* __restrict__ partials,  // [blocks, 12]
+                         T* __restrict__ parts,                // [3, 4]
+                         int blocks) {
+  const int part = threadIdx.y;
+  double total = 0.0;
+  for (int block = threadIdx.x; block < blocks; block += kWarp) {
+    total += partials[int64_t{block} * kVariationParts + part];
+  }
+  total = warp_sum(total);
+  const bool norm = part / kOffsets == 1;
+  if (threadIdx.x == 0) parts[part] = from_float<T>(static_cast<float>(norm ? sqrt(total) : total));
+}
+
+// Each pixel gathers from its eight neighbours.
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kWarps)
+    _total_variation_bwd(const T* __restrict__ grad_l1,     // []
+                         const T* __restrict__ grad_l2,     // []
+                         const T* __restrict__ images,      // [B, C, H, W]
+                         const uint8_t* __restrict__ mask,  // [B, H/P * W/P] or null
+                         const T* __restrict__ parts,       // [3, 4]
+                         T* __restrict__ grad_images,       // [B, C, H, W]
+                         ImageShape shape) {
+  // d l1 / dd = sign(d) / count and d l2 / dd = d / norm; zero where the divisor is.
+  __shared__ float per_norm[kOffsets], per_count[kOffsets];
+  if (const unsigned k = threadIdx.x; threadIdx.y == 0 && k < kOffsets) {
+    const float norm = to_float(parts[kOffsets + k]), count = to_float(parts[2 * kOffsets + k]);
+    per_norm[k] = norm > 0.0f ? to_float(*grad_l2) / norm : 0.0f;
+    per_count[k] = count > 0.0f ? to_float(*grad_l1) / count : 0.0f;
+  }
+  __syncthreads();
+  const auto slope = [&](float difference, int k) {
+    const float sign = static_cast<float>((difference > 0.0f) - (difference < 0.0f));
+    return difference * per_norm[k] + sign * per_count[k];
+  };
+  const auto height = static_cast<unsigned>(shape.height);
+  const auto rows = static_cast<unsigned>(shape.images * shape.channels) * height;
+  for (unsigned row = blockIdx.x * kWarps + threadIdx.y; row < rows; row += gridDim.x * kWarps) {
+    const Plane<T> plane(images, mask, row / height, shape);
+    const int y = static_cast<int>(row % height);
+    for (int x = threadIdx.x; x < plane.width; x += kWarp) {
+      const bool kept = plane.kept(y, x);
+      const float here = plane.at(y, x);
+      float gradient = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kOffsets; ++k) {
+        // The slope is odd: the difference that ends here gives the same as one that starts here.
+        for (int side = -1; side <= 1; side += 2) {
+          const int other_y = y + side * down(k), other_x = x + side * right(k);
+          if (!plane.counts(other_y, other_x, kept)) continue;
+          gradient += slope(here - plane.at(other_y, other_x), k);
+        }
+      }
+      grad_images[int64_t{row} * plane.width + x] = from_float<T>(gradient);
+    }
+  }
+}
+
+unsigned blocks_for(const ImageShape& shape) {
+  const int64_t rows = shape.images * shape.channels * shape.height;
+  const int64_t blocks = divide_up(rows, kWarps);
+  return static_cast<unsigned>(blocks < kVariationBlocks ? blocks : kVariationBlocks);
+}
+
+cudaError_t mark_patches(const int64_t* kept, uint8_t* mask, const ImageShape& shape,
+                         cudaStream_t stream) {
+  const int64_t patches = shape.height / shape.patch * (shape.width / shape.patch);
+  const cudaError_t error = cudaMemsetAsync(mask, 0, shape.images * patches, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t count = shape.images * shape.kept;
+  return launch(_mark_patches, {static_cast<unsigned>(divide_up(count, 256))}, {256}, 0, stream,
+                kept, mask, count, shape.kept, patches);
+}
+
+}  // namespace
+
+cudaError_t launch_total_variation_fwd(Type type, const void* images, const int64_t* kept,
+                                       uint8_t* mask, double* partials, void* parts,
+                                       ImageShape shape, cudaStream_t stream) {
+  if (kept == nullptr) {
+    mask = nullptr;
+    shape.patch = 0;
+  } else if (cudaError_t error = mark_patches(kept, mask, shape, stream); error != cudaSuccess) {
+    return error;
+  }
+  const unsigned blocks = blocks_for(shape);
+  return with_type(type, [&](auto element) {
+    using T = decltype(element);
+    const cudaError_t error = launch(_total_variation_fwd<T>, {blocks}, {kWarp, kWarps}, 0, stream,
+                                     static_cast<const T*>(images), mask, partials, shape);
+    if (error != cudaSuccess) return error;
+    return launch(_total_variation_sum<T>, {1}, {kWarp, kVariationParts}, 0, stream, partials,
+                  static_cast<T*>(parts), static_cast<int>(blocks));
+  });
+}
+
+cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1, const void* grad_l2,
+                                       const void* images, const int64_t* kept, uint8_t* mask,
+                                       const void* parts, void* grad_images, ImageShape shape,
+                                       cudaStream_t stream) {
+  if (kept == nullptr) {
+    mask = nullptr;
+    shape.patch = 0;
+  } else if (cudaError_t error = mark_patches(kept, mask, shape, stream); error != cudaSuccess) {
+    return error;
+  }
+  return with_type(type, [&](auto element) {
+    using T = decltype(element);
+    return launch(_total_variation_bwd<T>, {blocks_for(shape)}, {kWarp, kWarps}, 0, stream,
+                  static_cast<const T*>(grad_l1), static_cast<const T*>(grad_l2),
+                  static_cast<const T*>(images), mask, static_cast<const T*>(parts),
+                  static_cast<T*>(grad_images), shape);
+  });
+}
+
+}  // namespace smi_fast
