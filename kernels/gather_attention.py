@@ -191,7 +191,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have; interpreted ones have all they want."""
     if device.type != "cuda":
         return 2**31
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # typed without this attribute
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _padded(size: int) -> int:

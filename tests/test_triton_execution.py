@@ -166,7 +166,7 @@ VARIATION = ("total_variation.py", "total_variation", ("float32", None, (2, 3, 9
     [
         # A mask dropped in softmax gives wrong values; in a store, it reaches into a neighbour.
         (ATTENTION, 'tl.where(valid[None, :], scores, -float("inf"))', "scores", "AssertionError"),
-        (ATTENTION, 'tl.where(valid[:, None], scores, -1e38)', "scores", "AssertionError"),
+        (ATTENTION, "tl.where(valid[:, None], scores, -1e38)", "scores", "AssertionError"),
         (
             ATTENTION,
             "mask=(tokens < K)[:, None] & real",
