@@ -182,7 +182,7 @@ def _gather_attention_bwd(
 # forward, the accumulators dK and dV in backward. float32 has no exact tensor-core product, so its
 # operands lie in registers too. The compilation tests show that nothing spills.
 HALF_FWD, HALF_BWD, HALF_BWD_AT_ONCE = 256 * 128, 256 * 64, 128 * 64
-FULL_FWD, FULL_BWD = 256 * 64, 64 * 64
+FULL_FWD, FULL_BWD = 128 * 64, 64 * 64
 MOST_TOKENS = 256
 BLOCK_M = 16
 

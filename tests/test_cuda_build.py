@@ -36,7 +36,7 @@ REGISTERS = {
     "adam_clamp_planes": 48,
     "adam_clamp_patches": 48,
     "mean_over_heads": 32,
-    "gather_attention_fwd": dict(zip(WIDTHS, (64, 96, 104, 144), strict=True)),
+    "gather_attention_fwd": dict(zip(WIDTHS, (104, 128, 136, 168), strict=True)),
     "gather_attention_bwd": dict(zip(WIDTHS, (128, 168, 184, 255), strict=True)),
 }
 

@@ -7,7 +7,7 @@ namespace {
 // A warp takes 16 queries at a time against all keys: once for the greatest score of each row, once
 // for softmax and its product with V.
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kWarp* kMaxWarps)
+__global__ void __launch_bounds__(kWarp* kMaxWarps, 1)
     _gather_attention_fwd(const T* __restrict__ qkv,            // [B, N, 3, H, D]
                           const int64_t* __restrict__ kept,     // [B, K] or null
                           const int64_t* __restrict__ lengths,  // [B] or null
