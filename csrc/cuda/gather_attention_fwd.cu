@@ -5,7 +5,8 @@ namespace smi_fast {
 namespace {
 
 // A warp takes 16 queries at a time against all keys: once for the greatest score of each row, once
-// for softmax and its product with V.
+// for softmax and its product with V. Without the bound of one block, ptxas spills on sm_100 for an
+// occupancy that shared memory forbids.
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kWarp* kMaxWarps, 1)
     _gather_attention_fwd(const T* __restrict__ qkv,            // [B, N, 3, H, D]
