@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from smi_fast.inverter import InversionResult, NonFiniteLoss, SparseInverter, invert
+    from smi_fast.inverter import SparseInverter, invert
     from smi_fast.objectives import CrossEntropy, L2Norm, TotalVariation
+    from smi_fast.result import InversionResult, NonFiniteLoss
     from smi_fast.schedules import Dense, StopSchedule
     from smi_fast.teacher import SparseOutput, SparseViT, UnsupportedTeacher
     from smi_fast.zoo import load_teacher
 
 _HOMES = {
-    "InversionResult": "inverter",
-    "NonFiniteLoss": "inverter",
+    "InversionResult": "result",
+    "NonFiniteLoss": "result",
     "SparseInverter": "inverter",
     "invert": "inverter",
     "CrossEntropy": "objectives",

@@ -13,8 +13,9 @@ import typer
 from smi_fast import __version__
 
 if TYPE_CHECKING:
-    from smi_fast.inverter import InversionResult, SparseInverter
+    from smi_fast.inverter import SparseInverter
     from smi_fast.pool import Pool
+    from smi_fast.result import InversionResult
     from smi_fast.schedules import Schedule
 
 SCHEDULES = ("smi", "smi-scaled", "dense")
@@ -150,9 +151,9 @@ def _invert_all(
     """Inverts what the pool doesn't hold yet, batch by batch."""
     import torch
 
-    from smi_fast.inverter import NonFiniteLoss
     from smi_fast.plots import loss_curves
     from smi_fast.pool import LOSS_CURVES
+    from smi_fast.result import NonFiniteLoss
 
     for start in range(len(pool.records), len(targets), batch_size):
         wanted = targets[start : start + batch_size]

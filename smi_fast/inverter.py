@@ -14,7 +14,8 @@ from tqdm import tqdm
 from smi_fast import ops
 from smi_fast.backends import AUTO
 from smi_fast.objectives import Objective, Step, as_objectives, published_objectives
-from smi_fast.reference import patch_mask
+from smi_fast.reference import patch_mask, pixel_mask
+from smi_fast.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.schedules import Schedule, StopSchedule, still_iterations
 from smi_fast.teacher import SparseViT
 
@@ -22,69 +23,6 @@ BACKGROUNDS = ("frozen", "regularized")
 FINAL_MASKS = ("kept", "reranked")
 # Side of the image over the largest shift, as published.
 JITTER_SHARE = 8
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A term, or the gradient, became infinite or not a number.
-
-    Attributes:
-        iteration: at which one, from 0.
-        term: name of the first such term, or "gradient".
-        result: what was done until then; its images are the last finite ones.
-    """
-
-    def __init__(self, iteration: int, term: str, result: InversionResult) -> None:
-        super().__init__(f"{term} is not finite at iteration {iteration}; a lower lr may help")
-        self.iteration, self.term, self.result = iteration, term, result
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The iterations between two stops: how many, how many patches were kept, and their seconds."""
-
-    patches: int
-    iterations: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class InversionResult:
-    """What an inversion gives back.
-
-    Attributes:
-        images: [B, 3, H, W] in [0, 1], background included.
-        kept: int64 [B, K], the patches that were inverted to the end.
-        masks: bool [B, rows, columns], the patches that ``masked_images`` shows.
-        masked_images: ``images`` with every other patch black.
-        targets: int64 [B] or probabilities [B, classes].
-        logits: [B, classes], what the teacher says of ``kept`` alone, without jitter.
-        history: for each term its un-weighted value before each step.
-        timing: the phases between stops.
-        iterations: steps done.
-        interrupted: whether Ctrl-C ended the run early.
-    """
-
-    images: Tensor
-    kept: Tensor
-    masks: Tensor
-    masked_images: Tensor
-    targets: Tensor
-    logits: Tensor
-    history: dict[str, list[float]]
-    timing: tuple[Phase, ...]
-    iterations: int
-    interrupted: bool = False
-
-    @property
-    def confidence(self) -> Tensor:
-        """[B], probability that the teacher gives to the (most probable) target."""
-        labels = self.targets if self.targets.dim() == 1 else self.targets.argmax(1)
-        return self.logits.softmax(1).gather(1, labels[:, None])[:, 0]
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in the loop."""
-        return sum(phase.seconds for phase in self.timing)
 
 
 @dataclass
@@ -272,12 +210,14 @@ class SparseInverter:
         terms = zip(self.objectives, values, strict=True)
         loss = torch.stack([objective.weight * value for objective, value in terms]).sum()
         (gradient,) = torch.autograd.grad(loss, images)
-        for objective, value in zip(self.objectives, torch.stack(values).tolist(), strict=True):
-            if not math.isfinite(value):
-                raise _NonFinite(objective.name)
-            state.history[objective.name].append(value)
+        numbers = dict(zip(state.history, torch.stack(values).tolist(), strict=True))
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise _NonFinite(name)
         if not torch.isfinite(gradient.sum()):
             raise _NonFinite("gradient")
+        for name, number in numbers.items():
+            state.history[name].append(number)
         ops.adam_clamp_(
             images,
             gradient,
@@ -318,13 +258,11 @@ class SparseInverter:
             importance = teacher(images, importance=True).importance
             assert importance is not None
             shown = importance.topk(count, dim=1).indices
-        masks = patch_mask(shown, *teacher.grid)
-        size = teacher.patch_size
-        visible = masks.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
+        visible = pixel_mask(shown, teacher.patch_size, *teacher.image_size)
         return InversionResult(
             images,
             state.kept,
-            masks,
+            patch_mask(shown, *teacher.grid),
             images * visible,
             targets,
             logits,

@@ -234,6 +234,7 @@ def test_non_finite_loss_stops_with_the_last_finite_images(
     assert (caught.value.iteration, caught.value.term) == (4, name)
     result = caught.value.result
     assert result.iterations == 4
+    assert all(len(values) == 4 for values in result.history.values())
     mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
     torch.testing.assert_close(result.images, calls[-1] * std + mean)
     assert result.images.isfinite().all()
