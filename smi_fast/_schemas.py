@@ -49,10 +49,27 @@ _SCHEMAS = {
     ),
 }
 
+# The parts of a block that smi_fast.engine runs, by the C++ kernels only: in place, contiguous, into
+# memory that is given.
+_ENGINE_SCHEMAS = {
+    "add_normalize_": (
+        "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
+        " Tensor(c!) rstd) -> ()"
+    ),
+    "normalize_backward_": (
+        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd) -> ()"
+    ),
+    "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
+    "attend_": "(Tensor qkv, Tensor q_bias, Tensor(a!) out) -> ()",
+    "attend_backward_": "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv) -> ()",
+}
+
 _library = torch.library.Library("smi_fast", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name, _schema in _ENGINE_SCHEMAS.items():
+    _library.define(_name + _schema)
 
 
 def _fake(name: str) -> Any:

@@ -13,7 +13,8 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import ops
-from smi_fast.backends import AUTO, check_name
+from smi_fast.backends import AUTO, check_name, choose
+from smi_fast.engine import Engine, supports
 
 Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
 
@@ -87,6 +88,8 @@ class SparseViT(nn.Module):
         self._positions: Tensor | None
         self.register_buffer("_prefix", prefix, persistent=False)
         self.register_buffer("_positions", positions, persistent=False)
+        self._engine: tuple[object, Engine] | None = None
+        self._engine_supports = all(map(supports, self.vit.blocks[:-1]))
         reads_tokens = vit.global_pool == "token" and vit.attn_pool is None
         self._rows_read = vit.num_prefix_tokens if reads_tokens else None
         if reads_tokens and not isinstance(vit, VisionTransformerDistilled):
@@ -153,8 +156,7 @@ class SparseViT(nn.Module):
             images, kept, shift, flip, patch_size=self.patch_size, backend=self.backend
         )
         x = self._embed(patches, positions)
-        for block in self.vit.blocks[:-1]:
-            x = self._block(block, x)
+        x = self._all_but_last(x)
         x, row = self._last_block(self.vit.blocks[-1], x, importance)
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
@@ -182,6 +184,29 @@ class SparseViT(nn.Module):
         x = torch.cat([self._prefix.expand(len(x), -1, -1), x], dim=1)
         embedded: Tensor = self.vit.norm_pre(x)
         return embedded
+
+    def _all_but_last(self, x: Tensor) -> Tensor:
+        if self._runs_on_engine(x):
+            return self._current_engine()(x)
+        for block in self.vit.blocks[:-1]:
+            x = self._block(block, x)
+        return x
+
+    def _runs_on_engine(self, x: Tensor) -> bool:
+        """Whether the C++ kernels were chosen and know the blocks; a compiler sees the blocks."""
+        return (
+            self._engine_supports
+            and not torch.compiler.is_compiling()
+            and choose("gather_attention", x.device, x.dtype, self.backend).name == "cpp"
+        )
+
+    def _current_engine(self) -> Engine:
+        """The engine over the weights as they are: whoever shares them may have changed them."""
+        blocks = self.vit.blocks[:-1]
+        state = (self.dtype, sum(p._version for p in blocks.parameters()))
+        if self._engine is None or self._engine[0] != state:
+            self._engine = state, Engine(blocks)
+        return self._engine[1]
 
     def _block(self, block: Block, x: Tensor) -> Tensor:
         attention = block.attn

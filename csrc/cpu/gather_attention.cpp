@@ -11,6 +11,7 @@ namespace smi_fast {
 template <typename T>
 struct Head {
   const T* qkv;         // [N, 3, H, D] from the head on
+  const T* q_bias;      // [D], added to each query, or null
   const int64_t* kept;  // [K], or null for all rows in order
   int64_t length;       // tokens that count
   int64_t width;        // D
@@ -31,36 +32,38 @@ struct Head {
 namespace smi_fast {
 namespace {
 
-// Zeroed memory that vectors of any instruction set are aligned in.
+// A thread's working memory, aligned for vectors of any instruction set. It is kept, since fresh
+// memory costs as much as the attention of a short sequence, and starts as zeros: what was never
+// written is computed with too, and must be no slow denormal.
 template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {
-    std::fill_n(data_, size, T{0});
+T* working_memory(int64_t size) {
+  constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
+  };
+  thread_local std::unique_ptr<T, Free> memory;
+  thread_local int64_t held = 0;
+  if (held < size) {
+    memory.reset(static_cast<T*>(::operator new(size * sizeof(T), kAlignment)));
+    std::fill_n(memory.get(), size, T{0});
+    held = size;
   }
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  T* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
+  return memory.get();
+}
 
 // The arguments of both directions, checked; one task for each image and head.
 template <typename T>
 class Heads {
  public:
-  Heads(const Tensor& qkv, const std::optional<Tensor>& kept, const std::optional<Tensor>& lengths)
+  Heads(const Tensor& qkv, const Tensor* q_bias, const std::optional<Tensor>& kept,
+        const std::optional<Tensor>& lengths)
       : batch_(qkv.size(0)),
         tokens_(qkv.size(1)),
         heads_(qkv.size(3)),
         width_(qkv.size(4)),
         count_(kept ? kept->size(1) : tokens_),
         qkv_(qkv.const_data_ptr<T>()),
+        q_bias_(q_bias ? q_bias->const_data_ptr<T>() : nullptr),
         kept_(kept ? kept->const_data_ptr<int64_t>() : nullptr) {
     for (int64_t b = 0; b < batch_; ++b) {
       const int64_t length =
@@ -86,6 +89,7 @@ class Heads {
   Head<T> head(int64_t task) const {
     const int64_t image = task / heads_;
     return {qkv_ + qkv_offset(task),
+            q_bias_ ? q_bias_ + task % heads_ * width_ : nullptr,
             kept_ ? kept_ + image * count_ : nullptr,
             lengths_[image],
             width_,
@@ -100,14 +104,15 @@ class Heads {
     // Products of that many multiplications take as long as kGrain elements of a pixel op.
     const int64_t grain = 16 * kGrain / std::max<int64_t>(1, count_ * count_ * width_) + 1;
     torch::stable::parallel_for(0, batch_ * heads_, grain, [&](int64_t begin, int64_t end) {
-      const Buffer<T> buffer(size);
-      for (int64_t task = begin; task < end; ++task) run(task, buffer.data());
+      T* const buffer = working_memory<T>(size);
+      for (int64_t task = begin; task < end; ++task) run(task, buffer);
     });
   }
 
  private:
   int64_t batch_, tokens_, heads_, width_, count_;
   const T* qkv_;         // [B, N, 3, H, D]
+  const T* q_bias_;      // [H·D], or null
   const int64_t* kept_;  // [B, K], or null
   std::vector<int64_t> lengths_;
 };
@@ -115,6 +120,48 @@ class Heads {
 std::optional<Tensor> checked_rows(const std::optional<Tensor>& kept, const Tensor& qkv) {
   if (!kept) return std::nullopt;
   return checked_kept(*kept, qkv.size(1));
+}
+
+template <typename T>
+void forward(const Heads<T>& tasks, T* out, T* first_rows) {
+  const auto kernel = SMI_BEST(attend<T>);
+  tasks.for_each([&](int64_t task, T* buffer) {
+    const Head<T> head = tasks.head(task);
+    T* own = out + tasks.out_offset(task);
+    kernel(head, buffer, own, first_rows ? first_rows + task * tasks.count() : nullptr);
+    for (int64_t i = head.length; i < tasks.count(); ++i) {
+      std::fill_n(own + i * head.out_row, head.width, T{0});
+    }
+  });
+}
+
+template <typename T>
+void backward(const Heads<T>& tasks, const T* grad, T* d_qkv) {
+  const auto kernel = SMI_BEST(attend_backward<T>);
+  tasks.for_each([&](int64_t task, T* buffer) {
+    const Head<T> head = tasks.head(task);
+    T* own = d_qkv + tasks.qkv_offset(task);
+    kernel(head, buffer, grad + tasks.out_offset(task), own);
+    for (int64_t i = head.length; i < tasks.count(); ++i) {
+      for (int64_t part = 0; part < 3; ++part) {
+        std::fill_n(own + head.offset(part, i), head.width, T{0});
+      }
+    }
+  });
+}
+
+// importance [B, K] = the mean over heads of the first rows [B, H, K].
+template <typename T>
+void mean_over_heads(const std::vector<T>& first_rows, int64_t heads, int64_t count,
+                     const Tensor& importance) {
+  T* scores = importance.mutable_data_ptr<T>();  // [B, K]
+  for (int64_t i = 0; i < importance.numel(); ++i) {
+    double sum = 0;
+    for (int64_t h = 0; h < heads; ++h) {
+      sum += first_rows[(i / count * heads + h) * count + i % count];
+    }
+    scores[i] = static_cast<T>(sum / static_cast<double>(heads));
+  }
 }
 
 std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any,
@@ -129,26 +176,10 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any,
   const Tensor importance = torch::stable::new_empty(qkv, {batch, want_importance ? count : 0});
   with_type_of(qkv, [&](auto zero) {
     using T = decltype(zero);
-    const Heads<T> tasks(qkv, kept, lengths);
-    const auto kernel = SMI_BEST(attend<T>);
-    T* out_data = out.mutable_data_ptr<T>();                                 // [B, K, H·D]
     std::vector<T> first_rows(want_importance ? batch * heads * count : 0);  // [B, H, K]
-    tasks.for_each([&](int64_t task, T* buffer) {
-      T* own = out_data + tasks.out_offset(task);
-      kernel(tasks.head(task), buffer, own, want_importance ? &first_rows[task * count] : nullptr);
-      for (int64_t i = tasks.length(task / heads); i < count; ++i) {
-        std::fill_n(own + i * tasks.out_row(), width, T{0});
-      }
-    });
-    if (!want_importance) return;
-    T* scores = importance.mutable_data_ptr<T>();  // [B, K]
-    for (int64_t i = 0; i < batch * count; ++i) {
-      double sum = 0;
-      for (int64_t h = 0; h < heads; ++h) {
-        sum += first_rows[(i / count * heads + h) * count + i % count];
-      }
-      scores[i] = static_cast<T>(sum / static_cast<double>(heads));
-    }
+    forward(Heads<T>(qkv, nullptr, kept, lengths), out.mutable_data_ptr<T>(),
+            want_importance ? first_rows.data() : nullptr);
+    mean_over_heads(first_rows, heads, count, importance);
   });
   return {out, importance};
 }
@@ -162,22 +193,34 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
       kept ? torch::stable::new_zeros(qkv, qkv.sizes()) : torch::stable::empty_like(qkv);
   with_type_of(qkv, [&](auto zero) {
     using T = decltype(zero);
-    const Heads<T> tasks(qkv, kept, lengths);
-    const auto kernel = SMI_BEST(attend_backward<T>);
-    const T* grad_data = grad.const_data_ptr<T>();  // [B, K, H·D]
-    T* d_qkv = result.mutable_data_ptr<T>();        // [B, N, 3, H, D]
-    tasks.for_each([&](int64_t task, T* buffer) {
-      const Head<T> head = tasks.head(task);
-      T* own = d_qkv + tasks.qkv_offset(task);
-      kernel(head, buffer, grad_data + tasks.out_offset(task), own);
-      for (int64_t i = head.length; i < tasks.count(); ++i) {
-        for (int64_t part = 0; part < 3; ++part) {
-          std::fill_n(own + head.offset(part, i), head.width, T{0});
-        }
-      }
-    });
+    backward(Heads<T>(qkv, nullptr, kept, lengths), grad.const_data_ptr<T>(),
+             result.mutable_data_ptr<T>());
   });
   return result;
+}
+
+// All tokens of qkv [B, N, 3, H, D] into out [B, N, H·D], q_bias [H·D] added to their queries.
+void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out) {
+  STD_TORCH_CHECK(qkv.is_contiguous() && q_bias.is_contiguous() && out.is_contiguous() &&
+                      3 * out.numel() == qkv.numel(),
+                  "expected contiguous qkv and out, a third of its size");
+  with_type_of(qkv, [&](auto zero) {
+    using T = decltype(zero);
+    forward<T>(Heads<T>(qkv, &q_bias, std::nullopt, std::nullopt), out.mutable_data_ptr<T>(),
+               nullptr);
+  });
+}
+
+void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv) {
+  STD_TORCH_CHECK(qkv.is_contiguous() && q_bias.is_contiguous() && grad.is_contiguous() &&
+                      d_qkv.is_contiguous() && 3 * grad.numel() == qkv.numel() &&
+                      d_qkv.numel() == qkv.numel(),
+                  "expected contiguous d_qkv like qkv, and grad, a third of its size");
+  with_type_of(qkv, [&](auto zero) {
+    using T = decltype(zero);
+    backward(Heads<T>(qkv, &q_bias, std::nullopt, std::nullopt), grad.const_data_ptr<T>(),
+             d_qkv.mutable_data_ptr<T>());
+  });
 }
 
 }  // namespace
@@ -185,6 +228,8 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
   m.impl("gather_attention", TORCH_BOX(&gather_attention));
   m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
+  m.impl("attend_", TORCH_BOX(&attend_));
+  m.impl("attend_backward_", TORCH_BOX(&attend_backward_));
 }
 
 }  // namespace smi_fast

@@ -175,13 +175,25 @@ int64_t workspace_size(int64_t length, int64_t head_width) {
   return 4 * keys * width + 5 * kBlock * width + 2 * keys * kBlock;
 }
 
-// to [count, width] = rows of q, k or v from `begin` on.
+// to [length, width] = the rows of k or v, parts 1 and 2.
 template <typename T>
-void gather_rows(const Head<T>& head, int64_t part, int64_t begin, int64_t count, T scale,
-                 int64_t width, T* __restrict to) {
+void gather_rows(const Head<T>& head, int64_t part, int64_t width, T* to) {
+  for (int64_t i = 0; i < head.length; ++i, to += width) {
+    std::copy_n(head.qkv + head.offset(part, i), head.width, to);
+  }
+}
+
+// to [count, width] = the rows of q from `begin` on, biased and scaled.
+template <typename T>
+void gather_queries(const Head<T>& head, int64_t begin, int64_t count, int64_t width,
+                    T* __restrict to) {
   for (int64_t i = begin; i < begin + count; ++i, to += width) {
-    const T* __restrict from = head.qkv + head.offset(part, i);
-    for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * scale;
+    const T* __restrict from = head.qkv + head.offset(0, i);
+    if (head.q_bias) {
+      for (int64_t d = 0; d < head.width; ++d) to[d] = (from[d] + head.q_bias[d]) * head.scale;
+    } else {
+      for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * head.scale;
+    }
   }
 }
 
@@ -198,7 +210,7 @@ void scatter_rows(const Head<T>& head, int64_t part, int64_t begin, int64_t coun
 // pᵀ [keys, kBlock] of the queries from `begin` on, which stay in w.q, scaled.
 template <typename T>
 void probabilities(const Head<T>& head, int64_t begin, int64_t queries, const Workspace<T>& w) {
-  gather_rows(head, 0, begin, queries, head.scale, w.width, w.q);
+  gather_queries(head, begin, queries, w.width, w.q);
   transpose(w.q, w.q_t, queries, w.width);
   multiply({w.k, w.width, 1}, w.q_t, w.p, head.length, queries, kBlock, head.width);
   softmax(w.p, head.length, queries);
@@ -207,8 +219,8 @@ void probabilities(const Head<T>& head, int64_t begin, int64_t queries, const Wo
 template <typename T>
 void attend(const Head<T>& head, T* buffer, T* out, T* importance) {
   const Workspace<T> w(head, buffer);
-  gather_rows(head, 1, 0, head.length, T{1}, w.width, w.k);
-  gather_rows(head, 2, 0, head.length, T{1}, w.width, w.v);
+  gather_rows(head, 1, w.width, w.k);
+  gather_rows(head, 2, w.width, w.v);
   for (int64_t begin = 0; begin < head.length; begin += kBlock) {
     const int64_t queries = std::min(kBlock, head.length - begin);
     probabilities(head, begin, queries, w);
@@ -226,8 +238,8 @@ void attend(const Head<T>& head, T* buffer, T* out, T* importance) {
 template <typename T>
 void attend_backward(const Head<T>& head, T* buffer, const T* d_out, T* d_qkv) {
   const Workspace<T> w(head, buffer);
-  gather_rows(head, 1, 0, head.length, T{1}, w.width, w.k);
-  gather_rows(head, 2, 0, head.length, T{1}, w.width, w.v);
+  gather_rows(head, 1, w.width, w.k);
+  gather_rows(head, 2, w.width, w.v);
   for (int64_t begin = 0; begin < head.length; begin += kBlock) {
     const int64_t queries = std::min(kBlock, head.length - begin);
     probabilities(head, begin, queries, w);

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "common.h"
 #include "total_variation_cells.h"
@@ -136,7 +137,8 @@ Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
       T* plane = out + tasks.plane(i);
       const Rectangle band = tasks.band(i);
       std::fill(plane + band.top * band.right, plane + band.bottom * band.right, T{0});
-      kernel(pixels + tasks.plane(i), tasks.grid(), tasks.cells(i), slopes, plane);
+      std::vector<T> rows(SMI_BEST(rows_size<T>)(tasks.grid().cell_width));
+      kernel(pixels + tasks.plane(i), tasks.grid(), tasks.cells(i), slopes, rows.data(), plane);
     });
   });
   return result;

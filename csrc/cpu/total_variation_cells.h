@@ -57,26 +57,30 @@ struct Cells {
   const uint8_t* kept;
 };
 
-// Calls visit with rectangles that cover, once each, the pixels whose difference with a neighbour
-// counts because of one of the cells: all pixels of the cell, and those of cells next to it that
-// aren't kept but look into it.
+// Calls visit with the cells, each in turn.
 template <typename Visit>
-inline void for_each_rectangle(const Grid& grid, const Cells& cells, const Neighbour& neighbour,
-                               const Visit& visit) {
+inline void for_each_cell(const Grid& grid, const Cells& cells, const Visit& visit) {
+  for (int64_t i = 0; i < cells.count; ++i) {
+    visit(grid.cell(cells.indices[i] / grid.columns(), cells.indices[i] % grid.columns()));
+  }
+}
+
+// Calls visit with rectangles that cover, once each, the pixels next to the cells, in cells that
+// aren't kept, whose neighbour is in one of them.
+template <typename Visit>
+inline void for_each_border(const Grid& grid, const Cells& cells, const Neighbour& neighbour,
+                            const Visit& visit) {
   for (int64_t i = 0; i < cells.count; ++i) {
     const int64_t row = cells.indices[i] / grid.columns();
     const int64_t column = cells.indices[i] % grid.columns();
-    const Rectangle cell = grid.cell(row, column);
-    const auto visit_some = [&](const Rectangle& pixels) {
-      if (!pixels.empty()) visit(pixels);
-    };
-    visit_some(cell.within(grid.plane().seen_from(neighbour)));
+    const Rectangle looking = grid.cell(row, column).seen_from(neighbour);
     for (int64_t up = 0; up <= std::abs(neighbour.down); ++up) {
       for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
         const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
         if (r < 0 || r >= grid.rows() || c < 0 || c >= grid.columns()) continue;
         if (cells.kept[r * grid.columns() + c]) continue;
-        visit_some(grid.cell(r, c).within(cell.seen_from(neighbour)));
+        const Rectangle pixels = grid.cell(r, c).within(looking);
+        if (!pixels.empty()) visit(pixels);
       }
     }
   }

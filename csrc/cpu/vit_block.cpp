@@ -1,0 +1,79 @@
+// The steps of a frozen Vision Transformer block that are no matrix product, in place and into
+// memory that smi_fast/engine.py owns. Every tensor holds contiguous rows.
+
+#include <cmath>
+
+#include "common.h"
+
+#define SMI_KERNEL "vit_block_kernel.h"
+#include "per_isa.h"
+
+namespace smi_fast {
+namespace {
+
+// The data of a tensor of so many elements.
+template <typename T>
+T* data_of(const Tensor& tensor, int64_t count) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "expected ", count,
+                  " contiguous elements, got ", tensor.numel());
+  return tensor.mutable_data_ptr<T>();
+}
+
+void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
+                    double eps, Tensor normalized, Tensor rstd) {
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  STD_TORCH_CHECK(added.has_value() == bias.has_value(),
+                  "expected both added and bias, or neither");
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = SMI_BEST(add_normalize<T>);
+    T* row = data_of<T>(x, rows * width);                                // [rows, D]
+    const T* more = added ? data_of<T>(*added, rows * width) : nullptr;  // [rows, D]
+    const T* offset = bias ? data_of<T>(*bias, width) : nullptr;         // [D]
+    T* to = data_of<T>(normalized, rows * width);                        // [rows, D]
+    T* scale = data_of<T>(rstd, rows);                                   // [rows]
+    for_each_task(rows, width, [&](int64_t i) {
+      scale[i] = kernel(row + i * width, more ? more + i * width : nullptr, offset, width, eps,
+                        to + i * width);
+    });
+  });
+}
+
+void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
+                         const Tensor& rstd) {
+  const int64_t width = gradient.size(-1), rows = gradient.numel() / width;
+  with_type_of(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = SMI_BEST(normalize_backward<T>);
+    T* row = data_of<T>(gradient, rows * width);             // [rows, D]
+    const T* d = data_of<T>(grad, rows * width);             // [rows, D]
+    const T* output = data_of<T>(normalized, rows * width);  // [rows, D]
+    const T* scale = data_of<T>(rstd, rows);                 // [rows]
+    for_each_task(rows, width, [&](int64_t i) {
+      kernel(row + i * width, d + i * width, output + i * width, scale[i], width);
+    });
+  });
+}
+
+void gelu_(Tensor x, const Tensor& bias, Tensor out) {
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = SMI_BEST(gelu<T>);
+    T* row = data_of<T>(x, rows * width);       // [rows, D]
+    const T* offset = data_of<T>(bias, width);  // [D]
+    T* to = data_of<T>(out, rows * width);      // [rows, D]
+    for_each_task(rows, 8 * width,
+                  [&](int64_t i) { kernel(row + i * width, offset, width, to + i * width); });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
+  m.impl("add_normalize_", TORCH_BOX(&add_normalize_));
+  m.impl("normalize_backward_", TORCH_BOX(&normalize_backward_));
+  m.impl("gelu_", TORCH_BOX(&gelu_));
+}
+
+}  // namespace smi_fast

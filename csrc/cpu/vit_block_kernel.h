@@ -1,0 +1,84 @@
+// What a frozen block does between its matrix products, row by row; see vit_block.cpp.
+
+#include "exp_kernel.h"
+
+// x += added + bias, unless those are null; normalized = (x − mean) · rstd, which is returned.
+template <typename T>
+T add_normalize(T* __restrict x, const T* __restrict added, const T* __restrict bias, int64_t width,
+                double eps, T* __restrict normalized) {
+  T sum = 0, squares = 0;
+  if (added) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) x[i] += added[i] + bias[i];
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) sum += x[i];
+  const T mean = sum / static_cast<T>(width);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const T rstd = static_cast<T>(1 / std::sqrt(squares / static_cast<double>(width) + eps));
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) normalized[i] = (x[i] - mean) * rstd;
+  return rstd;
+}
+
+// gradient += the gradient of normalize's x, with d = that of normalized.
+template <typename T>
+void normalize_backward(T* __restrict gradient, const T* __restrict d,
+                        const T* __restrict normalized, T rstd, int64_t width) {
+  T sum = 0, product = 0;
+#pragma omp simd reduction(+ : sum, product)
+  for (int64_t i = 0; i < width; ++i) {
+    sum += d[i];
+    product += d[i] * normalized[i];
+  }
+  const T mean = sum / static_cast<T>(width), slope = product / static_cast<T>(width);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) gradient[i] += rstd * (d[i] - mean - normalized[i] * slope);
+}
+
+constexpr double kInverseRoot2Pi = 0.3989422804014327, kInverseRoot2 = 0.7071067811865476;
+
+// Φ(x) = erfc(−x/√2) / 2, across lanes to three units in the last place of float32. The series is a
+// minimax fit of erfc(z) e^{z²} in t = 1 / (1 + p z): relative error 1.4e-7 on 0 <= z <= 10.
+inline Vec<float> normal_cdf(const Vec<float>& x, const Vec<float>& exp_of_half_square) {
+  constexpr float kP = 0.3275911f * static_cast<float>(kInverseRoot2);
+  constexpr float kSeries[] = {0.18504122f, 0.18088622f,  0.20503331f, 0.027934285f,
+                               0.449015f,   -0.40176812f, 0.49450400f, -0.14064581f};
+  const Vec<float> size = x < 0.0f ? -x : x;
+  const Vec<float> t = 1.0f / (1.0f + kP * size);
+  Vec<float> sum{};
+#pragma GCC unroll 8
+  for (int k = 7; k >= 0; --k) sum = sum * t + kSeries[k];
+  const Vec<float> tail = 0.5f * sum * t * exp_of_half_square;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+inline Vec<double> normal_cdf(const Vec<double>& x, const Vec<double>&) {
+  Vec<double> result;
+  for (int i = 0; i < lanes<double>(); ++i) result[i] = std::erfc(-x[i] * kInverseRoot2) / 2;
+  return result;
+}
+
+// A vector of out = gelu(x + bias); x becomes the derivative there.
+template <typename T>
+inline void gelu_vector(T* x, const T* bias, T* out) {
+  const Vec<T> sum = load<Vec<T>>(x) + load<Vec<T>>(bias);
+  const Vec<T> e = exp_of_negative<T>(sum * sum * static_cast<T>(-0.5));
+  const Vec<T> cdf = normal_cdf(sum, e);
+  store(out, sum * cdf);
+  store(x, cdf + sum * e * static_cast<T>(kInverseRoot2Pi));
+}
+
+template <typename T>
+void gelu(T* x, const T* bias, int64_t width, T* out) {
+  int64_t i = 0;
+  for (; i + lanes<T>() <= width; i += lanes<T>()) gelu_vector(x + i, bias + i, out + i);
+  if (i == width) return;
+  T last_x[lanes<T>()]{}, last_bias[lanes<T>()]{}, last_out[lanes<T>()];
+  std::copy_n(x + i, width - i, last_x);
+  std::copy_n(bias + i, width - i, last_bias);
+  gelu_vector(last_x, last_bias, last_out);
+  std::copy_n(last_x, width - i, x + i);
+  std::copy_n(last_out, width - i, out + i);
+}
