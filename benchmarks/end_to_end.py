@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -23,8 +23,8 @@ from benchmarks.timing import alternate, rounded, spread
 from smi_fast import Dense, StopSchedule
 
 ROUNDS = 5
-# A phase of a timed block: the stop, a typical step, and the one whose importance is read.
-PHASE_STEPS = 3
+# Of a timed block: in each phase before the last, in the last, and without stops.
+PHASE_STEPS, LAST_STEPS, DENSE_STEPS = 2, 4, 3
 # The model that is affordable to run a whole schedule with.
 WHOLE_RUN_OF = "deit_tiny"
 METHOD = (
@@ -33,8 +33,8 @@ METHOD = (
     "step, with the stop, and n - 1 typical ones. Spreads are medians and quartiles over rounds."
 )
 MEMORY = (
-    "Peak resident bytes of a process of its own that runs two iterations in each phase, less what "
-    "it has after a forward pass of one image: the weights and the libraries."
+    "Peak resident bytes of a process of its own that runs two dense iterations and one in each "
+    "later phase, less what it has after a forward pass of one image: weights and libraries."
 )
 
 
@@ -45,62 +45,68 @@ def schedule_phases(stops: StopSchedule, iterations: int, patches: int) -> list[
     return list(zip((patches, *stops.counts(patches)), lengths, strict=True))
 
 
-def block(stops: StopSchedule, steps: int) -> tuple[StopSchedule, int]:
-    """The same stops with only so many steps between them, and iterations that end in typical ones.
-
-    The steps around a stop have no jitter, so of three steps only the middle one is typical.
-    """
-    at = tuple(steps * (index + 1) for index in range(len(stops.at)))
-    return StopSchedule(at, stops.drop), at[-1] + steps + 2
-
-
 def whole_seconds(phases: Sequence[tuple[int, int]], cost: dict[int, Cost]) -> float:
     return sum(cost[kept].first + (count - 1) * cost[kept].typical for kept, count in phases)
 
 
-def measure(case: Case, iterations: int, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Times, work and memory of every variant for one model, and the ratios between them."""
-    stops, patches = StopSchedule.scaled(iterations), case.vit.patch_embed.num_patches
-    sparse_phases = schedule_phases(stops, iterations, patches)
-    fewest, batch = sparse_phases[-1][0], len(case.targets)
-    short, length = block(stops, PHASE_STEPS)
+def time_blocks(case: Case, stops: StopSchedule, rounds: int) -> dict[str, list[Any]]:
+    """For each round the costs of every variant, and GFLOP/s of sgemm right after ours.
+
+    Raises:
+        AssertionError: both dense loops don't make the same images.
+    """
+    at = tuple(PHASE_STEPS * (index + 1) for index in range(len(stops.at)))
+    short = StopSchedule(at, stops.drop)
     pixels: dict[str, Tensor] = {}
 
-    def contender(name: str, variant: Variant) -> partial[dict[int, Cost]]:
+    def contender(name: str, variant: Variant) -> Callable[[], dict[int, Cost]]:
         def keep(iteration: int, images: Tensor, kept: Tensor) -> None:
             pixels[name] = images.clone()
 
-        count = length if variant.sparse else PHASE_STEPS
+        count = at[-1] + LAST_STEPS if variant.sparse else DENSE_STEPS
         return partial(costs, variant.loop(case), variant.schedule(short), count, keep)
 
-    # As many rows as tokens go through a block at the end.
-    rows = batch * (fewest + case.vit.num_prefix_tokens)
-    speeds = {"square": sgemm(SQUARE), "block_shapes": sgemm(block_shapes(case.vit, rows))}
-    timed: dict[str, list[Any]] = alternate(
-        {**speeds, **{name: contender(name, variant) for name, variant in VARIANTS.items()}}, rounds
-    )
-    peak = median(timed["square"])
+    fewest = stops.counts(case.vit.patch_embed.num_patches)[-1]
+    rows = len(case.targets) * (fewest + case.vit.num_prefix_tokens)
+    contenders: dict[str, Callable[[], Any]] = {
+        **{name: contender(name, variant) for name, variant in VARIANTS.items()},
+        "sgemm_square": sgemm(SQUARE),
+        "sgemm_block_shapes": sgemm(block_shapes(case.vit, rows)),
+    }
+    timed = alternate(contenders, rounds)
+    timed["dense_images_agree"] = [agreement(pixels["published_dense"], pixels["our_dense"])]
+    return timed
 
-    def typical(name: str, kept: int) -> list[float]:
-        return [cost[kept].typical for cost in timed[name]]
 
+def measure(case: Case, iterations: int, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Times and work of every variant for one model, and the ratios between them."""
+    stops, patches = StopSchedule.scaled(iterations), case.vit.patch_embed.num_patches
+    timed = time_blocks(case, stops, rounds)
+    phases = schedule_phases(stops, iterations, patches)
+    fewest, batch = phases[-1][0], len(case.targets)
     wholes: dict[str, list[float]] = {}
     variants = {}
     for name, variant in VARIANTS.items():
-        phases = sparse_phases if variant.sparse else [(patches, iterations)]
-        wholes[name] = [whole_seconds(phases, cost) for cost in timed[name]]
+        own_phases = phases if variant.sparse else [(patches, iterations)]
+        wholes[name] = [whole_seconds(own_phases, cost) for cost in timed[name]]
         variants[name] = {
             "whole_seconds": spread(wholes[name]),
             "images_per_hour": rounded(batch * 3600 / median(wholes[name])),
             "steps": [
-                _step(case, kept, count, [cost[kept] for cost in timed[name]], peak)
-                for kept, count in phases
+                {"patches": kept, "iterations": count, **_step(case, kept, timed, name)}
+                for kept, count in own_phases
             ],
         }
+
+    def typical(name: str, kept: int) -> list[float]:
+        return [cost[kept].typical for cost in timed[name]]
+
     return {
         "batch": batch,
-        "phases": [{"patches": kept, "iterations": count} for kept, count in sparse_phases],
-        "sgemm_gflops": {name: spread(timed[name]) for name in speeds},
+        "sgemm_gflops": {
+            "square": spread(timed["sgemm_square"]),
+            f"block_at_{fewest}_patches": spread(timed["sgemm_block_shapes"]),
+        },
         "variants": variants,
         "ratios_to_our_sparse": {
             "whole_schedule": {
@@ -115,7 +121,7 @@ def measure(case: Case, iterations: int, rounds: int = ROUNDS) -> dict[str, Any]
         "published_dense_step_to_sparse_step": spread(
             _ratios(typical("published_dense", patches), typical("published_sparse", fewest))
         ),
-        "dense_images_agree": agreement(pixels["published_dense"], pixels["our_dense"]),
+        "dense_images_agree": timed["dense_images_agree"][0],
     }
 
 
@@ -123,18 +129,17 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def _step(case: Case, kept: int, iterations: int, timed: list[Cost], peak: float) -> dict[str, Any]:
-    """What a step of one phase costs."""
-    seconds = [cost.typical for cost in timed]
+def _step(case: Case, kept: int, timed: dict[str, list[Any]], name: str) -> dict[str, Any]:
+    """What a variant's step costs in one phase; shares are of the sgemm of the same round."""
+    cost = [costs_of_round[kept] for costs_of_round in timed[name]]
     gflop = needed_flops(case.vit, len(case.targets), kept) / 1e9
+    speeds = [gflop / c.typical for c in cost]
     return {
-        "patches": kept,
-        "iterations": iterations,
-        "seconds": spread(seconds),
-        "first_seconds": spread([cost.first for cost in timed]),
+        "seconds": spread([c.typical for c in cost]),
+        "first_seconds": spread([c.first for c in cost]),
         "needed_gflop": rounded(gflop),
-        "gflops": rounded(gflop / median(seconds)),
-        "share_of_sgemm": rounded(gflop / median(seconds) / peak),
+        "gflops": spread(speeds),
+        "share_of_sgemm": spread(_ratios(speeds, timed["sgemm_square"])),
     }
 
 
@@ -170,9 +175,8 @@ def peak_memory(model: str, name: str) -> int:
     # 5 sets the peak back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
-    stops = StopSchedule((2, 4, 6, 8), StopSchedule().drop)
-    schedule = stops if variant.sparse else Dense()
-    variant.loop(case)(schedule, 10 if variant.sparse else 2, lambda *_: None)
+    schedule, count = (StopSchedule((2, 3, 4, 5)), 6) if variant.sparse else (Dense(), 2)
+    variant.loop(case)(schedule, count, lambda *_: None)
     return _resident("VmHWM") - before
 
 

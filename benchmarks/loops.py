@@ -16,7 +16,7 @@ from benchmarks import published
 from smi_fast import Dense, SparseInverter, SparseViT, StopSchedule
 from smi_fast.backends import AUTO
 from smi_fast.inverter import random_jitter
-from smi_fast.schedules import Schedule, still_iterations
+from smi_fast.schedules import Schedule
 
 BATCHES = {"deit_tiny": 8, "deit_small": 8, "deit_base": 4}
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -128,22 +128,18 @@ def costs(
 ) -> dict[int, Cost]:
     """What the steps of each phase cost, by the number of kept patches.
 
-    A typical step is a jittered one, the median of those that are not the first.
+    A typical step is the median of those that are not the first.
     """
-    steps: dict[int, list[tuple[int, float]]] = {}
+    steps: dict[int, list[float]] = {}
     before = time.perf_counter()
 
     def clock(iteration: int, images: Tensor, kept: Tensor) -> None:
         nonlocal before
         now = time.perf_counter()
-        steps.setdefault(kept.shape[1], []).append((iteration, now - before))
+        steps.setdefault(kept.shape[1], []).append(now - before)
         if last is not None and iteration == iterations - 1:
             last(iteration, images, kept)
         before = time.perf_counter()
 
     run(schedule, iterations, clock)
-    still = still_iterations(schedule)
-    return {
-        patches: Cost(phase[0][1], median(s for t, s in phase[1:] if t not in still))
-        for patches, phase in steps.items()
-    }
+    return {patches: Cost(phase[0], median(phase[1:])) for patches, phase in steps.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from benchmarks.timing import clocked
 
 SQUARE = ((2048, 2048, 2048),)
+# Of one sample: long enough for the clock, and for the caches to be warm.
+LEAST_GFLOP = 30
 
 
 def sgemm(shapes: Sequence[tuple[int, int, int]]) -> Callable[[], float]:
@@ -18,14 +21,16 @@ def sgemm(shapes: Sequence[tuple[int, int, int]]) -> Callable[[], float]:
         (torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns))
         for rows, inner, columns in shapes
     ]
+    once = sum(2 * rows * inner * columns for rows, inner, columns in shapes) / 1e9
+    repeats = math.ceil(LEAST_GFLOP / once)
 
     def multiply() -> None:
-        for left, right, out in operands:
-            torch.mm(left, right, out=out)
+        for _ in range(repeats):
+            for left, right, out in operands:
+                torch.mm(left, right, out=out)
 
     seconds = clocked(multiply)
-    work = sum(2 * rows * inner * columns for rows, inner, columns in shapes) / 1e9
-    return lambda: work / seconds()
+    return lambda: repeats * once / seconds()
 
 
 def block_shapes(vit: VisionTransformer, rows: int) -> list[tuple[int, int, int]]:
