@@ -218,4 +218,4 @@ def measure(case: Case, rounds: int = ROUNDS) -> dict[str, Any]:
 
 
 def main() -> None:
-    record("ops", {"rounds": ROUNDS, **{str(case): measure(case) for case in cases()}})
+    record("ops", {"rounds": ROUNDS, "ops": {str(case): measure(case) for case in cases()}})

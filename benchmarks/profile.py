@@ -70,4 +70,5 @@ def measure(case: Case, stops: StopSchedule, steps: int = STEPS) -> dict[str, An
 
 def main() -> None:
     stops = StopSchedule((2, 4, 6, 8))
-    record("profile", {"steps": STEPS, **{name: measure(deit(name), stops) for name in BATCHES}})
+    models = {name: measure(deit(name), stops) for name in BATCHES}
+    record("profile", {"steps": STEPS, "models": models})

@@ -12,7 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import end_to_end, ops, plot, profile
 from benchmarks.flops import forward_flops, needed_flops
-from benchmarks.loops import VARIANTS, Callback, Case, Cost, costs, our_loop, published_loop
+from benchmarks.loops import (
+    VARIANTS,
+    Callback,
+    Case,
+    Cost,
+    Loop,
+    Variant,
+    costs,
+    our_loop,
+    published_loop,
+)
 from smi_fast import Dense, SparseViT, StopSchedule
 from smi_fast.schedules import Schedule
 
@@ -64,6 +74,22 @@ def test_dense_images_that_differ_are_no_agreement() -> None:
     assert end_to_end.agreement(images, images) == 1
     with pytest.raises(AssertionError, match="expected the same images of both dense loops"):
         end_to_end.agreement(images, images.flip(3))
+
+
+@pytest.mark.skipif(
+    not end_to_end.CLEAR_REFS.exists(), reason="the kernel can't set the peak of a process back"
+)
+def test_peak_memory_is_what_a_loop_takes_at_most(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(_: Case) -> Loop:
+        return lambda *_: [torch.ones(2**24).sum() for _ in range(3)]
+
+    monkeypatch.setattr(end_to_end, "deit", lambda _: case)
+    monkeypatch.setitem(VARIANTS, "hungry", Variant(hungry, sparse=False))
+    # One of the three, 67 MB, is held at a time.
+    peak = end_to_end.peak_memory("deit_tiny", "hungry")
+    assert peak == pytest.approx(2**26, rel=0.25)
 
 
 @pytest.mark.parametrize(
