@@ -45,12 +45,12 @@ def deit(name: str) -> Case:
 
 
 # Runs iterations of a schedule, with a callback after each.
-Loop = Callable[[Schedule, int, Callback], object]
+Loop = Callable[[Schedule, int, Callback], None]
 
 
 def published_loop(case: Case) -> Loop:
-    def run(schedule: Schedule, iterations: int, callback: Callback) -> object:
-        return published.invert(
+    def run(schedule: Schedule, iterations: int, callback: Callback) -> None:
+        published.invert(
             case.vit,
             case.targets,
             init=case.init,
@@ -68,7 +68,7 @@ def published_loop(case: Case) -> Loop:
 def our_loop(case: Case, backend: str = AUTO, background: str = "frozen") -> Loop:
     teacher = SparseViT(case.vit, backend=backend)
 
-    def run(schedule: Schedule, iterations: int, callback: Callback) -> object:
+    def run(schedule: Schedule, iterations: int, callback: Callback) -> None:
         inverter = SparseInverter(
             teacher,
             schedule=schedule,
@@ -78,7 +78,7 @@ def our_loop(case: Case, backend: str = AUTO, background: str = "frozen") -> Loo
             background=background,
             backend=backend,
         )
-        return inverter.invert(
+        inverter.invert(
             case.targets,
             init=case.init,
             jitter=case.jitter(iterations),

@@ -28,15 +28,12 @@ def invert(
     iterations: int,
     mean: Sequence[float],
     std: Sequence[float],
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Tensor:
+    callback: Callable[[int, Tensor, Tensor], None],
+) -> None:
     """Inverts one batch; the arguments are those of :class:`smi_fast.SparseInverter`.
 
     Args:
         vit: a model whose one prefix token is the class token; gradients gather in its weights.
-
-    Returns:
-        images [B, 3, H, W] in normalised space.
     """
     images = init.clone().requires_grad_()
     adam = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.99))
@@ -64,9 +61,7 @@ def invert(
         with torch.no_grad():
             for channel, (least, most) in enumerate(zip(low, high, strict=True)):
                 images[:, channel].clamp_(least, most)
-        if callback is not None:
-            callback(iteration, images.detach(), kept)
-    return images.detach()
+        callback(iteration, images.detach(), kept)
 
 
 def forward(vit: VisionTransformer, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
