@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from benchmarks import foreground, inversion
+from benchmarks import end_to_end, foreground, inversion, ops, plot, profile
+from benchmarks.loops import BATCHES
 
-MEASUREMENTS = {"foreground": foreground.main, "inversion": inversion.main}
+MEASUREMENTS = {
+    "foreground": foreground.main,
+    "inversion": inversion.main,
+    "ops": ops.main,
+    "profile": profile.main,
+    "end-to-end": end_to_end.main,
+    "plot": plot.main,
+}
 
-parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MEASUREMENTS))
-names = parser.parse_args().names or list(MEASUREMENTS)
-if unknown := set(names) - set(MEASUREMENTS):
-    parser.error(f"expected names among {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}")
-for name in names:
-    MEASUREMENTS[name]()
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MEASUREMENTS))
+    parser.add_argument(
+        "--model", nargs="+", choices=BATCHES, default=list(BATCHES), help="of end-to-end"
+    )
+    parser.add_argument("--iterations", type=int, default=400, help="of end-to-end")
+    options = parser.parse_args()
+    names = options.names or list(MEASUREMENTS)
+    if unknown := set(names) - set(MEASUREMENTS):
+        parser.error(f"expected names among {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}")
+    measurements = MEASUREMENTS | {
+        "end-to-end": partial(end_to_end.main, options.model, options.iterations)
+    }
+    for name in names:
+        measurements[name]()
+
+
+# The processes that memory is measured in import this file again.
+if __name__ == "__main__":
+    main()

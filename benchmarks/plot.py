@@ -1,0 +1,91 @@
+"""Draws the README's picture from the recorded results, and from those only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import environment
+
+# The loops in the order in which each adds something, what it adds, and its colour.
+TECHNIQUES = (
+    ("published_sparse", "stop patches (SMI)", "#9db4c8"),
+    (
+        "reference_sparse",
+        "freeze weights, gather before embedding,\nlast block for the class row only",
+        "#6f93b5",
+    ),
+    ("our_sparse", "C++ kernels and engine", "#2f6690"),
+)
+NAMES = {"deit_tiny": "DeiT-T", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}
+TEXT, GRID = "#333333", "#e4e4e4"
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """A waterfall for each model: how many times faster each technique makes a whole inversion.
+
+    The axis is logarithmic, so that the lengths of the bars are factors and add up to the product.
+
+    Args:
+        results: what ``end_to_end.json`` holds.
+    """
+    models = results["models"]
+    figure = Figure(figsize=(9, 1.0 + 1.35 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), sharex=True, squeeze=False)[:, 0]
+    gains = []
+    for axes, (model, measured) in zip(panels, models.items(), strict=True):
+        _waterfall(axes, measured["variants"])
+        seconds = measured["variants"]["published_dense"]["whole_seconds"]["median"]
+        ours = measured["variants"]["our_sparse"]["whole_seconds"]["median"]
+        gains.append(seconds / ours)
+        axes.set_title(
+            f"{NAMES[model]}, batch {measured['batch']}: {seconds:.0f} s → {ours:.0f} s",
+            loc="left",
+            fontsize=10,
+            color=TEXT,
+        )
+    # The factors are written to the right of the bars.
+    panels[-1].set_xlim(1, 1.6 * max(gains))
+    panels[-1].set_xlabel("times as fast as a published-style dense loop", color=TEXT)
+    machine = results["environment"]
+    figure.suptitle(
+        f"A whole inversion of {results['iterations']} iterations, 224 px, float32, "
+        f"{machine['threads']} cores of {machine['cpu']}",
+        x=0.01,
+        ha="left",
+        fontsize=10.5,
+        color=TEXT,
+    )
+    return figure
+
+
+def _waterfall(axes: Axes, variants: dict[str, Any]) -> None:
+    before = dense = variants["published_dense"]["whole_seconds"]["median"]
+    for row, (name, _, colour) in enumerate(TECHNIQUES):
+        seconds = variants[name]["whole_seconds"]["median"]
+        start, end = dense / before, dense / seconds
+        axes.barh(row, end - start, left=start, height=0.72, color=colour)
+        last = row == len(TECHNIQUES) - 1
+        factor = f" × {end / start:.2f}" + (f" = {end:.1f}×" if last else "")
+        weight = "bold" if last else None
+        axes.annotate(factor, (end, row), va="center", color=TEXT, fontsize=9.5, fontweight=weight)
+        before = seconds
+    axes.set_yticks(range(len(TECHNIQUES)), [technique for _, technique, _ in TECHNIQUES])
+    axes.set_ylim(len(TECHNIQUES) - 0.45, -0.55)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, colors=TEXT)
+    axes.spines[:].set_visible(False)
+
+
+def main() -> None:
+    results = json.loads((environment.RESULTS / "end_to_end.json").read_text())
+    path: Path = environment.RESULTS / "waterfall.png"
+    draw(results).savefig(path, dpi=150, facecolor="white")
+    print(f"plot: {path}")
