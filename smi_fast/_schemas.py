@@ -47,11 +47,7 @@ _SCHEMAS = {
         " float lr, float beta1, float beta2, Tensor low, Tensor high, Tensor? kept,"
         " int patch_size) -> ()"
     ),
-}
-
-# The parts of a block that smi_fast.engine runs, by the C++ kernels only: in place, contiguous, into
-# memory that is given.
-_ENGINE_SCHEMAS = {
+    # The parts of a block that smi_fast.engine runs, on contiguous memory that is given.
     "add_normalize_": (
         "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
         " Tensor(c!) rstd) -> ()"
@@ -68,8 +64,6 @@ _library = torch.library.Library("smi_fast", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-for _name, _schema in _ENGINE_SCHEMAS.items():
-    _library.define(_name + _schema)
 
 
 def _fake(name: str) -> Any:
@@ -152,6 +146,10 @@ def _(
     return x.new_empty(x.shape)
 
 
-@_fake("adam_clamp_")
-def _(*_: object) -> None:
+def _writes_what_is_given(*_: object) -> None:
     return None
+
+
+for _name, _schema in _SCHEMAS.items():
+    if _schema.endswith("-> ()"):
+        _fake(_name)(_writes_what_is_given)

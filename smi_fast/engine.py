@@ -1,4 +1,4 @@
-"""The blocks of a frozen Vision Transformer on the CPU, at little more than the cost of their GEMMs.
+"""The blocks of a frozen Vision Transformer on the CPU, at little more than their GEMMs' cost.
 
 Weights are constant and only tokens get a gradient. So LayerNorm's affine part, LayerScale and most
 biases are folded into the matrices; attention and GELU read what one product wrote and write what
@@ -26,10 +26,16 @@ _normalize_backward = torch.ops.smi_fast.normalize_backward_.default
 _gelu = torch.ops.smi_fast.gelu_.default
 _attend = torch.ops.smi_fast.attend_.default
 _attend_backward = torch.ops.smi_fast.attend_backward_.default
+
 _CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 if _CAN_PACK:
     _pack = torch.ops.mkl._mkl_reorder_linear_weight.default
     _packed_linear = torch.ops.mkl._mkl_linear.default
+
+# MKL packs a matrix anew for each product, which costs the more the fewer rows use it. To pack it
+# once takes as long as a pass and saves up to a fifth of each: done at this pass, for so few rows.
+_PASSES_UNPACKED = 12
+_MOST_ROWS_PACKED = 512
 
 
 def supports(block: Block) -> bool:
@@ -50,34 +56,31 @@ def supports(block: Block) -> bool:
 
 
 class _Matrix:
-    """A frozen matrix [out, in], and its packed forms for a number of rows to multiply.
-
-    Packed products are the faster the larger the matrix. A packed form takes its memory again and
-    as long to make as a few products.
-    """
+    """A frozen matrix [out, in], which can be packed both ways for a number of rows to multiply."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.contiguous()
         self._transposed = self.weight.T
-        self._rows = -1
+        self._rows = 0
         self._packed: list[Tensor] = []
 
     def pack(self, rows: int) -> None:
-        """Prepares for so many rows, where MKL can."""
-        if _CAN_PACK and self.weight.dtype == torch.float32 and rows != self._rows:
+        """Prepares for so many rows, which takes the matrix's memory twice; none drops that."""
+        self._rows, self._packed = 0, []
+        if rows and _CAN_PACK and self.weight.dtype == torch.float32:
             both = (self.weight, self._transposed.contiguous())
             self._rows, self._packed = rows, [_pack(matrix, rows) for matrix in both]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] times the transposed matrix."""
-        if len(x) != self._rows:
+        if not self._packed:
             return x @ self._transposed
         product: Tensor = _packed_linear(x, self._packed[0], self.weight, None, self._rows)
         return product
 
     def back(self, gradient: Tensor) -> Tensor:
         """The gradient of x from that of the product [rows, out]."""
-        if len(gradient) != self._rows:
+        if not self._packed:
             return gradient @ self.weight
         product: Tensor = _packed_linear(
             gradient, self._packed[1], self._transposed, None, self._rows
@@ -177,6 +180,7 @@ class _Plan:
 
     def __init__(self, blocks: list[_Weights], batch: int, tokens: int, saves: bool) -> None:
         self.key = (batch, tokens, saves)
+        self.passes = 0
         rows, first = batch * tokens, blocks[0]
         one = _Saved(first, rows)
         self.saved = [one, *(_Saved(first, rows) if saves else one for _ in blocks[1:])]
@@ -210,24 +214,31 @@ class Engine:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """What the blocks make of tokens [B, N, D]."""
-        result: Tensor = _Run.apply(tokens, self)
+        saves = torch.is_grad_enabled() and tokens.requires_grad
+        result: Tensor = _Run.apply(tokens, self, saves)
         return result
 
     def lease(self, batch: int, tokens: int, saves: bool) -> _Lease:
         """Memory for one pass: the last one's when it is free and fits."""
         plan, self.free = self.free, None
         if plan is None or plan.key != (batch, tokens, saves):
-            return _Lease(self, _Plan(self.blocks, batch, tokens, saves))
+            self._pack(0)
+            plan = _Plan(self.blocks, batch, tokens, saves)
+        plan.passes += 1
+        if plan.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
+            self._pack(batch * tokens)
+        return _Lease(self, plan)
+
+    def _pack(self, rows: int) -> None:
         for w in self.blocks:
             for matrix in (w.qkv, w.proj, w.fc1, w.fc2):
-                matrix.pack(batch * tokens)
-        return _Lease(self, plan)
+                matrix.pack(rows)
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, engine: Engine) -> Tensor:
-        lease = engine.lease(*tokens.shape[:2], saves=ctx.needs_input_grad[0])
+    def forward(ctx: Any, tokens: Tensor, engine: Engine, saves: bool) -> Tensor:
+        lease = engine.lease(tokens.shape[0], tokens.shape[1], saves)
         ctx.engine, ctx.lease = engine, lease
         result = tokens.clone(memory_format=torch.contiguous_format)
         _forward(engine.blocks, lease.plan, result.flatten(0, 1))
@@ -235,10 +246,10 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         result = grad.clone(memory_format=torch.contiguous_format)
         _backward(ctx.engine.blocks, ctx.lease.plan, result.flatten(0, 1))
-        return result, None
+        return result, None, None
 
 
 def _forward(blocks: list[_Weights], plan: _Plan, x: Tensor) -> None:

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -279,3 +280,55 @@ def _adam_clamp_(
     root = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(ADAM_EPS)
     pixels.addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
     torch.clamp(pixels, low, high, out=pixels)
+
+
+def add_normalize_(
+    x: Tensor,
+    added: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    normalized: Tensor,
+    rstd: Tensor,
+) -> None:
+    """LayerNorm without its affine part, of rows x [rows, D] += added + bias.
+
+    Writes normalized [rows, D] and rstd [rows], one over the standard deviation.
+    """
+    if added is not None and bias is not None:
+        x += added + bias
+    centred = x - x.mean(dim=1, keepdim=True)
+    rstd.copy_((centred.square().mean(dim=1) + eps).rsqrt())
+    normalized.copy_(centred * rstd[:, None])
+
+
+def normalize_backward_(gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor) -> None:
+    """Adds to gradient [rows, D] that of x in :func:`add_normalize_`, with n = normalized.
+
+    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)).
+    """
+    slope = (grad * normalized).mean(dim=1, keepdim=True)
+    gradient += rstd[:, None] * (grad - grad.mean(dim=1, keepdim=True) - normalized * slope)
+
+
+def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = gelu(x + bias) for x [rows, F], which becomes the derivative there: Φ(x) + x φ(x)."""
+    x += bias
+    cdf = torch.special.ndtr(x)
+    out.copy_(x * cdf)
+    x.copy_(cdf + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi))
+
+
+def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor) -> None:
+    """Attention of qkv [B, N, 3, H, D] into out, q_bias [H·D] added to the queries."""
+    out.copy_(gather_attention(_biased(qkv, q_bias), None, None, False)[0].view_as(out))
+
+
+def attend_backward_(grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor) -> None:
+    """The gradient of qkv in :func:`attend_` into d_qkv, from that of its out."""
+    rows = grad.view(*qkv.shape[:2], q_bias.numel())
+    d_qkv.copy_(gather_attention_backward(rows, _biased(qkv, q_bias), None, None).view_as(d_qkv))
+
+
+def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    return torch.stack([q + q_bias.view(qkv.shape[3:]), k, v], dim=2)

@@ -89,7 +89,7 @@ class SparseViT(nn.Module):
         self.register_buffer("_prefix", prefix, persistent=False)
         self.register_buffer("_positions", positions, persistent=False)
         self._engine: tuple[object, Engine] | None = None
-        self._engine_supports = all(map(supports, self.vit.blocks[:-1]))
+        self._engine_supports = len(vit.blocks) > 1 and all(map(supports, vit.blocks[:-1]))
         reads_tokens = vit.global_pool == "token" and vit.attn_pool is None
         self._rows_read = vit.num_prefix_tokens if reads_tokens else None
         if reads_tokens and not isinstance(vit, VisionTransformerDistilled):

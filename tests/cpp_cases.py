@@ -26,6 +26,16 @@ from smi_fast import _native, _schemas, reference  # noqa: F401  (_schemas defin
 # They copy numbers, so they must copy all of their bits.
 EXACT = ("gather_patches", "gather_patches_backward")
 
+# The arguments that an op changes.
+CHANGED = {
+    "adam_clamp_": (0, 2, 3),
+    "add_normalize_": (0, 4, 5),
+    "normalize_backward_": (0,),
+    "gelu_": (0, 2),
+    "attend_": (2,),
+    "attend_backward_": (3,),
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -41,11 +51,11 @@ class Case:
     def run(self, functions: Any, dtype: torch.dtype) -> list[Tensor]:
         """The results, or what became of the arguments that the op changes."""
         arguments = [_convert(value, dtype) for value in self.arguments]
-        if self.op == "adam_clamp_":
+        if self.op in CHANGED:
             arguments = [_copy(value) for value in arguments]
         results = getattr(functions, self.op)(*arguments)
         if results is None:
-            return [arguments[0], *arguments[2:4]]
+            return [arguments[index] for index in CHANGED[self.op]]
         return [results] if isinstance(results, Tensor) else list(results)
 
     def check(self, dtype: torch.dtype) -> None:
@@ -239,6 +249,25 @@ def adam_clamp_cases() -> Iterator[Case]:
     yield case("no-patches", images, grad, random_kept(2, 0, 15), 8)
 
 
+def block_cases() -> Iterator[Case]:
+    """The parts of a block, whose tensors are rows without gaps."""
+    for rows, width in ((1, 1), (3, 7), (47, 64), (94, 192), (50, 385), (0, 8)):
+        x, added, grad, empty = torch.randn(4, rows, width)
+        bias, label, rstd = torch.randn(width), f"{rows}x{width}", torch.rand(rows)
+        yield Case(label, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd))
+        yield Case(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
+        yield Case(label, "normalize_backward_", (added, grad, x, rstd))
+        yield Case(label, "gelu_", (3 * x, bias, empty))
+    far = torch.tensor([[-200.0, -15.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 15.0, 200.0]])
+    yield Case("far", "gelu_", (far, torch.zeros(9), torch.empty_like(far)))
+    for count, width in ((1, 64), (2, 8), (47, 64), (66, 72), (197, 32), (0, 8)):
+        qkv, q_bias = torch.randn(2, count, 3, 2, width), torch.randn(2 * width)
+        out, grad = torch.randn(2, 2 * count, 2 * width).unflatten(1, (2, count))
+        label = f"{count}-{width}"
+        yield Case(label, "attend_", (qkv, q_bias, out))
+        yield Case(label, "attend_backward_", (grad, qkv, q_bias, torch.empty_like(qkv)))
+
+
 def all_cases() -> list[Case]:
     torch.manual_seed(0)
     return [
@@ -247,6 +276,7 @@ def all_cases() -> list[Case]:
         *total_variation_cases(),
         *batch_norm_matching_cases(),
         *adam_clamp_cases(),
+        *block_cases(),
     ]
 
 

@@ -1,0 +1,173 @@
+"""The engine of the CPU: the plain blocks' results, from memory that is planned and reused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from test_teacher import make_teacher, random_images, relative_error, with_gradient
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import smi_fast.engine
+from smi_fast import SparseInverter, SparseViT, StopSchedule, _native
+from smi_fast.engine import Engine, supports
+
+pytestmark = pytest.mark.skipif(
+    _native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {_native.WHY_NO_CPU}"
+)
+
+
+@pytest.fixture
+def teacher() -> VisionTransformer:
+    return make_teacher("vit_tiny_patch16_224", img_size=64, depth=4, init_values=0.3)
+
+
+@pytest.fixture
+def engine(teacher: VisionTransformer) -> Engine:
+    return Engine(teacher.requires_grad_(False).blocks[:3])
+
+
+def tokens(batch: int = 2, count: int = 7) -> Tensor:
+    return torch.randn(batch, count, 192, requires_grad=True)
+
+
+def plain(teacher: VisionTransformer, x: Tensor) -> Tensor:
+    for block in teacher.blocks[:3]:
+        x = block(x)
+    return x
+
+
+def gradients(y: Tensor, x: Tensor, **options: bool) -> Tensor:
+    return torch.autograd.grad(y.sin().sum(), x, **options)[0]
+
+
+def check(engine: Engine, teacher: VisionTransformer, x: Tensor, tolerance: float = 1e-5) -> None:
+    ours, theirs = engine(x), plain(teacher, x)
+    assert relative_error(ours, theirs) < tolerance
+    assert relative_error(gradients(ours, x), gradients(theirs, x)) < tolerance
+
+
+def test_equals_the_blocks(engine: Engine, teacher: VisionTransformer) -> None:
+    for x in (tokens(), tokens(), tokens(1, 17), tokens(3, 1)):
+        check(engine, teacher, x)
+    check(engine, teacher, tokens().transpose(0, 1))
+    check(Engine(teacher.double().blocks[:3]), teacher, tokens().double(), 1e-13)
+
+
+def test_nothing_to_compute(engine: Engine) -> None:
+    for x in (tokens(2, 0), tokens(0, 5)):
+        assert engine(x).shape == gradients(engine(x), x).shape == x.shape
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL packs")
+def test_packed_products_are_the_same(
+    engine: Engine, teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They start when a shape has come often, and end with another one."""
+    monkeypatch.setattr(smi_fast.engine, "_PASSES_UNPACKED", 2)
+
+    def is_packed() -> bool:
+        return bool(engine.blocks[0].qkv._packed)
+
+    for count, packed in ((7, False), (7, True), (7, True), (9, False), (9, True), (7, False)):
+        check(engine, teacher, tokens(2, count))
+        assert is_packed() == packed
+    check(engine, teacher, tokens(2, 7))
+    x, other = tokens(2, 7), tokens(1, 9)
+    of_x, of_other = engine(x), engine(other)
+    assert relative_error(gradients(of_x, x), gradients(plain(teacher, x), x)) < 1e-5
+    for _ in range(2):
+        check(engine, teacher, tokens(40, 17))
+        assert not is_packed(), "many rows hide the packing"
+    assert relative_error(of_other, plain(teacher, other)) < 1e-5
+
+
+def test_memory_is_planned_once(engine: Engine) -> None:
+    def addresses() -> list[int]:
+        assert engine.free is not None
+        return [saved.normalized[0].data_ptr() for saved in engine.free.saved]
+
+    x = tokens()
+    gradients(engine(x), x)
+    first = addresses()
+    gradients(engine(x), x)
+    assert addresses() == first and len(set(first)) == 3
+    with torch.no_grad():
+        engine(x)
+    assert len(set(addresses())) == 1, "without a gradient nothing is kept for backward"
+
+
+def test_passes_may_overlap(engine: Engine) -> None:
+    """Backward of one pass after another one's forward, and twice through one pass."""
+    a, b = tokens(), tokens()
+    expected = [gradients(engine(x), x) for x in (a, b)]
+    of_a, of_b = engine(a), engine(b)
+    got = [gradients(of_a, a, retain_graph=True), gradients(of_b, b)]
+    again = gradients(of_a, a)
+    for ours, theirs in zip([*got, again], [*expected, expected[0]], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
+    """Whoever shares the weights may change them, or their type."""
+    ours, plain = (SparseViT(teacher, backend=name) for name in ("cpp", "reference"))
+    images = random_images(teacher)
+    before, _ = with_gradient(ours, images)
+    with torch.no_grad():
+        teacher.blocks[0].mlp.fc1.weight.mul_(1.5)
+    after, gradient = with_gradient(ours, images)
+    assert relative_error(before, after) > 1e-3
+    expected, expected_gradient = with_gradient(plain, images)
+    assert relative_error(after, expected) < 1e-5
+    assert relative_error(gradient, expected_gradient) < 1e-4
+    exact, _ = with_gradient(ours.double(), images.double())
+    assert exact.dtype == torch.float64 and relative_error(exact, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [
+        ({}, True),
+        ({"init_values": 1e-5, "qkv_bias": False}, True),
+        ({"reg_tokens": 4, "global_pool": "avg"}, True),
+        ({"qk_norm": True}, False),
+        ({"act_layer": "quick_gelu"}, False),
+        ({"act_layer": "gelu_tanh"}, False),
+        ({"mlp_layer": timm.layers.SwiGLU}, False),
+        ({"norm_layer": "rmsnorm"}, False),
+        ({"scale_attn_norm": True}, False),
+        ({"scale_mlp_norm": True}, False),
+    ],
+)
+def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None:
+    model = make_teacher("vit_tiny_patch16_224", img_size=32, depth=2, **options)
+    assert all(supports(block) == computed for block in model.blocks)
+    images, sparse = random_images(model), SparseViT(model, backend="cpp")
+    assert sparse._engine_supports == computed
+    for ours, theirs in zip(
+        with_gradient(sparse, images), with_gradient(model, images), strict=True
+    ):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch32_224"])
+def test_twenty_iterations_give_the_images_of_the_reference(name: str) -> None:
+    """To 1e-3, or as nearly as float32 gives those of float64: signs steer Adam's first steps."""
+    teacher, init = make_teacher(name), torch.randn(2, 3, 224, 224)
+    stops = StopSchedule((5, 10), (0.5, 0.5))
+
+    def images(backend: str, dtype: torch.dtype) -> Tensor:
+        options = {"schedule": stops, "iterations": 20, "backend": backend}
+        inverter = SparseInverter(copy.deepcopy(teacher).to(dtype), **options)
+        generator = torch.Generator().manual_seed(0)
+        result = inverter.invert([1, 4], init=init, generator=generator, progress=False)
+        return result.images.double()
+
+    ours, plain = images("cpp", torch.float32), images("reference", torch.float32)
+    exact = images("reference", torch.float64)
+    close = (ours - plain).abs().max() < 1e-3
+    assert close or (ours - exact).abs().mean() < 3 * (plain - exact).abs().mean()
+    assert (ours - exact).abs().mean() < 1e-3
