@@ -43,7 +43,7 @@ _SCHEMAS = {
         " Tensor slope) -> Tensor"
     ),
     "adam_clamp_": (
-        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step,"
+        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
         " float lr, float beta1, float beta2, Tensor low, Tensor high, Tensor? kept,"
         " int patch_size) -> ()"
     ),

@@ -312,7 +312,7 @@ def adam_clamp_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
+    step: int | Tensor,
     lr: float,
     betas: tuple[float, float],
     low: Tensor,
@@ -332,7 +332,8 @@ def adam_clamp_(
         grad: [B, C, H, W].
         exp_avg: [B, C, H, W], running mean of the gradient, changed.
         exp_avg_sq: [B, C, H, W], running mean of its square, changed.
-        step: the number of this step, from 1.
+        step: the number of this step, from 1; a tensor is int64 [], and its value isn't checked,
+            for that would wait for the device.
         lr: learning rate.
         betas: decay of both means, each in [0, 1).
         low: [C], least value of each channel.
@@ -354,8 +355,12 @@ def adam_clamp_(
         fits = bound.shape == (images.shape[1],) and bound.dtype == images.dtype
         _expect(fits, f"{name} {images.dtype} [{images.shape[1]}]", bound)
         _expect_device(bound, images)
-    if step < 1:
-        raise ValueError(f"expected step >= 1, got {step}")
+    if not isinstance(step, Tensor):
+        if step < 1:
+            raise ValueError(f"expected step >= 1, got {step}")
+        step = torch.tensor(step, device=images.device)
+    _expect(step.dim() == 0 and step.dtype == torch.int64, "step int64 []", step)
+    _expect_device(step, images)
     if kept is not None:
         _expect_patches(images, patch_size)
         _expect_kept(kept, images)
