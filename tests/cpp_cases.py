@@ -218,7 +218,7 @@ def adam_clamp_cases() -> Iterator[Case]:
         if label == "strided":
             moments = tuple(map(strided, moments))
         bounds = torch.tensor([-1.5, -1.0, -2.0]), torch.tensor([0.5, 1.0, 0.25])
-        step = (3, 0.25, 0.5, 0.99)
+        step = (torch.tensor(3), 0.25, 0.5, 0.99)
         return Case(label, "adam_clamp_", (images, grad, *moments, *step, *bounds, kept, size))
 
     for size, (rows, columns) in (

@@ -115,7 +115,7 @@ def test_kept_out_of_range_is_refused_before_anything_is_written(op: str, bad: i
         "gather_patches": (images, kept, shift, flip, 4),
         "total_variation": (images, kept, 4),
         "gather_attention": (qkv, kept, None, True),
-        "adam_clamp_": (images, *state[:3], 1, 0.1, 0.5, 0.99, *bounds, kept, 4),
+        "adam_clamp_": (images, *state[:3], torch.tensor(1), 0.1, 0.5, 0.99, *bounds, kept, 4),
     }
     message = rf"expected kept in \[0, 12\), got {bad} at \[1, 1\]"
     with pytest.raises(RuntimeError, match=message):

@@ -72,8 +72,9 @@ void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_a
   const Tensor p = as_contiguous(images), m = as_contiguous(exp_avg), v = as_contiguous(exp_avg_sq);
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
-    run<T>(p, as_contiguous(grad), m, v, AdamStep<T>(*step.const_data_ptr<int64_t>(), lr, beta1, beta2),
-           as_contiguous(low), as_contiguous(high), kept, patch_size);
+    run<T>(p, as_contiguous(grad), m, v,
+           AdamStep<T>(*step.const_data_ptr<int64_t>(), lr, beta1, beta2), as_contiguous(low),
+           as_contiguous(high), kept, patch_size);
   });
   if (!images.is_contiguous()) torch::stable::copy_(images, p);
   if (!exp_avg.is_contiguous()) torch::stable::copy_(exp_avg, m);
