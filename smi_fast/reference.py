@@ -167,7 +167,7 @@ def total_variation(images: Tensor, kept: Tensor | None, patch_size: int) -> Ten
     for offset in NEIGHBOURS:
         here, there = _pair(images, offset)
         difference = here - there
-        count = images.new_tensor(difference.numel())
+        count = images.new_full((), difference.numel())
         if mask is not None:
             counted = _counted(mask, offset)
             difference = difference * counted

@@ -289,7 +289,17 @@ def traffic(op: str) -> tuple[int, int]:
         ),
         "adam_clamp_": (
             7 * patch,
-            (*(x.clone() for _ in range(4)), torch.tensor(1), 0.1, 0.5, 0.9, -channel, channel, kept, size),
+            (
+                *(x.clone() for _ in range(4)),
+                torch.tensor(1),
+                0.1,
+                0.5,
+                0.9,
+                -channel,
+                channel,
+                kept,
+                size,
+            ),
         ),
         "gather_attention": (qkv * 4 // 3, (half, None, None, True)),
         "gather_attention_backward": (qkv * 7 // 3, (half[:, :, 0].flatten(2), half, None, None)),

@@ -169,7 +169,9 @@ def check_adam(
         own = [t.to(convert, copy=True) for t in state]
         bounds = [b.to(convert) for b in BOUNDS]
         for step in (3, 4):
-            functions.adam_clamp_(*own, torch.tensor(step), 0.25, 0.5, 0.99, *bounds, kept, patch or 1)
+            functions.adam_clamp_(
+                *own, torch.tensor(step), 0.25, 0.5, 0.99, *bounds, kept, patch or 1
+            )
         runs.append(own)
     within_budget(*runs)
 
