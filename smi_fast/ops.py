@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast import _schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
 from smi_fast.backends import AUTO, Backend, choose
 
 
@@ -78,11 +77,12 @@ class _GatherPatches(torch.autograd.Function):
         ctx.patch_size, ctx.side, ctx.backend = patch_size, images.shape[-2:], backend
         patches, positions = backend.functions.gather_patches(images, kept, shift, flip, patch_size)
         ctx.mark_non_differentiable(positions)
+        ctx.set_materialize_grads(False)
         return patches, positions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         gradient = ctx.backend.functions.gather_patches_backward(
             grad, *ctx.saved_tensors, ctx.patch_size, *ctx.side
         )
@@ -148,11 +148,12 @@ class _GatherAttention(torch.autograd.Function):
         ctx.backend = backend
         out, row = backend.functions.gather_attention(qkv, kept, lengths, importance)
         ctx.mark_non_differentiable(row)
+        ctx.set_materialize_grads(False)
         return out, row
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         gradient = ctx.backend.functions.gather_attention_backward(grad, *ctx.saved_tensors)
         return gradient, None, None, None, None
 
