@@ -154,7 +154,7 @@ class SparseInverter:
             ValueError: targets, init or jitter of the wrong shape, type, range or device.
             NonFiniteLoss: a term or the gradient is infinite or not a number.
         """
-        iteration = self._iteration(targets, init, jitter, generator)
+        iteration = self.start(targets, init, jitter, generator)
         marks: list[tuple[int, int, float]] = []
         importance, interrupted = None, False
         bar = tqdm(total=self.iterations, disable=not progress, unit="it", dynamic_ncols=True)
@@ -176,14 +176,14 @@ class SparseInverter:
             bar.close()
         return self._result(iteration, marks, interrupted)
 
-    def _iteration(
+    def start(
         self,
         targets: Tensor | Sequence[int],
-        init: Tensor | None,
-        jitter: tuple[Tensor, Tensor] | None,
-        generator: torch.Generator | None,
+        init: Tensor | None = None,
+        jitter: tuple[Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Iteration:
-        """The state before the first step."""
+        """The state before the first step, from the same arguments as :meth:`invert`."""
         targets = self._check_targets(targets)
         images = self._first_images(init, len(targets), generator)
         shift, flip = self._jitter_table(jitter, generator)

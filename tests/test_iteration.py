@@ -48,7 +48,7 @@ class Planted(Objective):
 
 
 def iteration(inverter: SparseInverter) -> Iteration:
-    return inverter._iteration(TARGETS, None, None, torch.Generator().manual_seed(0))
+    return inverter.start(TARGETS, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("background", ["frozen", "regularized"])
@@ -172,14 +172,14 @@ def test_captured_loop_stops_with_the_last_finite_images(
 ) -> None:
     term = Spoilt(at, broken)
     run = make(teacher, objectives=[CrossEntropy(), term])
-    begin = run._iteration
+    begin = run.start
     frames: dict[int, Tensor] = {}
 
     def noted(*arguments: object) -> Iteration:
         term.iteration = begin(*arguments)
         return term.iteration
 
-    monkeypatch.setattr(run, "_iteration", noted)
+    monkeypatch.setattr(run, "start", noted)
     with pytest.raises(NonFiniteLoss) as caught:
         run.invert(
             TARGETS,

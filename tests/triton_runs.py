@@ -87,7 +87,7 @@ def launches(backend: str, kept: int) -> Counter[str]:
     deit = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     run = inverter(backend, **deit)
     run.objectives = published_objectives()
-    iteration = run._iteration([1, 4], None, None, None)
+    iteration = run.start([1, 4])
     iteration.kept = iteration.kept[:, :kept].contiguous()
     with HostGuard(), counter:
         iteration()
