@@ -239,9 +239,9 @@ def batch_norm_matching_cases() -> Iterator[Case]:
 
 def adam_clamp_cases() -> Iterator[Case]:
     def case(label: str, images: Tensor, grad: Tensor, kept: Tensor | None, size: int) -> Case:
-        moments = torch.randn(images.shape), torch.rand(images.shape)
+        moments = [torch.randn(images.shape), torch.rand(images.shape)]
         if label == "strided":
-            moments = tuple(map(strided, moments))
+            moments = [strided(moment) for moment in moments]
         bounds = torch.tensor([-1.5, -1.0, -2.0]), torch.tensor([0.5, 1.0, 0.25])
         step = (torch.tensor(3), 0.25, 0.5, 0.99)
         return Case(label, "adam_clamp_", (images, grad, *moments, *step, *bounds, kept, size))

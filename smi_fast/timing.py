@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
             call()
             stop.record()
         torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+    times: list[float] = [start.elapsed_time(stop) for start, stop in events]
+    return statistics.median(times)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -98,19 +100,17 @@ def op_times(device: torch.device, batch: int = 32) -> Iterator[dict[str, Any]]:
 def _ways(
     op: str, arguments: list[Any], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    plain = getattr(reference, op)
-    compiled = torch.compile(plain)
+    plain: Callable[..., object] = getattr(reference, op)
     ways: dict[str, Callable[[], object]] = {
-        "eager": lambda: plain(*arguments),
-        "torch.compile": lambda: compiled(*arguments),
+        "eager": partial(plain, *arguments),
+        "torch.compile": partial(torch.compile(plain, dynamic=False), *arguments),
     }
     for backend in backends.BACKENDS:
         name = op.removesuffix("_backward")
         if backend.name != "reference" and backend.why_not(name, device, dtype) is None:
-            function = getattr(backend.functions, op)
-            ways[backend.name] = lambda function=function: function(*arguments)
+            ways[backend.name] = partial(getattr(backend.functions, op), *arguments)
     if op == "gather_attention":
-        ways["sdpa"] = lambda: _sdpa(arguments[0])
+        ways["sdpa"] = partial(_sdpa, arguments[0])
     if op == "gather_attention_backward":
         leaf = arguments[1].clone().requires_grad_()
         out = _sdpa(leaf)
@@ -134,10 +134,15 @@ def step_times(
         teacher: whose weights don't matter.
         batch: images inverted together.
     """
-    space, times = {"mean": (0.5,) * 3, "std": (0.25,) * 3}, []
+    times: list[float] = []
     for backend in ("reference", backends.AUTO):
         inverter = SparseInverter(
-            teacher.to(device), schedule=Dense(), iterations=1000, backend=backend, **space
+            teacher.to(device),
+            schedule=Dense(),
+            mean=[0.5] * 3,
+            std=[0.25] * 3,
+            iterations=WARM_UP + REPEATS,
+            backend=backend,
         )
         patches = inverter.teacher.num_patches
         for count in (patches, patches * KEPT[1] // KEPT[0]):

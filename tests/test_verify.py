@@ -103,13 +103,13 @@ def test_timing_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU and small, since every line but the events of CUDA is the same."""
     for name, value in {"SIDE": 32, "KEPT": (4, 2), "WARM_UP": 0, "REPEATS": 1}.items():
         monkeypatch.setattr(timing, name, value)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     entries = list(timing.op_times(CPU, batch=2))
     ways = {entry["op"]: set(entry["milliseconds"]) for entry in entries}
     assert {"eager", "torch.compile", "sdpa"} <= ways["gather_attention_backward"]
     assert len(ways) == 8 and all(t > 0 for e in entries for t in e["milliseconds"].values())
     teacher = VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3
+        img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=3
     )
     *steps, last = timing.step_times(CPU, teacher, batch=2)
     assert [step["step"] for step in steps] == ["2 images, 4 patches", "2 images, 2 patches"] * 2
