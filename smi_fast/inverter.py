@@ -24,8 +24,6 @@ BACKGROUNDS = ("frozen", "regularized")
 FINAL_MASKS = ("kept", "reranked")
 # Side of the image over the largest shift, as published.
 JITTER_SHARE = 8
-
-
 # Steps of a captured graph between two looks at what they recorded.
 CHECK_EVERY = 50
 
@@ -282,7 +280,7 @@ class SparseInverter:
         ends = [*(mark[1:] for mark in marks[1:]), (iteration.taken(), time.perf_counter())]
         timing = tuple(
             Phase(patches, end - first, stop - start)
-            for (patches, first, start), (end, stop) in zip(marks, ends, strict=True)
+            for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
         logits = teacher(pixels, kept).logits
         images = (pixels * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
