@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from benchmarks import end_to_end, foreground, inversion, ops, plot, profile
+from benchmarks import end_to_end, foreground, inversion, ops, plot, profile, roofline
 from benchmarks.loops import BATCHES
 
 MEASUREMENTS = {
@@ -15,6 +15,7 @@ MEASUREMENTS = {
     "profile": profile.main,
     "end-to-end": end_to_end.main,
     "plot": plot.main,
+    "roofline": roofline.main,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +15,16 @@ BLOCK = 1024
 
 
 @triton.jit
+def _one_minus_power(log_beta, step):
+    """1 − beta^step; as a series where beta^step is near 1, whose difference would cancel."""
+    x = log_beta * step
+    series = 0.0
+    for k in tl.static_range(9, 0, -1):
+        series = (1.0 + series) * x / k
+    return tl.where(x > -0.5, -series, 1.0 - tl.exp(x))
+
+
+@triton.jit
 def _adam_clamp(
     images,  # [B, C, HEIGHT, WIDTH], changed
     grad,  # [B, C, HEIGHT, WIDTH]
@@ -21,8 +33,10 @@ def _adam_clamp(
     low,  # [C]
     high,  # [C]
     kept,  # int64 [B, K], or None: every tile in turn
-    rate,  # lr / (1 - beta1^step)
-    root_scale,  # 1 / sqrt(1 - beta2^step)
+    step,  # int64 []
+    lr,
+    log_beta1,
+    log_beta2,
     decay1,  # 1 - beta1
     beta2,
     decay2,  # 1 - beta2
@@ -47,6 +61,9 @@ def _adam_clamp(
     plane = (batch * tl.num_programs(1) + channel) * (HEIGHT * WIDTH)
     at = plane + (tile // COLUMNS * TILE_Y + inside_y)[:, None] * WIDTH + x[None, :]
 
+    taken = tl.load(step).to(tl.float32)
+    rate = lr / _one_minus_power(log_beta1, taken)
+    root_scale = tl.rsqrt(_one_minus_power(log_beta2, taken))
     g = tl.load(grad + at, mask=mask).to(tl.float32)
     m = tl.load(exp_avg + at, mask=mask).to(tl.float32)
     v = tl.load(exp_avg_sq + at, mask=mask).to(tl.float32)
@@ -66,7 +83,7 @@ def adam_clamp_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -97,8 +114,9 @@ def adam_clamp_(
         low.contiguous(),
         high.contiguous(),
         None if kept is None else kept.contiguous(),
-        lr / (1 - beta1**step),
-        (1 - beta2**step) ** -0.5,
+        step,
+        lr,
+        *(math.log(beta) if beta else -math.inf for beta in (beta1, beta2)),
         1 - beta1,
         beta2,
         1 - beta2,

@@ -54,7 +54,7 @@ def _gather_attention_fwd(
     head = tl.program_id(0) % H
     length = K
     if lengths is not None:
-        length = tl.load(lengths + batch).to(tl.int32)
+        length = tl.minimum(tl.load(lengths + batch), K).to(tl.int32)
     qkv += batch * stride_b + head.to(tl.int64) * stride_h
     out += (batch * K * H + head) * D
 
@@ -65,6 +65,19 @@ def _gather_attention_fwd(
     key_rows = _token_rows(kept, batch, keys, K, valid)
     key_at = key_rows[:, None] * stride_n + channels[None, :] * stride_d
     k = tl.load(qkv + stride_part + key_at, mask=valid[:, None] & real, other=0.0)
+
+    # Before the products: after them, K would lie in registers a second time.
+    if first_rows is not None:
+        first = tl.zeros([1], tl.int32)
+        first_row = _token_rows(kept, batch, first, K, first < length)
+        first_at = first_row[:, None] * stride_n + channels[None, :] * stride_d
+        first_q = tl.load(qkv + first_at, mask=(first < length)[:, None] & real, other=0.0)
+        first_scores = tl.sum(first_q.to(tl.float32) * k.to(tl.float32), 1) * (scale * LOG2_E)
+        first_scores = tl.where(valid, first_scores, -float("inf"))
+        first_weights = tl.exp2(first_scores - tl.max(first_scores, 0))
+        row = tl.where(valid, first_weights / tl.sum(first_weights, 0), 0.0)
+        tl.store(first_rows + tl.program_id(0).to(tl.int64) * K + keys, row, mask=keys < K)
+
     v = tl.load(qkv + 2 * stride_part + key_at, mask=valid[:, None] & real, other=0.0)
 
     for start in range(0, K, BLOCK_M):
@@ -83,17 +96,6 @@ def _gather_attention_fwd(
             tl.where(exists[:, None], result, 0.0),
             mask=(tokens < K)[:, None] & real,
         )
-
-    if first_rows is not None:
-        first = tl.zeros([1], tl.int32)
-        first_row = _token_rows(kept, batch, first, K, first < length)
-        first_at = first_row[:, None] * stride_n + channels[None, :] * stride_d
-        first_q = tl.load(qkv + first_at, mask=(first < length)[:, None] & real, other=0.0)
-        scores = tl.sum(first_q.to(tl.float32) * k.to(tl.float32), 1) * (scale * LOG2_E)
-        scores = tl.where(valid, scores, -float("inf"))
-        weights = tl.exp2(scores - tl.max(scores, 0))
-        row = tl.where(valid, weights / tl.sum(weights, 0), 0.0)
-        tl.store(first_rows + tl.program_id(0).to(tl.int64) * K + keys, row, mask=keys < K)
 
 
 @triton.jit
@@ -124,7 +126,7 @@ def _gather_attention_bwd(
     head = tl.program_id(0) % H
     length = K
     if lengths is not None:
-        length = tl.load(lengths + batch).to(tl.int32)
+        length = tl.minimum(tl.load(lengths + batch), K).to(tl.int32)
     # Rows after the length are zero already where kept is given, and may repeat a row that isn't.
     written = K if kept is None else length
     qkv += batch * stride_b + head.to(tl.int64) * stride_h
@@ -180,9 +182,12 @@ def _gather_attention_bwd(
 
 # Elements of a padded tile of keys that the registers of one program hold: operands of products in
 # forward, the accumulators dK and dV in backward. float32 has no exact tensor-core product, so its
-# operands lie in registers too. The compilation tests show that nothing spills.
+# operands lie in registers too. In backward dQ = dS K then wants all of K there: at 128 x 64 that
+# spills 50 to 440 instructions, with 8 or 16 warps; a launch each for dQ, dK and dV would compute
+# P three times. A gathered set of 256 x 64 spills 4 instructions in forward on sm_90. Where these
+# bounds hold nothing spills, as the compilation tests show.
 HALF_FWD, HALF_BWD, HALF_BWD_AT_ONCE = 256 * 128, 256 * 64, 128 * 64
-FULL_FWD, FULL_BWD = 128 * 64, 64 * 64
+FULL_FWD, FULL_FWD_GATHERED, FULL_BWD = 256 * 64, 128 * 64, 64 * 64
 MOST_TOKENS = 256
 BLOCK_M = 16
 
@@ -200,25 +205,29 @@ def _padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def _fits(count: int, width: int, like: Tensor, *, backward: bool) -> bool:
-    """Whether one program can hold that many tokens of a head; :mod:`._sdpa` takes the others."""
-    full = like.dtype == torch.float32
-    registers = (FULL_FWD, FULL_BWD)[backward] if full else (HALF_FWD, HALF_BWD)[backward]
+def _fits(qkv: Tensor, kept: Tensor | None, *, backward: bool) -> bool:
+    """Whether one program can hold the tokens of a head; :mod:`._sdpa` takes the others."""
+    count, width = (qkv if kept is None else kept).shape[1], qkv.shape[4]
+    full_fwd = FULL_FWD if kept is None else FULL_FWD_GATHERED
+    full = qkv.dtype == torch.float32
+    registers = (full_fwd, FULL_BWD)[backward] if full else (HALF_FWD, HALF_BWD)[backward]
     keys, channels = _padded(count), _padded(width)
     # K and V, in backward K once more as an operand of dQ, and a block each of P and of Q.
     elements = (3 if backward else 2) * keys * channels + BLOCK_M * (keys + channels)
     return (
         keys <= MOST_TOKENS
         and keys * channels <= registers
-        and elements * like.element_size() <= shared_memory(like.device)
+        and elements * qkv.element_size() <= shared_memory(qkv.device)
     )
 
 
-def _blocks(count: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants that forward and backward share."""
+def _blocks(count: int, width: int, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
+    """Constants of a launch."""
     full = dtype == torch.float32
     keys = _padded(count)
-    warps = (2 if keys > 128 else 1) * 8 if full else (8 if keys > 64 else 4)
+    warps = 8 if full or keys > 64 else 4
+    if keys > 128 and not backward:
+        warps = 16
     return {
         "D": width,
         "BLOCK_M": BLOCK_M,
@@ -236,7 +245,7 @@ def gather_attention(
     """See :func:`smi_fast.ops.gather_attention`; importance is [B, 0] when it isn't wanted."""
     batch, count, _, heads, width = qkv.shape
     count = count if kept is None else kept.shape[1]
-    if not _fits(count, width, qkv, backward=False):
+    if not _fits(qkv, kept, backward=False):
         return _sdpa.attention(qkv, kept, lengths, importance)
     out = qkv.new_empty(batch, count, heads * width)
     rows = qkv.new_empty(batch, heads, count, dtype=torch.float32) if importance else None
@@ -253,7 +262,7 @@ def gather_attention(
         *qkv.stride(),
         count,
         heads,
-        **_blocks(count, width, qkv.dtype),
+        **_blocks(count, width, qkv.dtype, backward=False),
     )
     if rows is None:
         return out, qkv.new_empty(batch, 0)
@@ -266,11 +275,11 @@ def gather_attention_backward(
     """Gradient [B, N, 3, H, D] of ``qkv``; rows that aren't kept get zero."""
     batch, tokens, _, heads, width = qkv.shape
     count = tokens if kept is None else kept.shape[1]
-    if not _fits(count, width, qkv, backward=True):
+    if not _fits(qkv, kept, backward=True):
         return _sdpa.attention_backward(grad, qkv, kept, lengths)
     make = torch.empty_like if kept is None else torch.zeros_like
     gradient = make(qkv, memory_format=torch.contiguous_format)
-    blocks = _blocks(count, width, qkv.dtype)
+    blocks = _blocks(count, width, qkv.dtype, backward=True)
     # dK and dV of larger sets don't fit in the registers beside each other: one after the other.
     at_once = blocks["BLOCK_K"] * blocks["BLOCK_D"] <= HALF_BWD_AT_ONCE
     for with_qk, with_v in ((True, True),) if at_once else ((True, False), (False, True)):

@@ -196,10 +196,12 @@ def total_variation_backward(
 ) -> Tensor:
     """Gradient [B, C, H, W] of the images."""
     batch, channels, height, width = images.shape
+    # Pixels of two bytes take registers to convert.
+    block = BLOCK_BWD if images.dtype == torch.float32 else BLOCK_BWD // 2
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     launch(
         _total_variation_bwd,
-        (batch * channels, triton.cdiv(height * width, BLOCK_BWD)),
+        (batch * channels, triton.cdiv(height * width, block)),
         images,
         grad_l1,
         grad_l2,
@@ -211,7 +213,7 @@ def total_variation_backward(
         HEIGHT=height,
         WIDTH=width,
         P=patch_size,
-        BLOCK=BLOCK_BWD,
+        BLOCK=block,
         num_warps=16,
     )
     return gradient

@@ -1,12 +1,15 @@
 """Schemas, fakes and default kernels of the ops as ``torch.ops.smi_fast.*``.
 
 The reference is the default kernel of each op; a compiled backend registers its own under the key
-of its device. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a
-registered one.
+of its device. The Triton kernels are ops of their own, ``*_triton``, so that both can be there on a
+GPU. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a registered
+one.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,11 +46,14 @@ _SCHEMAS = {
         " Tensor slope) -> Tensor"
     ),
     "adam_clamp_": (
-        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step,"
+        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
         " float lr, float beta1, float beta2, Tensor low, Tensor high, Tensor? kept,"
         " int patch_size) -> ()"
     ),
-    # The parts of a block that smi_fast.engine runs, on contiguous memory that is given.
+}
+
+# The parts of a block that smi_fast.engine runs on the CPU, on contiguous memory that is given.
+_ENGINE_SCHEMAS = {
     "add_normalize_": (
         "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
         " Tensor(c!) rstd) -> ()"
@@ -60,14 +66,35 @@ _SCHEMAS = {
     "attend_backward_": "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv) -> ()",
 }
 
+TRITON = "_triton"
+
+
+def triton_kernel(name: str) -> Callable[..., Any]:
+    """A function of ``smi_fast.kernels``, imported at the first call: that imports triton."""
+
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("smi_fast.kernels"), name)(*arguments)
+
+    return kernel
+
+
 _library = torch.library.Library("smi_fast", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.define(_name + TRITON + _schema)
+    _library.impl(_name + TRITON, triton_kernel(_name), "CUDA")
+for _name, _schema in _ENGINE_SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-def _fake(name: str) -> Any:
-    return torch.library.register_fake(f"smi_fast::{name}", lib=_library)
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    def register(function: Callable[..., Any]) -> None:
+        for op in (name, name + TRITON):
+            torch.library.register_fake(f"smi_fast::{op}", function, lib=_library)
+
+    return register
 
 
 @_fake("gather_patches")
@@ -150,6 +177,6 @@ def _writes_what_is_given(*_: object) -> None:
     return None
 
 
-for _name, _schema in _SCHEMAS.items():
-    if _schema.endswith("-> ()"):
-        _fake(_name)(_writes_what_is_given)
+_fake("adam_clamp_")(_writes_what_is_given)
+for _name in _ENGINE_SCHEMAS:
+    torch.library.register_fake(f"smi_fast::{_name}", _writes_what_is_given, lib=_library)

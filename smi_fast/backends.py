@@ -8,7 +8,6 @@ reason: nothing falls back silently.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smi_fast import _native, reference
+from smi_fast import _native, _schemas, reference
 
 OPS = (
     "gather_patches",
@@ -65,11 +64,11 @@ def _cpp_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-class _TritonKernels:
-    """The functions of ``smi_fast.kernels``, imported at the first use: that imports triton."""
+class _TritonOps:
+    """The ops beside those of the other compiled backends, see :mod:`smi_fast._schemas`."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module("smi_fast.kernels"), name)
+        return getattr(torch.ops.smi_fast, name + _schemas.TRITON)
 
 
 # Looked for once, so that ops stay traceable by torch.compile.
@@ -88,7 +87,7 @@ def _triton_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 BACKENDS = (
-    Backend("triton", _TritonKernels(), _triton_why_not),
+    Backend("triton", _TritonOps(), _triton_why_not),
     Backend("cpp", torch.ops.smi_fast, _cpp_why_not),
     Backend("reference", reference, _reference_why_not),
 )

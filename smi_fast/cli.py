@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,35 @@ def info() -> None:
             print(f"  {name:<10} {'runs' if reason is None else reason}")
     if len(devices) == 1:
         print("\nno CUDA device is visible")
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Option(help="File for all figures, as JSON.")] = Path(
+        "smi-fast-verify.json"
+    ),
+) -> None:
+    """Check the kernels that run here against float64, exit code 1 if one is wrong; time a GPU."""
+    import timm
+
+    from smi_fast import timing
+    from smi_fast import verify as checks
+
+    rows = [row for device in checks.devices() for row in checks.verdicts(device)]
+    print(*checks.table(rows), sep="\n")
+    for reason in checks.not_run():
+        print(f"not run: {reason}")
+    right = not any(row.failures for row in rows)
+    times = []
+    if right:  # a time of a wrong kernel means nothing
+        for device in checks.devices()[1:]:
+            teacher = timm.create_model("deit_small_patch16_224")
+            for entry in (*timing.op_times(device), *timing.step_times(device, teacher)):
+                print(json.dumps(entry))
+                times.append({"device": str(device), **entry})
+    out.write_text(json.dumps(checks.summary(rows, times), indent=1) + "\n")
+    print(f"all figures are in {out}")
+    raise typer.Exit(0 if right else 1)
 
 
 @app.command()

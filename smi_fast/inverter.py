@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smi_fast import ops
 from smi_fast.backends import AUTO
-from smi_fast.objectives import Objective, Step, as_objectives, published_objectives
+from smi_fast.graph import Captured
+from smi_fast.iteration import Iteration
+from smi_fast.objectives import Objective, UserTerm, as_objectives, published_objectives
 from smi_fast.reference import patch_mask, pixel_mask
 from smi_fast.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.schedules import Schedule, StopSchedule, still_iterations
@@ -23,19 +24,10 @@ BACKGROUNDS = ("frozen", "regularized")
 FINAL_MASKS = ("kept", "reranked")
 # Side of the image over the largest shift, as published.
 JITTER_SHARE = 8
+# Steps of a captured graph between two looks at what they recorded.
+CHECK_EVERY = 50
 
-
-@dataclass
-class _State:
-    """What changes from iteration to iteration."""
-
-    images: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    kept: Tensor
-    history: dict[str, list[float]]
-    phases: list[Phase] = field(default_factory=list)
-    step: int = 0
+Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class SparseInverter:
@@ -139,7 +131,7 @@ class SparseInverter:
         jitter: tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
-        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> InversionResult:
         """Inverts one batch; Ctrl-C ends it early and gives back what is done.
 
@@ -160,98 +152,139 @@ class SparseInverter:
             ValueError: targets, init or jitter of the wrong shape, type, range or device.
             NonFiniteLoss: a term or the gradient is infinite or not a number.
         """
-        targets = self._check_targets(targets)
-        images = self._first_images(init, len(targets), generator)
-        shift, flip = self._jitter_table(jitter, generator)
-        state = _State(
-            images.requires_grad_(),
-            torch.zeros_like(images, requires_grad=False),
-            torch.zeros_like(images, requires_grad=False),
-            self.teacher.every_patch(len(targets)),
-            {objective.name: [] for objective in self.objectives},
-        )
-        still, importance, interrupted = still_iterations(self.schedule), None, False
+        iteration = self.start(targets, init, jitter, generator)
+        marks: list[tuple[int, int, float]] = []
+        importance, interrupted = None, False
         bar = tqdm(total=self.iterations, disable=not progress, unit="it", dynamic_ncols=True)
-        start, first = time.perf_counter(), 0
+        phase = self._captured_phase if self._is_captured() else self._checked_phase
         try:
-            for iteration in range(self.iterations):
-                if iteration in self._counts:
+            for first, end in pairwise((0, *self._counts, self.iterations)):
+                if first in self._counts:
                     assert importance is not None
-                    state.phases.append(_phase(state, iteration - first, start))
-                    start, first = time.perf_counter(), iteration
-                    count = self._counts[iteration]
-                    state.kept = self.schedule.select(state.kept, importance, count)
-                moved = None if iteration in still else (shift[iteration], flip[iteration])
-                importance = self._step(state, targets, moved, iteration + 1 in self._counts)
-                self._show(bar, state)
-                if callback is not None:
-                    callback(iteration, state.images.detach(), state.kept)
+                    count = self._counts[first]
+                    iteration.kept = self.schedule.select(iteration.kept, importance, count)
+                marks.append((iteration.kept.shape[1], first, time.perf_counter()))
+                importance = phase(iteration, range(first, end), bar, callback)
         except KeyboardInterrupt:
             interrupted = True
         except _NonFinite as error:
-            state.phases.append(_phase(state, state.step - first, start))
-            result = self._result(state, targets, interrupted=True)
-            raise NonFiniteLoss(state.step, str(error), result) from None
+            result = self._result(iteration, marks, interrupted=True)
+            raise NonFiniteLoss(iteration.taken(), str(error), result) from None
         finally:
             bar.close()
-        state.phases.append(_phase(state, state.step - first, start))
-        return self._result(state, targets, interrupted)
+        return self._result(iteration, marks, interrupted)
 
-    def _step(
-        self, state: _State, targets: Tensor, jitter: tuple[Tensor, Tensor] | None, score: bool
-    ) -> Tensor | None:
-        """One iteration; returns the importance of kept patches when it is to be scored."""
-        images, teacher = state.images, self.teacher
-        frozen = self.background == "frozen" and state.kept.shape[1] < teacher.num_patches
-        changing = state.kept if frozen else None
-        output = teacher(images, state.kept, jitter=jitter, importance=score)
-        step = Step(images, output.logits, targets, changing, teacher.patch_size, self.backend)
-        values = [objective(step) for objective in self.objectives]
-        terms = zip(self.objectives, values, strict=True)
-        loss = torch.stack([objective.weight * value for objective, value in terms]).sum()
-        (gradient,) = torch.autograd.grad(loss, images)
-        numbers = dict(zip(state.history, torch.stack(values).tolist(), strict=True))
-        for name, number in numbers.items():
-            if not math.isfinite(number):
-                raise _NonFinite(name)
-        if not torch.isfinite(gradient.sum()):
-            raise _NonFinite("gradient")
-        for name, number in numbers.items():
-            state.history[name].append(number)
-        ops.adam_clamp_(
-            images,
-            gradient,
-            state.exp_avg,
-            state.exp_avg_sq,
-            step=state.step + 1,
+    def start(
+        self,
+        targets: Tensor | Sequence[int],
+        init: Tensor | None = None,
+        jitter: tuple[Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iteration:
+        """The state before the first step, from the same arguments as :meth:`invert`."""
+        targets = self._check_targets(targets)
+        images = self._first_images(init, len(targets), generator)
+        shift, flip = self._jitter_table(jitter, generator)
+        return Iteration(
+            teacher=self.teacher,
+            objectives=self.objectives,
+            targets=targets,
+            images=images,
+            kept=self.teacher.every_patch(len(targets)),
+            shift=shift,
+            flip=flip,
             lr=self.lr,
             betas=self.betas,
             low=self._low,
             high=self._high,
-            kept=changing,
-            patch_size=teacher.patch_size,
+            freezes=self.background == "frozen",
             backend=self.backend,
         )
-        state.step += 1
-        row: Tensor | None = output.importance
-        return row
 
-    def _show(self, bar: tqdm[None], state: _State) -> None:
-        name = self.objectives[0].name
-        rate = (bar.format_dict["rate"] or 0) * len(state.images) / self.iterations
-        bar.set_postfix_str(
-            f"{name} {state.history[name][-1]:.3f}, kept {state.kept.shape[1]}, "
-            f"{rate:.3g} images/s",
-            refresh=False,
-        )
-        bar.update()
+    def _checked_phase(
+        self, iteration: Iteration, steps: range, bar: tqdm[None], callback: Callback | None
+    ) -> Tensor | None:
+        """Takes the steps between two stops; returns the importance that the second one reads."""
+        importance = None
+        for step in steps:
+            importance = self._checked_step(iteration, step)
+            self._show(bar, iteration, step)
+            if callback is not None:
+                callback(step, iteration.images, iteration.kept)
+        return importance
+
+    def _checked_step(self, iteration: Iteration, step: int) -> Tensor | None:
+        gradient, importance = iteration.evaluate(score=step + 1 in self._counts)
+        name = iteration.non_finite(slice(step, step + 1))
+        if name is not None:
+            raise _NonFinite(name)
+        iteration.update(gradient)
+        return importance
+
+    def _is_captured(self) -> bool:
+        """Whether steps are replayed from a CUDA graph; a plain function may read on the host."""
+        plain = any(isinstance(objective, UserTerm) for objective in self.objectives)
+        return self.teacher.device.type == "cuda" and not plain
+
+    def _captured_phase(
+        self, iteration: Iteration, steps: range, bar: tqdm[None], callback: Callback | None
+    ) -> Tensor | None:
+        """As :meth:`_checked_phase`, from a CUDA graph and with a look at the record now and then.
+
+        The step before a stop scores its patches, which no other does: it isn't in the graph.
+        """
+        replay, importance = Captured(iteration, self.teacher.device), None
+        first, saved = steps.start, iteration.saved()
+        for step in steps:
+            try:
+                if step + 1 in self._counts:
+                    importance = iteration(score=True)
+                else:
+                    replay()
+                if callback is not None:
+                    callback(step, iteration.images, iteration.kept)
+            except KeyboardInterrupt:
+                self._settle(iteration, first, saved)
+                raise
+            if step + 1 == steps.stop or (step + 1 - steps.start) % CHECK_EVERY == 0:
+                again = self._settle(iteration, first, saved)
+                importance = importance if again is None else again
+                self._show(bar, iteration, step)
+                first, saved = step + 1, iteration.saved()
+        return importance
+
+    def _settle(self, iteration: Iteration, first: int, saved: list[Tensor]) -> Tensor | None:
+        """Takes the steps since a copy of the state again, one by one, if not all were finite."""
+        end, importance = iteration.taken(), None
+        if iteration.non_finite(slice(first, end)) is not None:
+            iteration.restore(saved)
+            for step in range(first, end):
+                importance = self._checked_step(iteration, step)
+        return importance
+
+    def _show(self, bar: tqdm[None], iteration: Iteration, step: int) -> None:
+        if not bar.disable:
+            rate = (bar.format_dict["rate"] or 0) * len(iteration.images) / self.iterations
+            bar.set_postfix_str(
+                f"{self.objectives[0].name} {iteration.record[step, 0]:.3f}, "
+                f"kept {iteration.kept.shape[1]}, {rate:.3g} images/s",
+                refresh=False,
+            )
+        bar.update(step + 1 - bar.n)
 
     @torch.no_grad()
-    def _result(self, state: _State, targets: Tensor, interrupted: bool) -> InversionResult:
-        teacher, pixels = self.teacher, state.images.detach()
-        logits = teacher(pixels, state.kept).logits
+    def _result(
+        self, iteration: Iteration, marks: list[tuple[int, int, float]], interrupted: bool
+    ) -> InversionResult:
+        teacher, pixels, kept = self.teacher, iteration.images, iteration.kept
+        ends = [*(mark[1:] for mark in marks[1:]), (iteration.taken(), time.perf_counter())]
+        timing = tuple(
+            Phase(patches, end - first, stop - start)
+            for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
+        )
+        logits = teacher(pixels, kept).logits
         images = (pixels * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
-        shown = state.kept
+        shown = kept
         if self.final_mask == "reranked":
             tokens = teacher.num_patches + teacher.num_prefix_tokens
             count = min(int(tokens * self.schedule.remaining), teacher.num_patches)
@@ -261,14 +294,14 @@ class SparseInverter:
         visible = pixel_mask(shown, teacher.patch_size, *teacher.image_size)
         return InversionResult(
             images,
-            state.kept,
+            kept,
             patch_mask(shown, *teacher.grid),
             images * visible,
-            targets,
+            iteration.targets,
             logits,
-            state.history,
-            tuple(state.phases),
-            state.step,
+            iteration.history(),
+            timing,
+            iteration.taken(),
             interrupted,
         )
 
@@ -310,10 +343,10 @@ class SparseInverter:
     def _jitter_table(
         self, jitter: tuple[Tensor, Tensor] | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
+        """Shift and flip of each step; around stops there is neither."""
         count, device = self.iterations, self.teacher.device
         if jitter is None:
-            shift, flip = random_jitter(count, self.teacher.image_size, generator)
-            return shift.to(device), flip.to(device)
+            jitter = random_jitter(count, self.teacher.image_size, generator)
         shift, flip = jitter
         if shift.shape != (count, 2) or shift.dtype != torch.int64:
             raise ValueError(
@@ -321,7 +354,10 @@ class SparseInverter:
             )
         if flip.shape != (count,) or flip.dtype != torch.bool:
             raise ValueError(f"expected flip bool [{count}], got {flip.dtype} {list(flip.shape)}")
-        return shift.to(device), flip.to(device)
+        still = sorted(still_iterations(self.schedule))
+        shift, flip = shift.to(device, copy=True), flip.to(device, copy=True)
+        shift[still], flip[still] = 0, False
+        return shift, flip
 
 
 def random_jitter(
@@ -358,7 +394,3 @@ def invert(
 
 class _NonFinite(Exception):
     """Leaves the loop with the name of what is not finite."""
-
-
-def _phase(state: _State, iterations: int, start: float) -> Phase:
-    return Phase(state.kept.shape[1], iterations, time.perf_counter() - start)

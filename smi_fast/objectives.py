@@ -106,8 +106,10 @@ class L2Norm(Objective):
     def __call__(self, step: Step) -> Tensor:
         pixels = step.images
         if step.kept is not None:
+            # Made on the device: numbers of the host would be copied to it at every step.
+            shift, flip = step.kept.new_zeros(2), step.kept.new_zeros((), dtype=torch.bool)
             pixels, _ = ops.gather_patches(
-                pixels, step.kept, patch_size=step.patch_size, backend=step.backend
+                pixels, step.kept, shift, flip, patch_size=step.patch_size, backend=step.backend
             )
         norm: Tensor = torch.linalg.vector_norm(pixels)
         return norm

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast import _schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
 from smi_fast.backends import AUTO, Backend, choose
 
 
@@ -78,11 +77,12 @@ class _GatherPatches(torch.autograd.Function):
         ctx.patch_size, ctx.side, ctx.backend = patch_size, images.shape[-2:], backend
         patches, positions = backend.functions.gather_patches(images, kept, shift, flip, patch_size)
         ctx.mark_non_differentiable(positions)
+        ctx.set_materialize_grads(False)
         return patches, positions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         gradient = ctx.backend.functions.gather_patches_backward(
             grad, *ctx.saved_tensors, ctx.patch_size, *ctx.side
         )
@@ -148,11 +148,12 @@ class _GatherAttention(torch.autograd.Function):
         ctx.backend = backend
         out, row = backend.functions.gather_attention(qkv, kept, lengths, importance)
         ctx.mark_non_differentiable(row)
+        ctx.set_materialize_grads(False)
         return out, row
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         gradient = ctx.backend.functions.gather_attention_backward(grad, *ctx.saved_tensors)
         return gradient, None, None, None, None
 
@@ -312,7 +313,7 @@ def adam_clamp_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
+    step: int | Tensor,
     lr: float,
     betas: tuple[float, float],
     low: Tensor,
@@ -332,7 +333,8 @@ def adam_clamp_(
         grad: [B, C, H, W].
         exp_avg: [B, C, H, W], running mean of the gradient, changed.
         exp_avg_sq: [B, C, H, W], running mean of its square, changed.
-        step: the number of this step, from 1.
+        step: the number of this step, from 1; a tensor is int64 [], and its value isn't checked,
+            for that would wait for the device.
         lr: learning rate.
         betas: decay of both means, each in [0, 1).
         low: [C], least value of each channel.
@@ -354,8 +356,12 @@ def adam_clamp_(
         fits = bound.shape == (images.shape[1],) and bound.dtype == images.dtype
         _expect(fits, f"{name} {images.dtype} [{images.shape[1]}]", bound)
         _expect_device(bound, images)
-    if step < 1:
-        raise ValueError(f"expected step >= 1, got {step}")
+    if not isinstance(step, Tensor):
+        if step < 1:
+            raise ValueError(f"expected step >= 1, got {step}")
+        step = torch.tensor(step, device=images.device)
+    _expect(step.dim() == 0 and step.dtype == torch.int64, "step int64 []", step)
+    _expect_device(step, images)
     if kept is not None:
         _expect_patches(images, patch_size)
         _expect_kept(kept, images)

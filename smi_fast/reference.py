@@ -168,7 +168,7 @@ def total_variation(images: Tensor, kept: Tensor | None, patch_size: int) -> Ten
     for offset in NEIGHBOURS:
         here, there = _pair(images, offset)
         difference = here - there
-        count = images.new_tensor(difference.numel())
+        count = images.new_full((), difference.numel())
         if mask is not None:
             counted = _counted(mask, offset)
             difference = difference * counted
@@ -237,7 +237,7 @@ def adam_clamp_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -267,7 +267,7 @@ def adam_clamp_(
 
 def _adam_clamp_(
     tensors: Sequence[Tensor],
-    step: int,
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -275,10 +275,11 @@ def _adam_clamp_(
     high: Tensor,
 ) -> None:
     pixels, grad, exp_avg, exp_avg_sq = tensors
+    taken = step.double()
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    root = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(ADAM_EPS)
-    pixels.addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
+    root = (exp_avg_sq.sqrt() / (1 - beta2**taken) ** 0.5).add_(ADAM_EPS)
+    pixels.add_(exp_avg * (-lr / (1 - beta1**taken)) / root)
     torch.clamp(pixels, low, high, out=pixels)
 
 

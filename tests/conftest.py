@@ -4,16 +4,14 @@ import pytest
 import torch
 
 from smi_fast import backends
+from smi_fast.cases import random_kept
+
+__all__ = ["random_kept"]
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def random_kept(batch: int, count: int, total: int) -> torch.Tensor:
-    """Ascending distinct patches, another set for each image."""
-    return torch.stack([torch.randperm(total)[:count].sort().values for _ in range(batch)])
 
 
 @pytest.fixture(params=["cpp", "reference"])

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import end_to_end, ops, plot, profile
+from benchmarks import end_to_end, ops, plot, profile, roofline
 from benchmarks.flops import forward_flops, needed_flops
 from benchmarks.loops import (
     VARIANTS,
@@ -192,3 +192,25 @@ def test_a_wrong_op_is_not_timed() -> None:
     ops.check({"reference": lambda: (right,), "cpp": lambda: (right + 1e-6,)})
     with pytest.raises(AssertionError, match="cpp is 1"):
         ops.check({"reference": lambda: (right,), "cpp": lambda: (wrong,)})
+
+
+def test_roofline_counts_the_needed_work_and_every_pixel() -> None:
+    vit = timm.create_model("deit_small_patch16_224")
+    for kept in (196, 46):
+        parts = {part.name: part for part in roofline.parts(vit, 4, kept, "bfloat16")}
+        # Of attention's backward, needed_flops counts half.
+        attention = parts["gather_attention, forward"].flops
+        total = sum(part.flops for part in parts.values())
+        assert total == needed_flops(vit, 4, kept) + attention
+        assert parts["adam_clamp_"].bytes == 7 * 4 * 4 * 3 * kept * 16**2
+        qkv = 4 * (kept + 1) * 3 * 384 * 2
+        assert parts["gather_attention, forward"].bytes == 11 * qkv * 4 / 3
+
+
+def test_roofline_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    gpu = roofline.GPU({"bfloat16": 100.0}, 10.0, "made up")
+    parts = [roofline.Part("a", 500.0, 10.0), roofline.Part("b", 0.0, 20.0)]
+    found = roofline.floor(parts, gpu, "bfloat16")
+    assert found["predicted_floor_ms"] == 7000 and found["bound_by_arithmetic_ms"] == 5000
+    assert found["binds"] == "arithmetic"
+    assert roofline.floor(parts[1:], gpu, "bfloat16")["binds"] == "memory"

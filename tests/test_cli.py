@@ -76,7 +76,7 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
 ) -> None:
     smi.invert(tmp_path / "whole", "--batch-size", 2)
     calls = []
-    step = smi_fast.SparseInverter._step
+    step = smi_fast.SparseInverter._checked_step
 
     def interrupted(self: object, *arguments: object) -> object:
         calls.append(None)
@@ -85,7 +85,7 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(smi_fast.SparseInverter, "_step", interrupted)
+        patch.setattr(smi_fast.SparseInverter, "_checked_step", interrupted)
         code, _, err = smi.invert(tmp_path / "parts", "--batch-size", 2)
     assert code == 130 and "interrupted after 1 iterations" in err and "--resume" in err
     assert len(Pool(tmp_path / "parts").records) == 2

@@ -105,6 +105,16 @@ def test_adam_clamp_is_torch_adam_then_clamp() -> None:
         torch.testing.assert_close(state["images"], pixels.detach(), rtol=1e-13, atol=1e-13)
 
 
+def test_adam_clamp_takes_its_step_from_a_tensor(each_backend: str) -> None:
+    states = [adam_state(2, 3, 8, 12) for _ in range(2)]
+    states[1]["images"].copy_(states[0]["images"])
+    grad = torch.randn(2, 3, 8, 12, dtype=F64)
+    for step in (1, 700):
+        for state, number in zip(states, (step, torch.tensor(step)), strict=True):
+            ops.adam_clamp_(grad=grad, step=number, **state, **BOUNDS, **RATE)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_adam_clamp_touches_kept_patches_only() -> None:
     state, dense = adam_state(2, 3, 8, 12), adam_state(2, 3, 8, 12)
     dense["images"].copy_(state["images"])
@@ -144,6 +154,8 @@ def test_batch_norm_matching_is_batch_norm_and_the_published_term() -> None:
         ({"exp_avg": torch.zeros(2, 3, 8, 8, dtype=F64)}, "exp_avg like images"),
         ({"low": torch.zeros(2)}, r"low torch.float32 \[3\], got torch.float32 \[2\]"),
         ({"step": 0}, "step >= 1, got 0"),
+        ({"step": torch.tensor([1])}, r"step int64 \[\], got torch.int64 \[1\]"),
+        ({"step": torch.tensor(1, device="meta")}, "tensors on cpu, got one on meta"),
         (
             {"kept": torch.zeros(2, 3, dtype=torch.int64), "patch_size": 3},
             "patch size 3, got 8 x 8",

@@ -60,6 +60,7 @@ PIXELS = (
     "total_variation_backward",
     "adam_clamp_",
 )
+HALF_PIXELS = (80, "total_variation_backward", "bfloat16")  # once spilled, where registers are few
 # Under autocast pixels and moments stay float32. float16 compiles to the code of bfloat16 but for
 # the type of its products: two targets show that.
 CASES = [
@@ -75,7 +76,7 @@ CASES = [
     )
     for op in ops
     for dtype in dtypes
-]
+] + [HALF_PIXELS]
 Case = tuple[int, str, str]
 
 
@@ -109,8 +110,9 @@ def test_budget(compiled: Callable[[Case], list[Compiled]], case: Case) -> None:
         assert kernel.stack == 0 and kernel.count("STL|LDL") == 0, f"spills: {kernel}"
         assert kernel.shared <= machine.shared_of_block, kernel
         assert kernel.resident_warps(machine) >= min(budget.warps, machine.warps), kernel
-        assert not budget.loads or kernel.count(r"LDG\S*\.128"), kernel
-        assert not budget.stores or kernel.count(r"STG\S*\.128"), kernel
+        wide = case != HALF_PIXELS
+        assert not (wide and budget.loads) or kernel.count(r"LDG\S*\.128"), kernel
+        assert not (wide and budget.stores) or kernel.count(r"STG\S*\.128"), kernel
         if op in ATTENTION:
             tensor_core = kernel.count("HMMA|HGMMA|UTCHMMA")
             assert (tensor_core > 0) == (dtype != "float32"), kernel

@@ -79,6 +79,14 @@ def test_adam_clamp(interpreted: Call, dtype: str, count: int | None, size: int)
     )
 
 
+@pytest.mark.parametrize("betas", [(0.5, 0.99), (0.9, 0.999), (0.5, 0.0)])
+@pytest.mark.parametrize("step", [1, 2, 40, 4000])
+def test_adam_clamp_corrects_its_bias_from_first_to_last(
+    interpreted: Call, step: int, betas: tuple[float, float]
+) -> None:
+    interpreted(cases.adam_clamp, "float32", None, (2, 3, 8, 9), 1, step=step, betas=betas)
+
+
 def test_strided_and_expanded_pixels(interpreted: Call) -> None:
     interpreted(cases.total_variation, "float32", 5, (2, 3, 12, 16), 4, strided=True)
     interpreted(cases.batch_norm_matching, "float32", (2, 3, 9, 5), strided=True)
@@ -109,7 +117,7 @@ def test_gather_attention_in_float16(interpreted: Call, count: int) -> None:
 @pytest.mark.parametrize("dtype", BOTH)
 def test_gather_attention_of_ragged_sets(interpreted: Call, dtype: str, gathered: bool) -> None:
     interpreted(
-        cases.gather_attention, dtype, 19, 32, batch=4, lengths=(19, 0, 1, 16), gathered=gathered
+        cases.gather_attention, dtype, 19, 32, batch=4, lengths=(19, 0, 1, 40), gathered=gathered
     )
 
 

@@ -150,6 +150,8 @@ def adam_clamp(
     shape: tuple[int, int, int, int],
     size: int,
     strided: bool = False,
+    step: int = 3,
+    betas: tuple[float, float] = (0.5, 0.99),
 ) -> None:
     torch.manual_seed(0)
     make = _strided if strided else torch.randn
@@ -158,7 +160,7 @@ def adam_clamp(
     patches = (shape[2] // size) * (shape[3] // size)
     kept = None if count is None else random_kept(shape[0], count, patches)
     bounds = [_cast(torch.full([shape[1]], bound), dtype) for bound in (-0.5, 0.75)]
-    settings = (3, 0.25, 0.5, 0.99, *bounds, kept, size)
+    settings = (torch.tensor(step), 0.25, *betas, *bounds, kept, size)
     eager = [t.clone() for t in state]
     exact = [t.double() for t in state]
     reference.adam_clamp_(*eager, *settings)
@@ -289,7 +291,17 @@ def traffic(op: str) -> tuple[int, int]:
         ),
         "adam_clamp_": (
             7 * patch,
-            (*(x.clone() for _ in range(4)), 1, 0.1, 0.5, 0.9, -channel, channel, kept, size),
+            (
+                *(x.clone() for _ in range(4)),
+                torch.tensor(1),
+                0.1,
+                0.5,
+                0.9,
+                -channel,
+                channel,
+                kept,
+                size,
+            ),
         ),
         "gather_attention": (qkv * 4 // 3, (half, None, None, True)),
         "gather_attention_backward": (qkv * 7 // 3, (half[:, :, 0].flatten(2), half, None, None)),

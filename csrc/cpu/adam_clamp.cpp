@@ -62,9 +62,9 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
   });
 }
 
-void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq, int64_t step,
-                 double lr, double beta1, double beta2, const Tensor& low, const Tensor& high,
-                 const std::optional<Tensor>& kept_any, int64_t patch_size) {
+void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
+                 const Tensor& step, double lr, double beta1, double beta2, const Tensor& low,
+                 const Tensor& high, const std::optional<Tensor>& kept_any, int64_t patch_size) {
   std::optional<Tensor> kept;
   if (kept_any) {
     kept = checked_kept(*kept_any, (images.size(2) / patch_size) * (images.size(3) / patch_size));
@@ -72,7 +72,8 @@ void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_a
   const Tensor p = as_contiguous(images), m = as_contiguous(exp_avg), v = as_contiguous(exp_avg_sq);
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
-    run<T>(p, as_contiguous(grad), m, v, AdamStep<T>(step, lr, beta1, beta2), as_contiguous(low),
+    run<T>(p, as_contiguous(grad), m, v,
+           AdamStep<T>(*step.const_data_ptr<int64_t>(), lr, beta1, beta2), as_contiguous(low),
            as_contiguous(high), kept, patch_size);
   });
   if (!images.is_contiguous()) torch::stable::copy_(images, p);

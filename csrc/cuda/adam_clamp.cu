@@ -10,11 +10,23 @@ constexpr int kThreads = 256;
 constexpr float kEps = 1e-8f;
 
 struct Rates {
-  float first, second;      // 1 - beta
-  float decay;              // beta2
-  float step;               // lr / (1 - beta1^t)
-  float second_correction;  // sqrt(1 - beta2^t)
+  float first, second;  // 1 - beta
+  float decay;          // beta2
+  float lr;
+  float log_first, log_second;  // of beta
 };
+
+// What the number of the step decides.
+struct Corrections {
+  float step;    // lr / (1 - beta1^t)
+  float second;  // sqrt(1 - beta2^t)
+};
+
+__device__ Corrections corrections_of(const Rates& rates,
+                                      const int64_t* __restrict__ step) {  // []
+  const auto t = static_cast<float>(*step);
+  return {rates.lr / -expm1f(t * rates.log_first), sqrtf(-expm1f(t * rates.log_second))};
+}
 
 template <typename T>
 struct Pixels {
@@ -28,14 +40,14 @@ struct Pixels {
 
 // Moments m and v, then pixel -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 template <typename T>
-__device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates, int64_t i,
-                           int64_t channel) {
+__device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates,
+                           const Corrections& corrections, int64_t i, int64_t channel) {
   const float slope = to_float(pixels.grad[i]);
   float mean = to_float(pixels.exp_avg[i]), square = to_float(pixels.exp_avg_sq[i]);
   mean += rates.first * (slope - mean);
   square = rates.decay * square + rates.second * slope * slope;
   float value = to_float(pixels.images[i]);
-  value -= rates.step * mean / (sqrtf(square) / rates.second_correction + kEps);
+  value -= corrections.step * mean / (sqrtf(square) / corrections.second + kEps);
   const float low = to_float(pixels.low[channel]), high = to_float(pixels.high[channel]);
   // Unlike fminf and fmaxf, comparisons let a NaN through.
   value = value < low ? low : value > high ? high : value;
@@ -47,11 +59,15 @@ __device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates, int64_t 
 // blockIdx.x is the plane of a channel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    _adam_clamp_planes(Pixels<T> pixels, Rates rates, ImageShape shape) {
+    _adam_clamp_planes(Pixels<T> pixels, Rates rates,
+                       const int64_t* __restrict__ step,  // []
+                       ImageShape shape) {
+  const Corrections corrections = corrections_of(rates, step);
   const int64_t plane = blockIdx.x, size = shape.height * shape.width;
   for (int64_t i = blockIdx.y * int64_t{kThreads} + threadIdx.x; i < size;
        i += int64_t{gridDim.y} * kThreads) {
-    step_pixel(pixels, rates, plane * size + i, blockIdx.x % static_cast<unsigned>(shape.channels));
+    step_pixel(pixels, rates, corrections, plane * size + i,
+               blockIdx.x % static_cast<unsigned>(shape.channels));
   }
 }
 
@@ -59,8 +75,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _adam_clamp_patches(Pixels<T> pixels, Rates rates,
+                        const int64_t* __restrict__ step,  // []
                         const int64_t* __restrict__ kept,  // [B, K]
                         ImageShape shape) {
+  const Corrections corrections = corrections_of(rates, step);
   const int side = static_cast<int>(shape.patch);
   const int64_t image = blockIdx.x / static_cast<unsigned>(shape.kept), patch = kept[blockIdx.x];
   const int columns = static_cast<int>(shape.width) / side;
@@ -71,16 +89,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < shape.channels * side * side; i += kThreads) {
     const int plane_row = i / side, channel = plane_row / side;
     const int64_t row = (image * shape.channels + channel) * shape.height + top + plane_row % side;
-    step_pixel(pixels, rates, row * shape.width + left + i % side, channel);
+    step_pixel(pixels, rates, corrections, row * shape.width + left + i % side, channel);
   }
 }
 
 Rates rates_of(const AdamStep& adam) {
-  const auto t = static_cast<double>(adam.step);
-  return {static_cast<float>(1.0 - adam.beta1), static_cast<float>(1.0 - adam.beta2),
-          static_cast<float>(adam.beta2),
-          static_cast<float>(adam.lr / (1.0 - std::pow(adam.beta1, t))),
-          static_cast<float>(std::sqrt(1.0 - std::pow(adam.beta2, t)))};
+  return {static_cast<float>(1.0 - adam.beta1),     static_cast<float>(1.0 - adam.beta2),
+          static_cast<float>(adam.beta2),           static_cast<float>(adam.lr),
+          static_cast<float>(std::log(adam.beta1)), static_cast<float>(std::log(adam.beta2))};
 }
 
 }  // namespace
@@ -97,13 +113,14 @@ cudaError_t launch_adam_clamp(Type type, void* images, const void* grad, void* e
     dim3 grid;
     if (kept != nullptr) {
       grid.x = static_cast<unsigned>(shape.images * shape.kept);
-      return launch(_adam_clamp_patches<T>, grid, {kThreads}, 0, stream, pixels, rates, kept,
-                    shape);
+      return launch(_adam_clamp_patches<T>, grid, {kThreads}, 0, stream, pixels, rates, adam.step,
+                    kept, shape);
     }
     const int64_t chunks = divide_up(shape.height * shape.width, 4 * kThreads);
     grid.x = static_cast<unsigned>(shape.images * shape.channels);
     grid.y = static_cast<unsigned>(chunks < 1024 ? chunks : 1024);
-    return launch(_adam_clamp_planes<T>, grid, {kThreads}, 0, stream, pixels, rates, shape);
+    return launch(_adam_clamp_planes<T>, grid, {kThreads}, 0, stream, pixels, rates, adam.step,
+                  shape);
   });
 }
 

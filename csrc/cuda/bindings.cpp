@@ -232,18 +232,18 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
 
 // A strided tensor is changed in a dense copy and written back.
 void adam_clamp_(Tensor images_any, const Tensor& grad_any, Tensor exp_avg_any,
-                 Tensor exp_avg_sq_any, int64_t step, double lr, double beta1, double beta2,
+                 Tensor exp_avg_sq_any, const Tensor& step, double lr, double beta1, double beta2,
                  const Tensor& low_any, const Tensor& high_any, const Optional& kept_any,
                  int64_t patch_size) {
   const DeviceGuard guard(images_any.get_device_index());
   const Tensor images = ready(images_any), grad = ready(grad_any), exp_avg = ready(exp_avg_any);
   const Tensor exp_avg_sq = ready(exp_avg_sq_any), low = ready(low_any), high = ready(high_any);
   const Optional kept = ready(kept_any);
-  STD_CUDA_CHECK(launch_adam_clamp(type_of(images), images.mutable_data_ptr(),
-                                   grad.const_data_ptr(), exp_avg.mutable_data_ptr(),
-                                   exp_avg_sq.mutable_data_ptr(), {step, lr, beta1, beta2},
-                                   low.const_data_ptr(), high.const_data_ptr(), indices(kept),
-                                   image_shape(images, kept, patch_size), current_stream(images)));
+  STD_CUDA_CHECK(launch_adam_clamp(
+      type_of(images), images.mutable_data_ptr(), grad.const_data_ptr(), exp_avg.mutable_data_ptr(),
+      exp_avg_sq.mutable_data_ptr(), {step.const_data_ptr<int64_t>(), lr, beta1, beta2},
+      low.const_data_ptr(), high.const_data_ptr(), indices(kept),
+      image_shape(images, kept, patch_size), current_stream(images)));
   const auto write_back = [](Tensor& tensor, const Tensor& changed) {
     if (tensor.data_ptr() != changed.data_ptr()) torch::stable::copy_(tensor, changed);
   };

@@ -103,7 +103,7 @@ cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad,     // [
 
 // A patch outside of the grid is passed over.
 struct AdamStep {
-  int64_t step;
+  const int64_t* step;  // [], on the device
   double lr, beta1, beta2;
 };
 cudaError_t launch_adam_clamp(Type type, void* images,         // [B, C, H, W], changed

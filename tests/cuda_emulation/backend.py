@@ -161,7 +161,7 @@ class Emulated:
         grad: Tensor,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
-        step: int,
+        step: Tensor,
         lr: float,
         beta1: float,
         beta2: float,
@@ -171,7 +171,7 @@ class Emulated:
         patch_size: int,
     ) -> None:
         state = [_at(t) for t in (images, grad, exp_avg, exp_avg_sq)]
-        adam = self.kernels.AdamStep(step, lr, beta1, beta2)
+        adam = self.kernels.AdamStep(_at(step), lr, beta1, beta2)
         shape = self._image_shape(images, kept, patch_size)
         bounds = (_at(low), _at(high), _at(kept))
         self.kernels.adam_clamp(self._type(images), *state, adam, *bounds, shape, 0)

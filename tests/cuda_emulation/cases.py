@@ -113,7 +113,7 @@ def check_missing_patches(backend: Emulated) -> None:
     assert torch.equal(*parts)
     state = [torch.zeros(1, 3, 8, 8) for _ in range(4)]
     state[1].fill_(1.0)
-    backend.adam_clamp_(*state, 1, 0.1, 0.5, 0.9, *BOUNDS, kept, 4)
+    backend.adam_clamp_(*state, torch.tensor(1), 0.1, 0.5, 0.9, *BOUNDS, kept, 4)
     assert state[0].count_nonzero() == 3 * 16
 
 
@@ -169,7 +169,9 @@ def check_adam(
         own = [t.to(convert, copy=True) for t in state]
         bounds = [b.to(convert) for b in BOUNDS]
         for step in (3, 4):
-            functions.adam_clamp_(*own, step, 0.25, 0.5, 0.99, *bounds, kept, patch or 1)
+            functions.adam_clamp_(
+                *own, torch.tensor(step), 0.25, 0.5, 0.99, *bounds, kept, patch or 1
+            )
         runs.append(own)
     within_budget(*runs)
 

@@ -49,8 +49,8 @@ PYBIND11_MODULE(emulated, module) {
     return NormShape{b, c, n};
   }));
   py::class_<AdamStep>(module, "AdamStep")
-      .def(py::init([](int64_t step, double lr, double beta1, double beta2) {
-        return AdamStep{step, lr, beta1, beta2};
+      .def(py::init([](uintptr_t step, double lr, double beta1, double beta2) {
+        return AdamStep{reinterpret_cast<const int64_t*>(step), lr, beta1, beta2};
       }));
   module.attr("VARIATION_SCRATCH") = kVariationBlocks * kVariationParts;
   module.attr("NORM_SPLITS") = kNormSplits;

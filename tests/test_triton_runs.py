@@ -1,0 +1,66 @@
+"""Whole inversions on the Triton kernels, and how many kernels a step of them asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import triton_runs
+
+from smi_fast import backends, ops
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("triton", "smi_fast.kernels")),
+    reason="needs triton and the installed smi_fast.kernels",
+)
+
+
+@contextmanager
+def process(interpret: str) -> Iterator[Callable[..., Any]]:
+    """Calls functions where triton, from its import on, interprets kernels or doesn't."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", interpret)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def test_inversion_gives_the_images_of_the_reference() -> None:
+    with process("1") as call:
+        error = call(triton_runs.inversion)
+    # Twice the error of eager PyTorch, as single kernels, or a few roundings of a pixel below 3.
+    assert error["triton"] <= max(2 * error["eager"], 3e-6), error
+
+
+@pytest.mark.parametrize(("kept", "most"), [(196, 331), (46, 302)])
+def test_kernels_of_a_step(kept: int, most: int) -> None:
+    with process("0") as call:
+        ours = call(triton_runs.launches, "triton", kept)
+        theirs = call(triton_runs.launches, "reference", kept)
+    assert ours["_adam_clamp"] == ours["_gather_patches_fwd"] == ours["_total_variation_bwd"] == 1
+    assert ours.total() <= most and 2 * ours.total() <= theirs.total()
+
+
+def test_ops_beside_those_of_other_backends_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.compile and torch.export see them: with a schema and a fake, and nothing inside."""
+    (triton,) = (backend for backend in backends.BACKENDS if backend.name == "triton")
+    monkeypatch.setitem(triton.__dict__, "why_not", lambda *_: None)
+
+    class Model(torch.nn.Module):
+        def forward(self, images: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+            patches, _ = ops.gather_patches(images, kept, patch_size=4, backend="triton")
+            return ops.total_variation(images, kept, patch_size=4, backend="triton")[1] + patches
+
+    arguments = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        graph = torch.export.export(Model(), arguments).graph
+    called = {str(node.target) for node in graph.nodes if "smi_fast" in str(node.target)}
+    assert called == {
+        "smi_fast.gather_patches_triton.default",
+        "smi_fast.total_variation_triton.default",
+    }

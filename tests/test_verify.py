@@ -1,0 +1,116 @@
+"""``smi-fast verify``: what it says, and that it sees a wrong kernel."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from smi_fast import backends, cli, reference, timing, verify
+
+CPU = torch.device("cpu")
+
+
+def smi_fast_verify(monkeypatch: pytest.MonkeyPatch, out: Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["smi-fast", "verify", "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def functions(**replaced: object) -> SimpleNamespace:
+    """The reference, but for some of its functions."""
+    names = (op for name in backends.OPS for op in (name, name + "_backward"))
+    plain = {name: getattr(reference, name) for name in names if hasattr(reference, name)}
+    return SimpleNamespace(**{**plain, **replaced})
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another backend than the reference, wrong in one op and data type."""
+
+    def wrong(grad: torch.Tensor, *rest: torch.Tensor | float) -> torch.Tensor:
+        gradient = reference.batch_norm_matching_backward(grad, *rest)
+        return gradient * 1.01 if grad.dtype == torch.float64 else gradient
+
+    def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        ours = dtype in (torch.float32, torch.float64)
+        return None if ours else "it takes float32 and float64"
+
+    backend = backends.Backend("planted", functions(batch_norm_matching_backward=wrong), why_not)
+    absent = backends.Backend("absent", None, lambda *_: "it never runs")
+    monkeypatch.setattr(backends, "BACKENDS", (absent, backend, backends.BACKENDS[-1]))
+
+
+def test_kernels_of_this_machine_are_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if backends.report(CPU)["cpp"] is not None:
+        pytest.skip("needs the C++ kernels")
+    assert smi_fast_verify(monkeypatch, tmp_path / "found.json") == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    checked = {(v["op"], v["dtype"]) for v in found["verdicts"] if v["backend"] == "cpp"}
+    assert len(checked) == 2 * 9 and not any(v["failures"] for v in found["verdicts"])
+    assert all(v["error"] <= v["budget"] for v in found["verdicts"] if v["error"] is not None)
+    if not torch.cuda.is_available():
+        assert "not run: times: no CUDA device is visible" in out
+        assert "not run: triton: " in out and found["times"] == []
+
+
+def test_wrong_kernel_is_seen(
+    planted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert smi_fast_verify(monkeypatch, tmp_path / "found.json") == 1
+    out = capsys.readouterr().out
+    (failed,) = (line for line in out.splitlines() if line.endswith("FAILED"))
+    assert failed.split()[:5] == ["planted", "cpu", "batch_norm_matching_backward", "float64", "27"]
+    assert out.count("planted on cpu, float64: batch_norm_matching_backward-") == 27
+    assert "not run: absent: it never runs" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [v["op"] for v in found["verdicts"] if v["failures"]] == ["batch_norm_matching_backward"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_result_that_is_no_number_is_a_failure(planted: None, value: float) -> None:
+    wrong = functions(total_variation=lambda *_: torch.full((3, 4), value))
+    backend = backends.Backend("planted", wrong, lambda *_: None)
+    cases = [case for case in verify.all_cases() if case.op == "total_variation"]
+    verdict = verify._verdict(backend, CPU, "total_variation", torch.float32, cases)
+    assert len(verdict.failures) > 10 and not verdict.error <= verdict.budget
+
+
+def test_kernel_that_raises_is_a_failure() -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("CUDA error: misaligned address")
+
+    backend = backends.Backend("planted", functions(total_variation=refuses), lambda *_: None)
+    cases = [case for case in verify.all_cases() if case.op == "total_variation"]
+    verdict = verify._verdict(backend, CPU, "total_variation", torch.float32, cases)
+    assert len(verdict.failures) == len(cases) == verdict.calls and verdict.error is None
+    assert "misaligned address" in verdict.failures[0]
+
+
+def test_timing_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU and small, since every line but the events of CUDA is the same."""
+    for name, value in {"SIDE": 32, "KEPT": (4, 2), "WARM_UP": 0, "REPEATS": 1}.items():
+        monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    entries = list(timing.op_times(CPU, batch=2))
+    ways = {entry["op"]: set(entry["milliseconds"]) for entry in entries}
+    assert {"eager", "torch.compile", "sdpa"} <= ways["gather_attention_backward"]
+    assert len(ways) == 8 and all(t > 0 for e in entries for t in e["milliseconds"].values())
+    teacher = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=3
+    )
+    *steps, last = timing.step_times(CPU, teacher, batch=2)
+    assert [step["step"] for step in steps] == ["2 images, 4 patches", "2 images, 2 patches"] * 2
+    assert last["ratio"] == steps[0]["milliseconds"] / steps[3]["milliseconds"]
