@@ -1,9 +1,8 @@
 """Which implementation runs an op.
 
-Backends are listed fastest first. Each says in one sentence why it can't run an op on a device and
-data type, or that it can. ``auto`` takes the first that can; a backend asked for by name runs or
-raises its
-reason: nothing falls back silently.
+Each backend says in one sentence why it can't run a call, or that it can. ``auto`` takes the first
+that can, of :data:`BACKENDS` in order; before them, on a GPU, the one that :data:`ON_GPU` has for
+the op. A backend asked for by name runs or raises its reason: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -36,6 +35,38 @@ class BackendUnavailable(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The size of a call of gather_attention.
+
+    Attributes:
+        tokens: kept of each image.
+        width: of a head.
+        gradient: whether it will be wanted.
+    """
+
+    tokens: int
+    width: int
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of a call decides who can run it.
+
+    Attributes:
+        op: one of :data:`OPS`.
+        device: of the tensors.
+        dtype: of the floating point tensors.
+        attention: for gather_attention, where its size is known.
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True)
 class Backend:
     """One implementation of the ops.
 
@@ -43,26 +74,31 @@ class Backend:
         name: what ``backend=`` and ``SMI_FAST_BACKEND`` call it.
         functions: holds a function for each of :data:`OPS` and its ``_backward``, with the
             signatures of :mod:`smi_fast.reference`.
-        why_not: ``(op, device, dtype) -> reason`` that it can't run, or None when it can.
+        why_not: the reason that it can't run a call, or None when it can.
     """
 
     name: str
     functions: Any
-    why_not: Callable[[str, torch.device, torch.dtype], str | None]
+    why_not: Callable[[Call], str | None]
 
 
-def _reference_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if dtype.is_floating_point else f"{op} takes floating point, got {dtype}"
+def _reference_why_not(call: Call) -> str | None:
+    if call.dtype.is_floating_point:
+        return None
+    return f"{call.op} takes floating point, got {call.dtype}"
 
 
-def _cpp_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _cpp_why_not(call: Call) -> str | None:
     if _native.WHY_NO_CPU is not None:
         return _native.WHY_NO_CPU
-    if device.type != "cpu":
-        return f"{op} runs on the CPU, got {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"{op} takes float32 or float64, got {dtype}"
+    if call.device.type != "cpu":
+        return f"{call.op} runs on the CPU, got {call.device}"
+    if call.dtype not in (torch.float32, torch.float64):
+        return f"{call.op} takes float32 or float64, got {call.dtype}"
     return None
+
+
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _TritonKernels:
@@ -74,24 +110,97 @@ class _TritonKernels:
 
 # Looked for once, so that ops stay traceable by torch.compile.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _triton_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_why_not(call: Call) -> str | None:
     if not _HAS_TRITON:
         return "triton isn't installed"
-    if device.type != "cuda":
-        return f"the Triton kernels run on CUDA devices, got {device}"
-    if dtype not in _TRITON_DTYPES:
-        return f"the Triton kernel of {op} takes float32, bfloat16 or float16, got {dtype}"
+    if call.device.type != "cuda":
+        return f"the Triton kernels run on CUDA devices, got {call.device}"
+    if call.dtype not in _GPU_DTYPES:
+        return (
+            f"the Triton kernel of {call.op} takes float32, bfloat16 or float16, got {call.dtype}"
+        )
+    return None
+
+
+def _gpu(device: torch.device) -> tuple[int, int, int]:
+    """Major and minor compute capability, and bytes of shared memory that one block can have."""
+    properties: Any = torch.cuda.get_device_properties(device)  # typed without the last one
+    return properties.major, properties.minor, properties.shared_memory_per_block_optin
+
+
+# What csrc/cuda/gather_attention.cuh compiles for and allocates; its unit is a tile of 16 tokens.
+_CUDA_WIDTHS = (32, 64, 80, 128)
+_CUDA_TILE = 16
+
+
+def most_tokens(width: int, itemsize: int, gradient: bool, shared_memory: int) -> int:
+    """Tokens of a head that the CUDA kernel of gather_attention holds at once.
+
+    Args:
+        width: of the head, a multiple of 8 up to 128.
+        itemsize: bytes of an element.
+        gradient: whether that is what is computed.
+        shared_memory: bytes that one block can have.
+    """
+    row = next(w for w in _CUDA_WIDTHS if w >= width) * itemsize + 16
+    # Q, K and V, and for the gradient dO and two floats.
+    token = 4 * row + 8 if gradient else 3 * row
+    return shared_memory // (_CUDA_TILE * token) * _CUDA_TILE
+
+
+def _cuda_why_not(call: Call) -> str | None:
+    if _native.WHY_NO_CUDA is not None:
+        return _native.WHY_NO_CUDA
+    if call.device.type != "cuda":
+        return f"the CUDA kernels run on CUDA devices, got {call.device}"
+    # gather_patches copies elements as they are.
+    if call.dtype not in _GPU_DTYPES and (call.op, call.dtype) != ("gather_patches", torch.float64):
+        return f"the CUDA kernel of {call.op} takes float32, bfloat16 or float16, got {call.dtype}"
+    if not torch.cuda.is_available():
+        return None
+    major, minor, shared_memory = _gpu(call.device)
+    if major < 8:
+        return f"the CUDA kernels need compute capability 8.0, {call.device} has {major}.{minor}"
+    size = call.attention
+    if size is None:
+        return None
+    kernel = "the CUDA kernel of gather_attention"
+    if size.width % 8 or size.width > _CUDA_WIDTHS[-1]:
+        return f"{kernel} takes heads as wide as a multiple of 8 up to 128, got {size.width}"
+    for gradient in (False, True)[: 2 if size.gradient else 1]:
+        most = most_tokens(size.width, call.dtype.itemsize, gradient, shared_memory)
+        if size.tokens > most:
+            return (
+                f"{kernel} holds {most} tokens of width {size.width} in {call.dtype}"
+                f"{' for the gradient' if gradient else ''} in the shared memory of "
+                f"{call.device}, got {size.tokens}"
+            )
     return None
 
 
 BACKENDS = (
+    Backend("cuda", torch.ops.smi_fast, _cuda_why_not),
     Backend("triton", _TritonKernels(), _triton_why_not),
     Backend("cpp", torch.ops.smi_fast, _cpp_why_not),
     Backend("reference", reference, _reference_why_not),
 )
+
+# Which of both auto takes first on a GPU, and why. Nothing was measured on one yet: these are
+# expectations from how the kernels are made.
+ON_GPU = {
+    "gather_patches": ("cuda", "so little to copy that the launch counts, which is shorter"),
+    "gather_attention": ("cuda", "pads a set to 16 tokens, where Triton pads to a power of two"),
+    "total_variation": ("triton", "loads 16 bytes at a time, where CUDA loads a pixel"),
+    "batch_norm_matching": ("triton", "loads 16 bytes at a time and sums without float64"),
+    "adam_clamp_": ("cuda", "once per step on few patches: the launch counts, which is shorter"),
+}
+# A stable sort: where the first one can't run, the others follow as they are listed above.
+_ORDER = {
+    op: tuple(sorted(BACKENDS, key=lambda backend, first=first: backend.name != first))
+    for op, (first, _) in ON_GPU.items()
+}
 
 
 def names() -> tuple[str, ...]:
@@ -110,7 +219,13 @@ def check_name(name: str) -> str:
     return name
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, name: str = AUTO) -> Backend:
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = AUTO,
+    attention: Attention | None = None,
+) -> Backend:
     """The backend that runs an op.
 
     Args:
@@ -118,15 +233,17 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, name: str = AUTO) 
         device: of the tensors.
         dtype: of the floating point tensors.
         name: a backend, or "auto": ``SMI_FAST_BACKEND`` when that is set, else the first that can.
+        attention: the size of a call of gather_attention, which backends may have limits for.
 
     Raises:
         BackendUnavailable: when the named backend, or every one, can't; with the reasons.
     """
     wanted = check_name(DEFAULT if name == AUTO else name)
+    call = Call(op, device, dtype, attention)
     reasons = []
-    for backend in BACKENDS:
+    for backend in _ORDER[op]:
         if wanted in (AUTO, backend.name):
-            reason = backend.why_not(op, device, dtype)
+            reason = backend.why_not(call)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
@@ -137,7 +254,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, name: str = AUTO) 
 
 def report(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """For each backend the first reason that keeps it from running an op on a device, or None."""
+    calls = [Call(op, device, dtype) for op in OPS]
     return {
-        backend.name: next(filter(None, (backend.why_not(op, device, dtype) for op in OPS)), None)
-        for backend in BACKENDS
+        backend.name: next(filter(None, map(backend.why_not, calls)), None) for backend in BACKENDS
     }
