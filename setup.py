@@ -80,6 +80,8 @@ def options() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
+    # It looks for ninja on the path, where that of an environment need not be.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": BuildExtension},

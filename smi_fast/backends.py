@@ -196,9 +196,9 @@ ON_GPU = {
     "batch_norm_matching": ("triton", "loads 16 bytes at a time and sums without float64"),
     "adam_clamp_": ("cuda", "once per step on few patches: the launch counts, which is shorter"),
 }
-# A stable sort: where the first one can't run, the others follow as they are listed above.
+# Where the first one can't run, the others follow as they are listed above.
 _ORDER = {
-    op: tuple(sorted(BACKENDS, key=lambda backend, first=first: backend.name != first))
+    op: (*(b for b in BACKENDS if b.name == first), *(b for b in BACKENDS if b.name != first))
     for op, (first, _) in ON_GPU.items()
 }
 
