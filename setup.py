@@ -80,16 +80,17 @@ def options() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    # It looks for ninja on the path, where that of an environment need not be.
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = "build/objects"  # stays, so that the next build compiles what changed
+
+    # ninja is looked for on the path, where that of an environment need not be.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {
         "ext_modules": modules,
-        "cmdclass": {"build_ext": BuildExtension},
-        # Objects stay, so that the next build compiles only what changed.
-        "options": {
-            "bdist_wheel": {"py_limited_api": PYTHON_TAG},
-            "build_ext": {"build_temp": "build/objects"},
-        },
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
     }
 
 
