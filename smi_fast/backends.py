@@ -49,21 +49,8 @@ class Attention:
     gradient: bool
 
 
-@dataclass(frozen=True)
-class Call:
-    """What of a call decides who can run it.
-
-    Attributes:
-        op: one of :data:`OPS`.
-        device: of the tensors.
-        dtype: of the floating point tensors.
-        attention: for gather_attention, where its size is known.
-    """
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    attention: Attention | None = None
+def _any_size(size: Attention, device: torch.device, dtype: torch.dtype) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -74,31 +61,28 @@ class Backend:
         name: what ``backend=`` and ``SMI_FAST_BACKEND`` call it.
         functions: holds a function for each of :data:`OPS` and its ``_backward``, with the
             signatures of :mod:`smi_fast.reference`.
-        why_not: the reason that it can't run a call, or None when it can.
+        why_not: ``(op, device, dtype) -> reason`` that it can't run, or None when it can.
+        why_not_attention: the same for the size of a call of gather_attention that it else can run.
     """
 
     name: str
     functions: Any
-    why_not: Callable[[Call], str | None]
+    why_not: Callable[[str, torch.device, torch.dtype], str | None]
+    why_not_attention: Callable[[Attention, torch.device, torch.dtype], str | None] = _any_size
 
 
-def _reference_why_not(call: Call) -> str | None:
-    if call.dtype.is_floating_point:
-        return None
-    return f"{call.op} takes floating point, got {call.dtype}"
+def _reference_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if dtype.is_floating_point else f"{op} takes floating point, got {dtype}"
 
 
-def _cpp_why_not(call: Call) -> str | None:
+def _cpp_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if _native.WHY_NO_CPU is not None:
         return _native.WHY_NO_CPU
-    if call.device.type != "cpu":
-        return f"{call.op} runs on the CPU, got {call.device}"
-    if call.dtype not in (torch.float32, torch.float64):
-        return f"{call.op} takes float32 or float64, got {call.dtype}"
+    if device.type != "cpu":
+        return f"{op} runs on the CPU, got {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"{op} takes float32 or float64, got {dtype}"
     return None
-
-
-_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _TritonKernels:
@@ -110,17 +94,16 @@ class _TritonKernels:
 
 # Looked for once, so that ops stay traceable by torch.compile.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _triton_why_not(call: Call) -> str | None:
+def _triton_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "triton isn't installed"
-    if call.device.type != "cuda":
-        return f"the Triton kernels run on CUDA devices, got {call.device}"
-    if call.dtype not in _GPU_DTYPES:
-        return (
-            f"the Triton kernel of {call.op} takes float32, bfloat16 or float16, got {call.dtype}"
-        )
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA devices, got {device}"
+    if dtype not in _GPU_DTYPES:
+        return f"the Triton kernel of {op} takes float32, bfloat16 or float16, got {dtype}"
     return None
 
 
@@ -128,6 +111,21 @@ def _gpu(device: torch.device) -> tuple[int, int, int]:
     """Major and minor compute capability, and bytes of shared memory that one block can have."""
     properties: Any = torch.cuda.get_device_properties(device)  # typed without the last one
     return properties.major, properties.minor, properties.shared_memory_per_block_optin
+
+
+def _cuda_why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _native.WHY_NO_CUDA is not None:
+        return _native.WHY_NO_CUDA
+    if device.type != "cuda":
+        return f"the CUDA kernels run on CUDA devices, got {device}"
+    # gather_patches copies elements as they are.
+    if dtype not in _GPU_DTYPES and (op, dtype) != ("gather_patches", torch.float64):
+        return f"the CUDA kernel of {op} takes float32, bfloat16 or float16, got {dtype}"
+    if torch.cuda.is_available():
+        major, minor, _ = _gpu(device)
+        if major < 8:
+            return f"the CUDA kernels need compute capability 8.0, {device} has {major}.{minor}"
+    return None
 
 
 # What csrc/cuda/gather_attention.cuh compiles for and allocates; its unit is a tile of 16 tokens.
@@ -150,38 +148,24 @@ def most_tokens(width: int, itemsize: int, gradient: bool, shared_memory: int) -
     return shared_memory // (_CUDA_TILE * token) * _CUDA_TILE
 
 
-def _cuda_why_not(call: Call) -> str | None:
-    if _native.WHY_NO_CUDA is not None:
-        return _native.WHY_NO_CUDA
-    if call.device.type != "cuda":
-        return f"the CUDA kernels run on CUDA devices, got {call.device}"
-    # gather_patches copies elements as they are.
-    if call.dtype not in _GPU_DTYPES and (call.op, call.dtype) != ("gather_patches", torch.float64):
-        return f"the CUDA kernel of {call.op} takes float32, bfloat16 or float16, got {call.dtype}"
-    if not torch.cuda.is_available():
-        return None
-    major, minor, shared_memory = _gpu(call.device)
-    if major < 8:
-        return f"the CUDA kernels need compute capability 8.0, {call.device} has {major}.{minor}"
-    size = call.attention
-    if size is None:
-        return None
-    kernel = "the CUDA kernel of gather_attention"
+def _cuda_why_not_attention(
+    size: Attention, device: torch.device, dtype: torch.dtype
+) -> str | None:
     if size.width % 8 or size.width > _CUDA_WIDTHS[-1]:
-        return f"{kernel} takes heads as wide as a multiple of 8 up to 128, got {size.width}"
-    for gradient in (False, True)[: 2 if size.gradient else 1]:
-        most = most_tokens(size.width, call.dtype.itemsize, gradient, shared_memory)
-        if size.tokens > most:
-            return (
-                f"{kernel} holds {most} tokens of width {size.width} in {call.dtype}"
-                f"{' for the gradient' if gradient else ''} in the shared memory of "
-                f"{call.device}, got {size.tokens}"
-            )
-    return None
+        return f"the CUDA kernel takes heads as wide as a multiple of 8 up to 128, got {size.width}"
+    # The gradient needs more than the output.
+    most = most_tokens(size.width, dtype.itemsize, size.gradient, _gpu(device)[2])
+    if size.tokens <= most:
+        return None
+    return (
+        f"the CUDA kernel holds {most} tokens of width {size.width} in {dtype}"
+        f"{' for the gradient' if size.gradient else ''} in the shared memory of {device}, "
+        f"got {size.tokens}"
+    )
 
 
 BACKENDS = (
-    Backend("cuda", torch.ops.smi_fast, _cuda_why_not),
+    Backend("cuda", torch.ops.smi_fast, _cuda_why_not, _cuda_why_not_attention),
     Backend("triton", _TritonKernels(), _triton_why_not),
     Backend("cpp", torch.ops.smi_fast, _cpp_why_not),
     Backend("reference", reference, _reference_why_not),
@@ -239,11 +223,12 @@ def choose(
         BackendUnavailable: when the named backend, or every one, can't; with the reasons.
     """
     wanted = check_name(DEFAULT if name == AUTO else name)
-    call = Call(op, device, dtype, attention)
     reasons = []
     for backend in _ORDER[op]:
         if wanted in (AUTO, backend.name):
-            reason = backend.why_not(call)
+            reason = backend.why_not(op, device, dtype)
+            if reason is None and attention is not None:
+                reason = backend.why_not_attention(attention, device, dtype)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
@@ -254,7 +239,7 @@ def choose(
 
 def report(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """For each backend the first reason that keeps it from running an op on a device, or None."""
-    calls = [Call(op, device, dtype) for op in OPS]
     return {
-        backend.name: next(filter(None, map(backend.why_not, calls)), None) for backend in BACKENDS
+        backend.name: next(filter(None, (backend.why_not(op, device, dtype) for op in OPS)), None)
+        for backend in BACKENDS
     }

@@ -106,7 +106,9 @@ def test_attention_that_does_not_fit_goes_to_triton(
 def test_heads_of_other_widths_go_to_triton(gpu: pytest.MonkeyPatch, width: int) -> None:
     size = Attention(46, width, True)
     assert backends.choose("gather_attention", GPU, F32, attention=size).name == "triton"
-    with pytest.raises(BackendUnavailable, match=rf"a multiple of 8 up to 128, got {width}$"):
+    with pytest.raises(
+        BackendUnavailable, match=rf"wide as a multiple of 8 up to 128, got {width}$"
+    ):
         backends.choose("gather_attention", GPU, F32, "cuda", size)
 
 
