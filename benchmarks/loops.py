@@ -67,6 +67,8 @@ def published_loop(case: Case) -> Loop:
 
 def our_loop(case: Case, backend: str = AUTO, background: str = "frozen") -> Loop:
     teacher = SparseViT(case.vit, backend=backend)
+    with torch.no_grad():
+        teacher(case.init[:1])  # folds its weights, once
 
     def run(schedule: Schedule, iterations: int, callback: Callback) -> None:
         inverter = SparseInverter(
@@ -96,10 +98,11 @@ def reference_loop(case: Case) -> Loop:
 
 @dataclass(frozen=True)
 class Variant:
-    """A loop, and whether patches stop in it."""
+    """A loop, whether patches stop in it, and the steps after which a phase runs at its pace."""
 
     loop: Callable[[Case], Loop]
     sparse: bool
+    early: int = 1
 
     def schedule(self, stops: StopSchedule) -> Schedule:
         return stops if self.sparse else Dense()
@@ -111,25 +114,32 @@ VARIANTS = {
     "published_sparse": Variant(published_loop, sparse=True),
     "reference_sparse": Variant(reference_loop, sparse=True),
     "our_dense": Variant(our_loop, sparse=False),
-    "our_sparse": Variant(our_loop, sparse=True),
+    "our_sparse": Variant(our_loop, sparse=True, early=13),
 }
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a phase's first step, which drops patches and prepares, and of a typical one."""
+    """Seconds of a phase's early steps, in which it drops patches and prepares, and of the others.
 
-    first: float
+    Attributes:
+        early: of each early step.
+        typical: the median of the others; of the last step where all are early.
+    """
+
+    early: tuple[float, ...]
     typical: float
+
+    def whole(self, iterations: int) -> float:
+        """Seconds of a phase of so many iterations."""
+        early = self.early[:iterations]
+        return sum(early) + (iterations - len(early)) * self.typical
 
 
 def costs(
-    run: Loop, schedule: Schedule, iterations: int, last: Callback | None = None
+    run: Loop, schedule: Schedule, iterations: int, early: int = 1, last: Callback | None = None
 ) -> dict[int, Cost]:
-    """What the steps of each phase cost, by the number of kept patches.
-
-    A typical step is the median of those that are not the first.
-    """
+    """What the steps of each phase cost, by the number of kept patches."""
     steps: dict[int, list[float]] = {}
     before = time.perf_counter()
 
@@ -142,4 +152,7 @@ def costs(
         before = time.perf_counter()
 
     run(schedule, iterations, clock)
-    return {patches: Cost(phase[0], median(phase[1:])) for patches, phase in steps.items()}
+    return {
+        patches: Cost(tuple(phase[:early]), median(phase[early:] or phase[-1:]))
+        for patches, phase in steps.items()
+    }

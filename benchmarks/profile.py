@@ -15,12 +15,17 @@ from benchmarks.timing import rounded
 from smi_fast import StopSchedule
 
 STEPS = 20
-WARM_UP = 5
+WARM_UP = 15
 # By what the profiler calls an op; its own time, without that of the ops it calls.
 KINDS = {
     "gemm": ("aten::mm", "aten::addmm", "mkl::", "mkldnn::"),
-    "attention": ("smi_fast::gather_attention", "aten::bmm", "aten::_softmax"),
-    "norm_and_gelu": ("aten::native_layer_norm", "aten::gelu"),
+    "attention": (
+        *("smi_fast::gather_attention", "smi_fast::attend_", "aten::bmm", "aten::_softmax"),
+    ),
+    "norm_and_gelu": (
+        *("smi_fast::add_normalize_", "smi_fast::normalize_backward_", "smi_fast::gelu_"),
+        *("aten::native_layer_norm", "aten::gelu", "aten::mul_"),
+    ),
 }
 PIXEL_OPS = ("smi_fast::gather_patches", "smi_fast::total_variation", "smi_fast::adam_clamp_")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-import torch  # noqa: F401  (the compiled modules find torch's libraries already loaded)
+import torch  # the compiled modules find torch's libraries already loaded
 
 
 def _why_not_loaded(module: str) -> str | None:
@@ -18,3 +18,5 @@ def _why_not_loaded(module: str) -> str | None:
 
 WHY_NO_CPU = _why_not_loaded("smi_fast._C_cpu")
 WHY_NO_CUDA = _why_not_loaded("smi_fast._C_cuda")
+if WHY_NO_CUDA is not None and torch.version.cuda is None:
+    WHY_NO_CUDA = f"torch {torch.__version__} is built without CUDA: {WHY_NO_CUDA}"

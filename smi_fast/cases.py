@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smi_fast import reference
+from smi_fast.backends import Attention, Backend
 
 # They copy numbers, so they must copy all of their bits.
 EXACT = ("gather_patches", "gather_patches_backward")
@@ -44,6 +45,20 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op}-{self.label}"
+
+    @property
+    def attention(self) -> Attention | None:
+        """The size of a call of gather_attention, which backends may have limits for."""
+        if not self.op.startswith("gather_attention"):
+            return None
+        gradient = self.op.endswith("_backward")
+        qkv, kept = self.arguments[gradient : gradient + 2]
+        return Attention((qkv if kept is None else kept).shape[1], qkv.shape[4], gradient)
+
+    def fits(self, backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a backend that runs the op can hold this call."""
+        size = self.attention
+        return size is None or backend.why_not_attention(size, device, dtype) is None
 
     def converted(self, dtype: torch.dtype, device: str = "cpu") -> list[Any]:
         """The arguments, where floating point tensors have another data type."""

@@ -14,6 +14,8 @@ import typer
 from smi_fast import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from smi_fast.inverter import SparseInverter
     from smi_fast.pool import Pool
     from smi_fast.result import InversionResult
@@ -62,14 +64,38 @@ def info() -> None:
         print(f"{name:<9} {found}")
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if len(devices) == 1:
+        devices.append(torch.device("cuda"))
     for device in devices:
-        cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        what = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
-        print(f"\n{device} ({what})")
+        print(f"\n{device} ({_describe(device)})")
         for name, reason in backends.report(device).items():
             print(f"  {name:<10} {'runs' if reason is None else reason}")
-    if len(devices) == 1:
-        print("\nno CUDA device is visible")
+        print(f"  {backends.DEFAULT} takes")
+        for op in backends.OPS:
+            print(f"    {op:<20} {_choice(op, device)}")
+
+
+def _choice(op: str, device: torch.device) -> str:
+    import torch
+
+    from smi_fast import backends
+
+    try:
+        chosen = backends.choose(op, device, torch.float32).name
+    except backends.BackendUnavailable as error:
+        return str(error)
+    first, why = backends.ON_GPU[op]
+    return f"{chosen}: {why}" if chosen == first else chosen
+
+
+def _describe(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if not torch.cuda.is_available():
+        return "none is visible; what would run on one"
+    return torch.cuda.get_device_name(device)
 
 
 @app.command()

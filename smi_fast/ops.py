@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast.backends import AUTO, Backend, choose
+from smi_fast.backends import AUTO, Attention, Backend, choose
 
 
 def gather_patches(
@@ -129,7 +129,10 @@ def gather_attention(
         fits = lengths.shape == (len(qkv),) and lengths.dtype == torch.int64
         _expect(fits, f"lengths int64 [{len(qkv)}]", lengths)
         _expect_device(lengths, qkv)
-    chosen = choose("gather_attention", qkv.device, qkv.dtype, backend)
+    tokens = qkv.shape[1] if kept is None else kept.shape[1]
+    gradient = qkv.requires_grad and torch.is_grad_enabled()
+    size = Attention(tokens, qkv.shape[4], gradient)
+    chosen = choose("gather_attention", qkv.device, qkv.dtype, backend, size)
     out, row = _GatherAttention.apply(qkv, kept, lengths, importance, chosen)
     return out, row if importance else None
 

@@ -88,7 +88,7 @@ def op_times(device: torch.device, batch: int = 32) -> Iterator[dict[str, Any]]:
         attention = case.op.startswith("gather_attention")
         for dtype in (torch.float32, torch.bfloat16) if attention else (torch.float32,):
             arguments = case.converted(dtype, str(device))
-            ways = _ways(case.op, arguments, device, dtype)
+            ways = _ways(case, arguments, device, dtype)
             yield {
                 "op": case.op,
                 "of": f"{batch} images, {case.label}",
@@ -98,8 +98,9 @@ def op_times(device: torch.device, batch: int = 32) -> Iterator[dict[str, Any]]:
 
 
 def _ways(
-    op: str, arguments: list[Any], device: torch.device, dtype: torch.dtype
+    case: Case, arguments: list[Any], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
+    op = case.op
     plain: Callable[..., object] = getattr(reference, op)
     ways: dict[str, Callable[[], object]] = {
         "eager": partial(plain, *arguments),
@@ -107,7 +108,8 @@ def _ways(
     }
     for backend in backends.BACKENDS:
         name = op.removesuffix("_backward")
-        if backend.name != "reference" and backend.why_not(name, device, dtype) is None:
+        runs = backend.why_not(name, device, dtype) is None and case.fits(backend, device, dtype)
+        if runs and backend.name != "reference":
             ways[backend.name] = partial(getattr(backend.functions, op), *arguments)
     if op == "gather_attention":
         ways["sdpa"] = partial(_sdpa, arguments[0])

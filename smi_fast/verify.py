@@ -67,6 +67,7 @@ def _verdict(
     backend: Backend, device: torch.device, op: str, dtype: torch.dtype, cases: list[Case]
 ) -> Verdict:
     pairs, failures = [], []
+    cases = [case for case in cases if case.fits(backend, device, dtype)]
     for case in cases:
         try:
             errors = list(case.errors(backend.functions, dtype, str(device)))

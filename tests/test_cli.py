@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import smi_fast.inverter
-from smi_fast import cli
+from smi_fast import _native, backends, cli
 from smi_fast.pool import Pool
 
 
@@ -169,6 +169,22 @@ def test_info_tells_versions_and_backends(smi: Smi) -> None:
     assert code == 0
     assert f"smi_fast  {smi_fast.__version__}" in out and torch.__version__ in out
     assert "cpu (" in out and "reference  runs" in out
+
+
+def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_native, "WHY_NO_CUDA", "smi_fast._C_cuda can't be loaded (for a test)")
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    on_cpu, on_gpu = smi("info")[1].split("\ncuda (none is visible")
+    assert "  cuda       smi_fast._C_cuda can't be loaded (for a test)\n" in on_gpu
+    for op in backends.OPS:
+        chosen = backends.choose(op, torch.device("cpu"), torch.float32).name
+        assert f"    {op:<20} {chosen}\n" in on_cpu
+        name, why = backends.ON_GPU[op]
+        assert f"    {op:<20} triton{f': {why}' if name == 'triton' else ''}\n" in on_gpu
+    monkeypatch.setattr(backends, "DEFAULT", "cpp")
+    assert "  cpp takes\n    gather_patches       no backend can run" in smi("info")[1]
 
 
 def test_help_names_every_option(smi: Smi) -> None:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from cuda_emulation import build, cases
 from cuda_emulation.backend import Emulated
 from cuda_emulation.build import Fault
+
+from smi_fast import backends
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
@@ -127,15 +131,35 @@ def run_alone(module: Path, variant: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+Run = Future[subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, _built: None) -> Iterator[dict[str | Fault, Run]]:
+    """Runs of the modules that the selected tests ask for, two at a time."""
+    items = [item for item in request.session.items if item.path == request.path]
+    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    variants = {p["variant"] for p in parameters if "variant" in p}
+    faults = {p["fault"] for p in parameters if "fault" in p}
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            **{v: pool.submit(run_alone, build.module_path(v), v) for v in variants},
+            **{
+                f: pool.submit(run_alone, build.module_path(f.variant, f), f.variant)
+                for f in faults
+            },
+        }
+
+
 @pytest.mark.parametrize("variant", build.VARIANTS)
-def test_reduced_grid_is_clean(variant: str) -> None:
-    done = run_alone(build.module_path(variant), variant)
+def test_reduced_grid_is_clean(runs: dict[str | Fault, Run], variant: str) -> None:
+    done = runs[variant].result()
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_planted_fault_is_caught(fault: Fault) -> None:
-    done = run_alone(build.module_path(fault.variant, fault), fault.variant)
+def test_planted_fault_is_caught(runs: dict[str | Fault, Run], fault: Fault) -> None:
+    done = runs[fault].result()
     assert done.returncode != 0
     assert re.search(fault.caught, done.stderr), done.stderr[-4000:]
 
@@ -153,6 +177,16 @@ def test_gradient_that_does_not_fit_is_refused(backend: Emulated) -> None:
     qkv, grad = torch.randn(1, 161, 3, 1, 80), torch.randn(1, 161, 80)
     with pytest.raises(RuntimeError, match="no GPU accepts"):
         backend.gather_attention_backward(grad, qkv, None, None)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_limit_of_tokens_is_known_before_the_launch(
+    backend: Emulated, gradient: bool, dtype: torch.dtype
+) -> None:
+    for width in range(8, 129, 8):
+        most = backends.most_tokens(width, dtype.itemsize, gradient, 227 * 1024)
+        assert most == backend.max_kept_tokens(dtype, width, gradient)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

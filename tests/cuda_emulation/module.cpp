@@ -63,4 +63,5 @@ PYBIND11_MODULE(emulated, module) {
   module.def("adam_clamp", python(launch_adam_clamp));
   module.def("gather_attention_fwd", python(launch_gather_attention_fwd));
   module.def("gather_attention_bwd", python(launch_gather_attention_bwd));
+  module.def("max_kept_tokens", python(max_kept_tokens));
 }
