@@ -147,7 +147,8 @@ def _step(case: Case, kept: int, timed: dict[str, list[Any]], name: str) -> dict
     speeds = [gflop / c.typical for c in cost]
     return {
         "seconds": spread([c.typical for c in cost]),
-        "first_seconds": spread([c.early[0] for c in cost]),
+        "early_steps": len(cost[0].early),
+        "early_seconds": spread([sum(c.early) for c in cost]),
         "needed_gflop": rounded(gflop),
         "gflops": spread(speeds),
         "share_of_sgemm": spread(_ratios(speeds, timed["sgemm_square"])),

@@ -121,7 +121,7 @@ def test_needed_work_is_what_pytorch_counts(case: Case, kept: int) -> None:
     assert needed_flops(case.vit, 2, kept) == 2 * (2 * linear + 2 * attention)
 
 
-def test_costs_tell_first_and_typical_steps_of_each_phase(
+def test_costs_tell_early_and_typical_steps_of_each_phase(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = [9.0, 1.0, 1.0, 8.0, 2.0, 2.0, 7.0, 3.0, 4.0, 50.0]
@@ -132,7 +132,9 @@ def test_costs_tell_first_and_typical_steps_of_each_phase(
         for t, kept in enumerate([24] * 3 + [12] * 3 + [6] * 4):
             callback(t, case.init, torch.zeros(2, kept))
 
-    expected = {24: Cost(9.0, 1.0), 12: Cost(8.0, 2.0), 6: Cost(7.0, 4.0)}
+    assert costs(run, STOPS, 10, early=3)[12] == Cost((8.0, 2.0, 2.0), 2.0)
+    clock = iter([0.0] + [edge for s in seconds for edge in (s, 0.0)])
+    expected = {24: Cost((9.0,), 1.0), 12: Cost((8.0,), 2.0), 6: Cost((7.0,), 4.0)}
     assert costs(run, STOPS, 10) == expected
     phases = end_to_end.schedule_phases(STOPS, 10, 24)
     assert phases == [(24, 3), (12, 3), (6, 4)]
@@ -147,7 +149,8 @@ def test_end_to_end_is_measured_and_drawn(case: Case) -> None:
         expected = phases if VARIANTS[name].sparse else [(24, 400)]
         assert [(step["patches"], step["iterations"]) for step in steps] == expected
         composed = sum(
-            step["first_seconds"]["median"] + (step["iterations"] - 1) * step["seconds"]["median"]
+            step["early_seconds"]["median"]
+            + (step["iterations"] - step["early_steps"]) * step["seconds"]["median"]
             for step in steps
         )
         assert variant["whole_seconds"]["median"] == pytest.approx(composed, rel=1e-3)
