@@ -14,12 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from smi_fast.inverter import SparseInverter, invert
     from smi_fast.objectives import CrossEntropy, L2Norm, TotalVariation
+    from smi_fast.priors.batch_norm import BatchNormMatching
     from smi_fast.result import InversionResult, NonFiniteLoss
     from smi_fast.schedules import Dense, StopSchedule
     from smi_fast.teacher import SparseOutput, SparseViT, UnsupportedTeacher
     from smi_fast.zoo import load_teacher
 
 _HOMES = {
+    "BatchNormMatching": "priors.batch_norm",
     "InversionResult": "result",
     "NonFiniteLoss": "result",
     "SparseInverter": "inverter",
@@ -36,6 +38,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BatchNormMatching",
     "CrossEntropy",
     "Dense",
     "InversionResult",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from smi_fast import ops
 from smi_fast.backends import AUTO
+from smi_fast.jitter import jitter_images
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Step:
         kept: int64 [B, K] when pixels outside these patches are frozen, else None.
         patch_size: side of a patch in pixels.
         backend: which implementation of the ops to use.
+        iteration: from 0, known to the host.
+        jitter: shift int64 [2] and flip bool [] of this iteration, or None.
+        mean: [C], of the space that images are normalised in.
+        std: [C], likewise.
     """
 
     images: Tensor
@@ -33,6 +39,15 @@ class Step:
     kept: Tensor | None
     patch_size: int
     backend: str = AUTO
+    iteration: int = 0
+    jitter: tuple[Tensor, Tensor] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    @cached_property
+    def jittered(self) -> Tensor:
+        """[B, C, H, W], the images rolled and mirrored, background included; made when read."""
+        return self.images if self.jitter is None else jitter_images(self.images, *self.jitter)
 
 
 class Objective(ABC):
@@ -41,14 +56,16 @@ class Objective(ABC):
     Attributes:
         name: of its un-weighted value in the history.
         weight: its factor.
+        every: iterations from one evaluation to the next; in between it is a constant.
     """
 
     name: str
     weight: float
+    every: int = 1
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor:
-        """The un-weighted scalar."""
+        """The un-weighted scalar; on the images' device, read from no host."""
 
 
 @dataclass(frozen=True)

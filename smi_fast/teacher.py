@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from smi_fast import ops
 from smi_fast.backends import AUTO, check_name, choose
 from smi_fast.engine import Engine, supports
+from smi_fast.frozen import frozen_copy
 
 Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
 
@@ -280,16 +280,9 @@ def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
 
 
 def _freeze(vit: VisionTransformer) -> VisionTransformer:
-    """A copy of the modules over the same weights, without gradients, hooks or patched methods."""
-    memo: dict[int, object] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in vit.parameters()
-    }
-    memo.update((id(b), b.detach()) for b in vit.buffers())
-    frozen = copy.deepcopy(vit, memo).eval()
+    """A frozen copy over the same weights, without patched methods."""
+    frozen = frozen_copy(vit)
     for module in frozen.modules():
-        for name, value in vars(module).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                value.clear()
         for name in _OVERRIDABLE:
             if callable(vars(module).get(name)):
                 delattr(module, name)
