@@ -186,6 +186,8 @@ class SparseInverter:
         targets = self._check_targets(targets)
         images = self._first_images(init, len(targets), generator)
         shift, flip = self._jitter_table(jitter, generator)
+        for objective in self.objectives:
+            objective.begin(self.teacher, len(targets), generator)
         return Iteration(
             teacher=self.teacher,
             objectives=self.objectives,

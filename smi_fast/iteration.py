@@ -83,7 +83,9 @@ class Iteration:
         """Records the terms; returns the gradient [B, C, H, W], and importance when asked for."""
         teacher, images = self.teacher, self.images.detach().requires_grad_()
         shift, flip = (table.index_select(0, self.done)[0] for table in (self.shift, self.flip))
-        output = teacher(images, self.kept, jitter=(shift, flip), importance=score)
+        output = teacher(
+            images, self.kept, jitter=(shift, flip), importance=score, taps=self._taps
+        )
         changing, size = self._changing, teacher.patch_size
         step = Step(
             images,
@@ -96,6 +98,9 @@ class Iteration:
             jitter=(shift, flip),
             mean=self.mean,
             std=self.std,
+            taps=output.taps,
+            depth=teacher.depth,
+            prefix=teacher.num_prefix_tokens,
         )
         values = [objective(step) for objective in self.objectives]
         terms = zip(self.objectives, values, strict=True)
@@ -129,6 +134,11 @@ class Iteration:
         """The kept patches where only their pixels change."""
         frozen = self.freezes and self.kept.shape[1] < self.teacher.num_patches
         return self.kept if frozen else None
+
+    @property
+    def _taps(self) -> set[str]:
+        """What the terms ask the teacher for."""
+        return {tap for term in self.objectives for tap in term.taps(self.teacher.depth)}
 
     @property
     def _state(self) -> tuple[Tensor, ...]:

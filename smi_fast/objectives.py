@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor
 from smi_fast import ops
 from smi_fast.backends import AUTO
 from smi_fast.jitter import jitter_images
+
+if TYPE_CHECKING:
+    from smi_fast.teacher import SparseViT
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Step:
         jitter: shift int64 [2] and flip bool [] of this iteration, or None.
         mean: [C], of the space that images are normalised in.
         std: [C], likewise.
+        taps: what the terms asked for, by name, see :mod:`smi_fast.taps`.
+        depth: blocks of the teacher.
+        prefix: its class, distillation and register tokens.
     """
 
     images: Tensor
@@ -43,6 +50,9 @@ class Step:
     jitter: tuple[Tensor, Tensor] | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+    depth: int = 0
+    prefix: int = 0
 
     @cached_property
     def jittered(self) -> Tensor:
@@ -62,6 +72,14 @@ class Objective(ABC):
     name: str
     weight: float
     every: int = 1
+
+    def taps(self, depth: int) -> tuple[str, ...]:
+        """What it reads of a teacher with ``depth`` blocks, see :mod:`smi_fast.taps`."""
+        return ()
+
+    def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
+        """Called before the first step of a batch; whatever is random is drawn here."""
+        return None
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor:
