@@ -13,8 +13,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from smi_fast.inverter import SparseInverter, invert
-    from smi_fast.objectives import CrossEntropy, L2Norm, TotalVariation
+    from smi_fast.objectives import BinaryCrossEntropy, CrossEntropy, L2Norm, TotalVariation
+    from smi_fast.priors.adversarial import AdversarialJS
+    from smi_fast.priors.attention_prior import AttentionPrior
     from smi_fast.priors.batch_norm import BatchNormMatching
+    from smi_fast.priors.gaussian_similarity import GaussianSimilarity
+    from smi_fast.priors.head_similarity import HeadSimilarity
+    from smi_fast.priors.patch_similarity import PatchSimilarity
+    from smi_fast.priors.seams import PatchSeamTV
+    from smi_fast.priors.token_statistics import TokenStatistics, collect_statistics
+    from smi_fast.priors.variation_target import VariationTarget
     from smi_fast.result import InversionResult, NonFiniteLoss
     from smi_fast.schedules import Dense, StopSchedule
     from smi_fast.teacher import SparseOutput, SparseViT, UnsupportedTeacher
@@ -22,6 +30,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BatchNormMatching": "priors.batch_norm",
+    "BinaryCrossEntropy": "objectives",
+    "AdversarialJS": "priors.adversarial",
+    "AttentionPrior": "priors.attention_prior",
+    "GaussianSimilarity": "priors.gaussian_similarity",
+    "HeadSimilarity": "priors.head_similarity",
+    "PatchSimilarity": "priors.patch_similarity",
+    "PatchSeamTV": "priors.seams",
+    "TokenStatistics": "priors.token_statistics",
+    "collect_statistics": "priors.token_statistics",
+    "VariationTarget": "priors.variation_target",
     "InversionResult": "result",
     "NonFiniteLoss": "result",
     "SparseInverter": "inverter",
@@ -38,19 +56,29 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdversarialJS",
+    "AttentionPrior",
     "BatchNormMatching",
+    "BinaryCrossEntropy",
     "CrossEntropy",
     "Dense",
+    "GaussianSimilarity",
+    "HeadSimilarity",
     "InversionResult",
     "L2Norm",
     "NonFiniteLoss",
+    "PatchSeamTV",
+    "PatchSimilarity",
     "SparseInverter",
     "SparseOutput",
     "SparseViT",
     "StopSchedule",
+    "TokenStatistics",
     "TotalVariation",
     "UnsupportedTeacher",
+    "VariationTarget",
     "__version__",
+    "collect_statistics",
     "invert",
     "load_teacher",
 ]

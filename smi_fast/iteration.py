@@ -101,6 +101,7 @@ class Iteration:
             taps=output.taps,
             depth=teacher.depth,
             prefix=teacher.num_prefix_tokens,
+            seen=self.kept,
         )
         values = [objective(step) for objective in self.objectives]
         terms = zip(self.objectives, values, strict=True)

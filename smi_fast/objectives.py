@@ -38,6 +38,7 @@ class Step:
         taps: what the terms asked for, by name, see :mod:`smi_fast.taps`.
         depth: blocks of the teacher.
         prefix: its class, distillation and register tokens.
+        seen: int64 [B, K], the patches that the teacher computed; None for all in order.
     """
 
     images: Tensor
@@ -53,6 +54,7 @@ class Step:
     taps: Mapping[str, Tensor] = field(default_factory=dict)
     depth: int = 0
     prefix: int = 0
+    seen: Tensor | None = None
 
     @cached_property
     def jittered(self) -> Tensor:
@@ -98,6 +100,24 @@ class CrossEntropy(Objective):
 
 
 @dataclass(frozen=True)
+class BinaryCrossEntropy(Objective):
+    """Mean binary cross-entropy of each class by itself, for several classes in one image.
+
+    Equal to ``F.binary_cross_entropy_with_logits(logits, targets)``; the targets are probabilities
+    [B, classes] that needn't sum to one, see :func:`smi_fast.targets.multi_targets`.
+    """
+
+    weight: float = 1.0
+    name: str = "binary_cross_entropy"
+
+    def __call__(self, step: Step) -> Tensor:
+        if step.targets.shape != step.logits.shape:
+            expected, got = list(step.logits.shape), list(step.targets.shape)
+            raise ValueError(f"expected targets as probabilities {expected}, got {got}")
+        return F.binary_cross_entropy_with_logits(step.logits, step.targets)
+
+
+@dataclass(frozen=True)
 class TotalVariation(Objective):
     """Total variation of the whole batch, see :func:`smi_fast.ops.total_variation`.
 
@@ -133,10 +153,13 @@ class L2Norm(Objective):
 
     Args:
         weight: factor; DeepInversion's is 1e-5 (arXiv 1912.08795).
+        per_image: the mean of the images' norms, as in DeepInversion's code; without it the norm
+            of the batch, as in SMI's.
     """
 
     weight: float = 1e-5
     name: str = "l2_norm"
+    per_image: bool = False
 
     def __call__(self, step: Step) -> Tensor:
         pixels = step.images
@@ -146,8 +169,10 @@ class L2Norm(Objective):
             pixels, _ = ops.gather_patches(
                 pixels, step.kept, shift, flip, patch_size=step.patch_size, backend=step.backend
             )
-        norm: Tensor = torch.linalg.vector_norm(pixels)
-        return norm
+        if not self.per_image:
+            pixels = pixels[None]
+        norms: Tensor = torch.linalg.vector_norm(pixels.flatten(1), dim=1)
+        return norms.mean()
 
 
 @dataclass(frozen=True)
