@@ -95,6 +95,7 @@ class Iteration:
             size,
             self.backend,
             iteration=number,
+            done=self.done[0],
             jitter=(shift, flip),
             mean=self.mean,
             std=self.std,

@@ -32,6 +32,7 @@ class Step:
         patch_size: side of a patch in pixels.
         backend: which implementation of the ops to use.
         iteration: from 0, known to the host.
+        done: int64 [], the same on the images' device.
         jitter: shift int64 [2] and flip bool [] of this iteration, or None.
         mean: [C], of the space that images are normalised in.
         std: [C], likewise.
@@ -48,6 +49,7 @@ class Step:
     patch_size: int
     backend: str = AUTO
     iteration: int = 0
+    done: Tensor | None = None
     jitter: tuple[Tensor, Tensor] | None = None
     mean: Tensor | None = None
     std: Tensor | None = None

@@ -122,12 +122,12 @@ def test_gaussian_similarity_goes_through_all_patches() -> None:
     term = smi_fast.GaussianSimilarity(rows=4)
     term.begin(teacher, 2, torch.Generator().manual_seed(0))
     for kept in (16, 12):
-        picks = torch.stack([term._pick(kept) for _ in range(kept)])
+        picks = torch.stack([term._pick(kept, torch.tensor(i)) for i in range(kept)])
         for image in range(2):
             counts = picks[:, image].flatten().bincount(minlength=kept)
             assert (counts == 4).all()
         assert not torch.equal(picks[0, 0], picks[0, 1])
-    assert term._pick(3).sort().values.tolist() == [[0, 1, 2]] * 2
+    assert term._pick(3, torch.tensor(1)).sort().values.tolist() == [[0, 1, 2]] * 2
     scores = {f"attention.{i}.scores": torch.randn(2, 3, 5, 5, dtype=F64) for i in range(2)}
     rows = [x.mean(1)[:, 1:, 1:] for x in scores.values()]
     expected = -sum(map(published_gaussian, rows)) / 2

@@ -41,7 +41,6 @@ class GaussianSimilarity(Objective):
             raise ValueError(f"expected 2 rows or more, got {rows}")
         self.blocks, self.rows, self.weight = blocks, rows, weight
         self._rank: Tensor | None = None
-        self._turn: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"GaussianSimilarity(blocks={self.blocks}, rows={self.rows}, weight={self.weight})"
@@ -52,7 +51,6 @@ class GaussianSimilarity(Objective):
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
         rank = torch.rand(batch, teacher.num_patches, generator=generator)
         self._rank = rank.to(teacher.device)
-        self._turn = torch.zeros((), dtype=torch.int64, device=teacher.device)
 
     def __call__(self, step: Step) -> Tensor:
         entropies = []
@@ -60,18 +58,20 @@ class GaussianSimilarity(Objective):
         for name in self.taps(step.depth):
             scores = step.taps[name][:, :, step.prefix :, step.prefix :].mean(1)
             if picked is None:
-                picked = self._pick(scores.shape[1])[..., None].expand(-1, -1, scores.shape[2])
+                rows = self._pick(scores.shape[1], step.done)
+                picked = rows[..., None].expand(-1, -1, scores.shape[2])
             entropies.append(gaussian_entropy(scores.gather(1, picked)))
         return -torch.stack(entropies).mean()
 
-    def _pick(self, kept: int) -> Tensor:
-        """int64 [B, rows], this step's patches of each image."""
-        if self._rank is None or self._turn is None:
+    def _pick(self, kept: int, done: Tensor | None) -> Tensor:
+        """int64 [B, rows], of each image the patches whose turn it is after ``done`` steps."""
+        if self._rank is None:
             raise RuntimeError("begin() draws the order of patches: call it before the first step")
         count = min(self.rows, kept)
         order = self._rank[:, :kept].argsort(dim=1)
-        turn = (self._turn + torch.arange(count, device=order.device)) % kept
-        self._turn.add_(count)
+        turn = torch.arange(count, device=order.device)
+        if done is not None:
+            turn = (turn + done * count) % kept
         return order[:, turn]
 
 
