@@ -9,6 +9,7 @@ from benchmarks import (
     end_to_end,
     foreground,
     inversion,
+    judge,
     ops,
     plot,
     profile,
@@ -20,6 +21,7 @@ from benchmarks.loops import BATCHES
 MEASUREMENTS = {
     "foreground": foreground.main,
     "inversion": inversion.main,
+    "judge": judge.main,
     "ops": ops.main,
     "profile": profile.main,
     "end-to-end": end_to_end.main,

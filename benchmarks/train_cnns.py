@@ -21,7 +21,7 @@ from benchmarks.fashion_canvas import CLASSES, MEAN, STD, TEST_SEED, canvases
 from benchmarks.train_teacher import WEIGHTS, accuracy, train_cnn
 from smi_fast.cnns import small_cnn
 
-JUDGE = Path(__file__).parent / "results" / "judge.safetensors"
+JUDGE = Path(__file__).parent / "results" / "judge_cnn.safetensors"
 
 
 class Residual(nn.Module):
