@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from smi_fast import recipes, targets
     from smi_fast.inverter import SparseInverter, invert
     from smi_fast.objectives import BinaryCrossEntropy, CrossEntropy, L2Norm, TotalVariation
     from smi_fast.priors.adversarial import AdversarialJS
@@ -26,13 +27,12 @@ if TYPE_CHECKING:
     from smi_fast.result import InversionResult, NonFiniteLoss
     from smi_fast.schedules import Dense, StopSchedule
     from smi_fast.teacher import SparseOutput, SparseViT, UnsupportedTeacher
-    from smi_fast.zoo import load_teacher
+    from smi_fast.zoo import load_cnn, load_teacher
 
 _HOMES = {
-    "BatchNormMatching": "priors.batch_norm",
-    "BinaryCrossEntropy": "objectives",
     "AdversarialJS": "priors.adversarial",
     "AttentionPrior": "priors.attention_prior",
+    "BatchNormMatching": "priors.batch_norm",
     "GaussianSimilarity": "priors.gaussian_similarity",
     "HeadSimilarity": "priors.head_similarity",
     "PatchSimilarity": "priors.patch_similarity",
@@ -44,6 +44,7 @@ _HOMES = {
     "NonFiniteLoss": "result",
     "SparseInverter": "inverter",
     "invert": "inverter",
+    "BinaryCrossEntropy": "objectives",
     "CrossEntropy": "objectives",
     "L2Norm": "objectives",
     "TotalVariation": "objectives",
@@ -52,8 +53,11 @@ _HOMES = {
     "SparseOutput": "teacher",
     "SparseViT": "teacher",
     "UnsupportedTeacher": "teacher",
+    "load_cnn": "zoo",
     "load_teacher": "zoo",
 }
+
+_MODULES = ("recipes", "targets")
 
 __all__ = [
     "AdversarialJS",
@@ -80,11 +84,16 @@ __all__ = [
     "__version__",
     "collect_statistics",
     "invert",
+    "load_cnn",
     "load_teacher",
+    "recipes",
+    "targets",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"smi_fast.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"smi_fast.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'smi_fast' has no attribute {name!r}")

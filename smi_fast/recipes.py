@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from smi_fast.objectives import CrossEntropy, L2Norm, Objective, TotalVariation
@@ -53,7 +54,9 @@ class Recipe:
         names = ("objectives", "iterations", "lr", "betas")
         return {name: getattr(self, name) for name in names}
 
-    def targets(self, labels: Tensor, classes: int, generator: Any = None) -> Tensor:
+    def targets(
+        self, labels: Tensor, classes: int, generator: torch.Generator | None = None
+    ) -> Tensor:
         """The targets of an inversion for labels int64 [B], or [B, n] for several of an image."""
         return soft_targets(labels, classes, generator=generator) if self.soft else labels
 

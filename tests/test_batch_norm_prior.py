@@ -188,6 +188,13 @@ def test_in_the_loop_it_draws_features_to_the_statistics() -> None:
     assert distances[1][-1] < 0.75 * distances[0][-1]
 
 
+def test_a_cnn_unlike_the_teacher_is_refused() -> None:
+    prior = BatchNormMatching(tiny_cnn())
+    inverter = SparseInverter(load_teacher("fashion-canvas"), objectives=[prior], iterations=400)
+    with pytest.raises(ValueError, match=r"torch.float32 on cpu, got torch.float64 on cpu"):
+        inverter.invert([0], progress=False)
+
+
 class _Odd(nn.BatchNorm2d):
     pass
 

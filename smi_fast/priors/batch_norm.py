@@ -12,6 +12,7 @@ from smi_fast import ops
 from smi_fast.backends import AUTO
 from smi_fast.frozen import frozen_copy
 from smi_fast.objectives import Objective, Step
+from smi_fast.teacher import SparseViT
 
 
 class BatchNormMatching(Objective):
@@ -44,7 +45,8 @@ class BatchNormMatching(Objective):
 
     Raises:
         ValueError: no layer with statistics, a kind of BatchNorm that isn't known, or an option out
-            of range.
+            of range; at the start of an inversion, a CNN of another data type or device than the
+            teacher.
     """
 
     name = "batch_norm"
@@ -76,6 +78,14 @@ class BatchNormMatching(Objective):
             f"BatchNormMatching({type(self._cnn).__name__} of {len(self._layers)} layers, "
             f"first_weight={self.first_weight}, weight={self.weight}, every={self.every})"
         )
+
+    def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
+        own = self._layers[0].running_mean
+        if own.dtype != teacher.dtype or own.device != teacher.device:
+            raise ValueError(
+                f"expected the CNN like the teacher, {teacher.dtype} on {teacher.device}, "
+                f"got {own.dtype} on {own.device}"
+            )
 
     def __call__(self, step: Step) -> Tensor:
         if step.iteration % self.every:
