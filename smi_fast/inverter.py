@@ -219,9 +219,7 @@ class SparseInverter:
         return importance
 
     def _checked_step(self, iteration: Iteration, step: int) -> Tensor | None:
-        gradient, importance = iteration.evaluate(
-            score=step + 1 in self._counts, number=step
-        )
+        gradient, importance = iteration.evaluate(score=step + 1 in self._counts, number=step)
         name = iteration.non_finite(slice(step, step + 1))
         if name is not None:
             raise _NonFinite(name)

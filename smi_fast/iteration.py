@@ -83,9 +83,7 @@ class Iteration:
         """Records the terms; returns the gradient [B, C, H, W], and importance when asked for."""
         teacher, images = self.teacher, self.images.detach().requires_grad_()
         shift, flip = (table.index_select(0, self.done)[0] for table in (self.shift, self.flip))
-        output = teacher(
-            images, self.kept, jitter=(shift, flip), importance=score, taps=self._taps
-        )
+        output = teacher(images, self.kept, jitter=(shift, flip), importance=score, taps=self._taps)
         changing, size = self._changing, teacher.patch_size
         step = Step(
             images,
