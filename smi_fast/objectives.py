@@ -87,7 +87,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor:
-        """The un-weighted scalar; on the images' device, read from no host."""
+        """The un-weighted scalar, on the images' device and without a read by the host."""
 
 
 @dataclass(frozen=True)
