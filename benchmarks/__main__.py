@@ -5,15 +5,27 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from benchmarks import end_to_end, foreground, inversion, ops, plot, profile, roofline
+from benchmarks import (
+    end_to_end,
+    foreground,
+    inversion,
+    judge,
+    ops,
+    plot,
+    profile,
+    roofline,
+    statistics,
+)
 from benchmarks.loops import BATCHES
 
 MEASUREMENTS = {
     "foreground": foreground.main,
     "inversion": inversion.main,
+    "judge": judge.main,
     "ops": ops.main,
     "profile": profile.main,
     "end-to-end": end_to_end.main,
+    "statistics": statistics.main,
     "plot": plot.main,
     "roofline": roofline.main,
 }

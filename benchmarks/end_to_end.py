@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,6 +16,7 @@ from benchmarks.environment import record
 from benchmarks.flops import needed_flops
 from benchmarks.loops import BATCHES, VARIANTS, Case, Cost, Loop, Variant, costs, deit
 from benchmarks.peak import SQUARE, block_shapes, sgemm
+from benchmarks.resident import in_a_process_of_its_own, peak
 from benchmarks.timing import alternate, rounded, spread
 from smi_fast import Dense, StopSchedule
 
@@ -28,8 +26,6 @@ ROUNDS = 5
 PHASE_STEPS, LAST_STEPS, DENSE_STEPS = 2, 3, 3
 # The model that is affordable to run a whole schedule with.
 WHOLE_RUN_OF = "deit_tiny"
-# What is written to this file sets the peak of the process back to what is resident now.
-CLEAR_REFS, PEAK = Path("/proc/self/clear_refs"), "5"
 METHOD = (
     "Whole-schedule seconds are composed from medians per step of each phase: every variant runs "
     "blocks of a few steps in each phase, in alternation; a phase of n iterations is its early "
@@ -185,26 +181,13 @@ def peak_memory(model: str, name: str) -> int:
     with torch.no_grad():
         case.vit(case.init[:1])
     run = variant.loop(case)
-    CLEAR_REFS.write_text(PEAK)
-    before = _resident("VmRSS")
     schedule, count = (StopSchedule((2, 3, 4, 5)), 6) if variant.sparse else (Dense(), 2)
-    run(schedule, count, lambda *_: None)
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"expected {field} in /proc/self/status")
+    return peak(lambda: run(schedule, count, lambda *_: None))
 
 
 def memory(model: str) -> dict[str, Any]:
     """Peak memory of every variant, and its share of the published dense one's."""
-    peaks = {}
-    for name in VARIANTS:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
-            peaks[name] = child.submit(peak_memory, model, name).result()
+    peaks = {name: in_a_process_of_its_own(peak_memory, model, name) for name in VARIANTS}
     return {
         "peak_mb": {name: rounded(peak / 1e6) for name, peak in peaks.items()},
         "share_of_published_dense": {

@@ -34,6 +34,7 @@ from benchmarks.fashion_canvas import (
     normalise,
     render,
 )
+from smi_fast.cnns import small_cnn
 
 CONFIG = {
     "img_size": SIDE,
@@ -80,21 +81,6 @@ def curriculum(progress: float) -> tuple[tuple[float, float], float, int]:
         progress -= stage.share
         before = stage
     raise AssertionError("unreachable")
-
-
-def small_cnn() -> nn.Sequential:
-    """Five convolutions with BatchNorm and a global mean: 45 million multiply-adds at 64 px."""
-    layers: list[nn.Module] = []
-    widths = ((3, 32, 2, 5), (32, 64, 2, 3), (64, 128, 1, 3), (128, 128, 2, 3), (128, 192, 1, 3))
-    for inputs, outputs, stride, size in widths:
-        layers += [
-            nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, len(CLASSES))
-    )
 
 
 def foreground_first(foreground: Tensor, count: int, generator: torch.Generator) -> Tensor | None:
@@ -170,8 +156,8 @@ class Report:
             )
 
 
-def train_cnn(steps: int, seed: int) -> nn.Sequential:
-    lessons, cnn, report = Lessons(seed), small_cnn(), Report("cnn", steps)
+def train_cnn(cnn: nn.Module, steps: int, seed: int) -> nn.Module:
+    lessons, report = Lessons(seed), Report("cnn", steps)
     optimiser = torch.optim.AdamW(cnn.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     for step in range(steps):
@@ -187,7 +173,7 @@ def train_cnn(steps: int, seed: int) -> nn.Sequential:
     return cnn.eval().requires_grad_(False)
 
 
-def train_vit(steps: int, cnn: nn.Sequential, seed: int) -> VisionTransformer:
+def train_vit(steps: int, cnn: nn.Module, seed: int) -> VisionTransformer:
     lessons, model, report = Lessons(seed), VisionTransformer(**CONFIG), Report("vit", steps)
     model.pos_embed.data.copy_(sine_positions(CONFIG["embed_dim"]))
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.03, betas=(0.9, 0.98))
@@ -219,7 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
 
-    cnn = train_cnn(options.cnn_steps, options.seed)
+    cnn = train_cnn(small_cnn(len(CLASSES)), options.cnn_steps, options.seed)
     model = train_vit(options.steps, cnn, options.seed + 1)
     images, labels, _ = canvases("t10k", seed=TEST_SEED)
     card = {

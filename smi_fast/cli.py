@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from smi_fast.inverter import SparseInverter
     from smi_fast.pool import Pool
+    from smi_fast.recipes import Recipe
     from smi_fast.result import InversionResult
     from smi_fast.schedules import Schedule
 
@@ -147,8 +149,26 @@ def invert(
             "--iterations as those are of 4000; dense: none."
         ),
     ] = "smi",
-    iterations: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 4000,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 0.25,
+    recipe: Annotated[
+        str,
+        typer.Option(help="Published loss: smi, deepinversion, gradvit, psaq_vit, sardfq, mimiq."),
+    ] = "smi",
+    cnn: Annotated[
+        str | None,
+        typer.Option(
+            help="Prior of deepinversion and gradvit: fashion-canvas, efficientnet-lite0, or a CNN "
+            "of timm."
+        ),
+    ] = None,
+    cnn_checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a timm CNN, .safetensors or .pth.")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the optimiser; the recipe's, 4000 of smi.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of Adam; the recipe's, 0.25 of smi.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images inverted together.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Decides noise and jitter.")] = 0,
     device: Annotated[
@@ -167,13 +187,20 @@ def invert(
     """Invert classes of a teacher into a folder of images."""
     from smi_fast.inverter import SparseInverter
     from smi_fast.pool import Pool
-    from smi_fast.zoo import label_names, load_teacher
+    from smi_fast.recipes import by_name
+    from smi_fast.zoo import label_names, load_cnn, load_teacher
 
     if resume and overwrite:
         raise ValueError("expected --resume or --overwrite, got both")
-    stops = _schedule(schedule, iterations)
     model = load_teacher(teacher, checkpoint).to(_device(device))
-    inverter = SparseInverter(model, schedule=stops, iterations=iterations, lr=lr, backend=backend)
+    prior = None if cnn is None else load_cnn(cnn, cnn_checkpoint).to(_device(device))
+    published = by_name(recipe, prior)
+    iterations = published.iterations if iterations is None else iterations
+    lr = published.lr if lr is None else lr
+    published = replace(published, iterations=iterations, lr=lr)
+    print(published)
+    stops = _schedule(schedule, iterations)
+    inverter = SparseInverter(model, schedule=stops, backend=backend, **published.options())
     targets = [
         label for label in _classes(classes, inverter.teacher.num_classes) for _ in range(per_class)
     ]
@@ -183,6 +210,9 @@ def invert(
         "classes": classes,
         "per_class": per_class,
         "schedule": schedule,
+        "recipe": recipe,
+        "cnn": cnn,
+        "cnn_checkpoint": None if cnn_checkpoint is None else cnn_checkpoint.name,
         "iterations": iterations,
         "lr": lr,
         "batch_size": batch_size,
@@ -190,13 +220,20 @@ def invert(
     }
     pool = Pool.resume(out, settings) if resume else Pool.create(out, settings, overwrite=overwrite)
     names = label_names(model)
-    provenance = {"teacher": teacher, "schedule": schedule, "seed": seed, "versions": _versions()}
-    _invert_all(inverter, pool, targets, batch_size, seed, names, provenance)
+    provenance = {
+        "teacher": teacher,
+        "schedule": schedule,
+        "recipe": recipe,
+        "seed": seed,
+        "versions": _versions(),
+    }
+    _invert_all(inverter, published, pool, targets, batch_size, seed, names, provenance)
     _summarise(pool, inverter.schedule)
 
 
 def _invert_all(
     inverter: SparseInverter,
+    recipe: Recipe,
     pool: Pool,
     targets: list[int],
     batch_size: int,
@@ -216,7 +253,9 @@ def _invert_all(
         # One stream per batch: a resumed run draws what an uninterrupted one would have drawn.
         generator = torch.Generator().manual_seed((seed << 32) + start)
         try:
-            result = inverter.invert(wanted, generator=generator)
+            given = recipe.targets(torch.tensor(wanted), inverter.teacher.num_classes, generator)
+            given = given.to(inverter.teacher.device)
+            result = inverter.invert(given, generator=generator)
         except NonFiniteLoss as error:
             pool.add_unfinished(error.result.images)
             raise
@@ -228,14 +267,16 @@ def _invert_all(
                 file=sys.stderr,
             )
             raise typer.Exit(130)
-        records = [{**record, **provenance} for record in _records(result, names)]
+        records = [{**record, **provenance} for record in _records(result, wanted, names)]
         pool.add(result.images, result.masked_images, result.masks, records)
         loss_curves(result.history, inverter.schedule.at, pool.path / LOSS_CURVES)
 
 
-def _records(result: InversionResult, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+def _records(
+    result: InversionResult, wanted: list[int], names: tuple[str, ...] | None
+) -> list[dict[str, Any]]:
     predictions = result.logits.argmax(1).tolist()
-    triples = zip(result.targets.tolist(), predictions, result.confidence.tolist(), strict=True)
+    triples = zip(wanted, predictions, result.confidence.tolist(), strict=True)
     return [
         {
             "label": label,

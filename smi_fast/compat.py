@@ -20,9 +20,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from smi_fast.inverter import JITTER_SHARE, SparseInverter
 from smi_fast.objectives import CrossEntropy, L2Norm, Objective, TotalVariation
+from smi_fast.priors.adversarial import AdversarialJS
+from smi_fast.priors.batch_norm import BatchNormMatching
 from smi_fast.schedules import Dense, Schedule, StopSchedule, still_iterations
 from smi_fast.teacher import SparseViT
 
+# What the published class calls torchvision's weights.
+RESNETS = {"resnet50v1": "IMAGENET1K_V1", "resnet50v2": "IMAGENET1K_V2"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -40,7 +44,7 @@ class SMI:
         teacher: a timm ``VisionTransformer``, or one that the published ``build_model`` has
             patched.
         teacher_name: not read, as in the published class.
-        student: not read while ``adv`` is 0.
+        student: network that the adversarial term reads; not read while ``adv`` is 0.
         num_classes: classes to draw targets from.
         img_shape: (channels, height, width).
         patch_size: side of a patch in pixels; must be the teacher's.
@@ -48,8 +52,8 @@ class SMI:
         lr_g: learning rate.
         synthesis_batch_size: images that one call of ``synthesize`` inverts.
         sample_batch_size: images that one call of ``sample`` gives.
-        adv: weight of the adversarial term; only 0.
-        bn: weight of BatchNorm matching against a CNN; only 0.
+        adv: weight of the adversarial term, :class:`AdversarialJS` without its bounds.
+        bn: weight of BatchNorm matching against a CNN, :class:`BatchNormMatching`.
         oh: weight of the cross-entropy.
         tv1: weight of total variation, l1.
         tv2: weight of total variation, l2.
@@ -59,11 +63,13 @@ class SMI:
             [3, H, W] in [0, 1].
         normalizer: has ``mean`` and ``std``.
         device: where to run; the teacher must be there.
-        bnsource: not read while ``bn`` is 0.
+        bnsource: "resnet50v1" or "resnet50v2" of torchvision, as published, or a CNN of your own;
+            not read while ``bn`` is 0.
         init_dataset: folder of further images for ``sample``.
 
     Raises:
-        ValueError: ``adv`` or ``bn`` above 0, no normalizer, or shapes that aren't the teacher's.
+        ValueError: ``adv`` without a student, a ``bnsource`` that there isn't or whose weights
+            can't be loaded, no normalizer, or shapes that aren't the teacher's.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
     """
 
@@ -89,14 +95,11 @@ class SMI:
         transform: Callable[[Image.Image], Any] | None = None,
         normalizer: Normalizer | None = None,
         device: str | torch.device = "cpu",
-        bnsource: str = "resnet50v2",
+        bnsource: str | nn.Module = "resnet50v2",
         init_dataset: str | Path | None = None,
     ) -> None:
-        for name, weight in (("adv", adv), ("bn", bn)):
-            if weight:
-                raise ValueError(
-                    f"expected {name}=0, got {weight}: that term is not available here"
-                )
+        if adv and student is None:
+            raise ValueError(f"expected a student with adv={adv}, got None")
         if normalizer is None:
             raise ValueError("expected a normalizer with mean and std, got None")
         self.teacher = SparseViT(teacher)
@@ -119,6 +122,11 @@ class SMI:
             L2Norm(l2),
         )
         self.objectives = [term for term in terms if term.weight]
+        if bn:
+            self.objectives.append(BatchNormMatching(_prior(bnsource, device), weight=bn))
+        self.student = student if adv else None
+        if self.student is not None:
+            self.objectives.append(AdversarialJS(self.student, adv, bounded=False))
         self.iterations, self.lr = iterations, lr_g
         self.normalizer = normalizer
         self.synthesis_batch_size, self.sample_batch_size = synthesis_batch_size, sample_batch_size
@@ -170,12 +178,16 @@ class SMI:
         if targets is None:
             drawn = torch.randint(0, teacher.num_classes, (self.synthesis_batch_size,))
             targets = drawn.sort().values
+        if self.student is not None:
+            self.student.eval()
         result = inverter.invert(
             targets.to(teacher.device),
             init=init,
             jitter=self._published_jitter(schedule),
             progress=True,
         )
+        if self.student is not None:
+            self.student.train()
         self._save(result.images if dense else result.masked_images)
         self._iterator = None
         return {"synthetic": result.images, "masked_synthetic": result.masked_images}
@@ -220,6 +232,24 @@ class SMI:
             [_Images(folder, self.transform) for folder in folders]
         )
         return DataLoader(dataset, batch_size=self.sample_batch_size, shuffle=True)
+
+
+def _prior(source: str | nn.Module, device: str | torch.device) -> nn.Module:
+    """The CNN of the BatchNorm term."""
+    if isinstance(source, nn.Module):
+        return source.to(device)
+    if source not in RESNETS:
+        raise ValueError(f"expected bnsource {' or '.join(RESNETS)}, or a CNN, got {source!r}")
+    try:
+        from torchvision.models import resnet50
+
+        resnet: nn.Module = resnet50(weights=RESNETS[source])
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"the weights of {source} can't be loaded ({type(error).__name__}: {error}); "
+            "give a CNN of your own as bnsource"
+        ) from error
+    return resnet.to(device)
 
 
 class _Images(Dataset[Any]):

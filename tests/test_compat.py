@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -138,8 +141,8 @@ def test_patched_model_gives_the_same_images(teacher: VisionTransformer, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adv": 1.0}, "adv=0, got 1.0"),
-        ({"bn": 0.5}, "bn=0, got 0.5"),
+        ({"adv": 1.0}, "a student with adv=1.0, got None"),
+        ({"bn": 0.5, "bnsource": "vgg"}, "bnsource resnet50v1 or resnet50v2, or a CNN, got 'vgg'"),
         ({"normalizer": None}, "a normalizer with mean and std, got None"),
         (
             {"img_shape": (3, 64, 64)},
@@ -160,3 +163,88 @@ def test_what_cannot_be_done_is_refused(
 def test_other_token_count_is_refused(teacher: VisionTransformer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_patches=17 for this teacher, got 197"):
         make(teacher, tmp_path).synthesize()
+
+
+def published_prior_terms(
+    cnn: nn.Module, student: nn.Module, teacher: nn.Module, images: Tensor, targets: Tensor
+) -> Tensor:
+    """Cross-entropy + 0.3 bn + 0.7 adv, as the published loop writes them."""
+    features: list[tuple[nn.Module, Tensor]] = []
+    for norm in cnn.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_pre_hook(lambda norm, given: features.append((norm, given[0])))
+    cnn(images)
+    loss_bn = 0.0
+    for index, (norm, x) in enumerate(features):
+        flat = x.transpose(0, 1).flatten(1)
+        distance = torch.norm(norm.running_var - flat.var(1, unbiased=False))
+        distance = distance + torch.norm(norm.running_mean - x.mean([0, 2, 3]))
+        loss_bn = loss_bn + distance * (10.0 if index == 0 else 1.0)
+    logits = teacher(images)
+    p, q = (torch.softmax(x / 3, dim=1) for x in (student(images), logits))
+    m = (0.5 * (p + q)).clamp(0.01, 0.99)
+    p, q = p.clamp(0.01, 0.99), q.clamp(0.01, 0.99)
+    js = 0.5 * sum(F.kl_div(x.log(), m, reduction="batchmean") for x in (p, q))
+    return F.cross_entropy(logits, targets) + 0.3 * loss_bn - 0.7 * js
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_batch_norm_and_student_follow_the_published_loop(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    """Three steps of torch's own Adam on the published loss, jittered as it is drawn."""
+    norms = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3, 2), norms[0], nn.ReLU(), nn.Conv2d(4, 4, 3), norms[1])
+    student = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 5))
+    teacher.double().eval(), cnn.double().eval(), student.double()
+    options = {"adv": 0.7, "bn": 0.3, "bnsource": cnn, "student": student, "tv2": 0}
+    seed()
+    smi = make(teacher, tmp_path, iterations=3, **options)
+    made = smi.synthesize(num_patches=17)["synthetic"]
+    assert student.training and not cnn[1]._forward_pre_hooks
+
+    seed()
+    pixels = torch.randn(3, 3, 32, 32, requires_grad=True)
+    targets = torch.randint(low=0, high=5, size=(3,)).sort()[0]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (NORMALIZER.mean, NORMALIZER.std))
+    adam = torch.optim.Adam([pixels], 0.25, betas=(0.5, 0.99))
+    student.eval()
+    for _ in range(3):
+        moved = pixels.roll((random.randint(-4, 4), random.randint(-4, 4)), (2, 3))
+        moved = moved.flip(3) if random.random() > 0.5 else moved
+        adam.zero_grad()
+        published_prior_terms(copy.deepcopy(cnn), student, teacher, moved, targets).backward()
+        adam.step()
+        pixels.data = torch.clamp(pixels.data, -mean / std, (1 - mean) / std)
+    expected = (pixels.detach() * std + mean).clamp(0, 1)
+    torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_published_source_of_batch_norm_is_torchvision(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = pytest.importorskip("torchvision.models")
+    asked = []
+
+    def resnet50(weights: str) -> nn.Module:
+        asked.append(models.get_weight(f"ResNet50_Weights.{weights}"))
+        return models.resnet18().eval()
+
+    monkeypatch.setattr(models, "resnet50", resnet50)
+    smi = make(teacher, tmp_path, bn=0.01, bnsource="resnet50v1", iterations=1)
+    assert asked == [models.ResNet50_Weights.IMAGENET1K_V1]
+    assert any("20 layers" in repr(term) for term in smi.objectives)
+
+    def offline(weights: str) -> nn.Module:
+        raise OSError("no network")
+
+    monkeypatch.setattr(models, "resnet50", offline)
+    with pytest.raises(ValueError, match=r"weights of resnet50v2 can't be loaded .*no network"):
+        make(teacher, tmp_path, bn=0.01)

@@ -29,6 +29,7 @@ from smi_fast import (
 from smi_fast.graph import WARM_UP, Captured, NotCapturable
 from smi_fast.iteration import Iteration
 from smi_fast.objectives import Objective, Step
+from smi_fast.result import InversionResult
 
 __all__ = ["teacher"]
 TERMS = (CrossEntropy(), TotalVariation(), TotalVariation(1e-3, "l1"), L2Norm())
@@ -143,6 +144,33 @@ def test_captured_loop_gives_the_same_bytes(
     assert captured.history == checked.history
     assert [p.iterations for p in captured.timing] == [p.iterations for p in checked.timing]
     assert all(map(torch.equal, *seen))
+
+
+class Seldom(Objective):
+    """A term of every third step."""
+
+    name, weight, every = "seldom", 1e-3, 3
+
+    def __call__(self, step: Step) -> Tensor:
+        if step.iteration % self.every:
+            return step.images.new_zeros(())
+        return step.images.square().sum()
+
+
+def test_captured_loop_takes_seldom_terms_when_they_are_due(
+    teacher: VisionTransformer, request: pytest.FixtureRequest
+) -> None:
+    def inverted() -> InversionResult:
+        run = make(teacher, objectives=[CrossEntropy(), Seldom()])
+        return run.invert(TARGETS, generator=torch.Generator().manual_seed(0), progress=False)
+
+    checked = inverted()
+    request.getfixturevalue("replays")
+    captured = inverted()
+    assert torch.equal(captured.images, checked.images)
+    assert captured.history == checked.history
+    due = [value > 0 for value in captured.history["seldom"]]
+    assert due == [step % 3 == 0 for step in range(10)]
 
 
 class Spoilt(Objective):

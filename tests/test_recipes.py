@@ -1,0 +1,107 @@
+"""Recipes print what was published, and every one of them inverts, sparsely."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import smi_fast
+from smi_fast import cli, recipes
+from smi_fast.objectives import Objective
+from smi_fast.pool import Pool
+from smi_fast.zoo import load_cnn
+
+PUBLISHED = {
+    "smi": ({"cross_entropy": 1.0, "total_variation": 1e-4}, (4000, 0.25, (0.5, 0.99))),
+    "deepinversion": (
+        {"cross_entropy": 1.0, "total_variation": 1e-4, "l2_norm": 1e-5, "batch_norm": 0.05},
+        (2000, 0.2, (0.5, 0.9)),
+    ),
+    "psaq_vit": (
+        {"patch_similarity": 1.0, "cross_entropy": 1.0, "variation_target": 0.05},
+        (1000, 0.2, (0.5, 0.9)),
+    ),
+    "gradvit": (
+        {
+            "cross_entropy": 1.0,
+            "batch_norm": 0.05,
+            "total_variation": 1e-4,
+            "l2_norm": 1e-5,
+            "patch_seams": 1e-4,
+        },
+        (2000, 0.2, (0.5, 0.9)),
+    ),
+    "sardfq": (
+        {"attention_prior": 1.0, "cross_entropy": 1.0, "total_variation": 0.05},
+        (1000, 0.2, (0.5, 0.9)),
+    ),
+    "mimiq": (
+        {"head_similarity": 1.0, "cross_entropy": 1.0, "total_variation": 2.5e-5},
+        (2000, 0.1, (0.9, 0.999)),
+    ),
+}
+
+
+def cnn_for(name: str) -> torch.nn.Module | None:
+    return load_cnn("fashion-canvas") if name in recipes.WITH_CNN else None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_terms_and_weights(name: str) -> None:
+    recipe = recipes.by_name(name, cnn_for(name))
+    terms, settings = PUBLISHED[name]
+    assert {term.name: term.weight for term in recipe.objectives} == terms
+    assert (recipe.iterations, recipe.lr, recipe.betas) == settings
+    text = str(recipe)
+    assert f"lr {recipe.lr}" in text and "arXiv" in text
+    assert all(f"{weight}" in text for weight in terms.values())
+    assert "object at 0x" not in text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_inverts_on_kept_patches(name: str, tmp_path: Path, capsys: object) -> None:
+    out = tmp_path / "pool"
+    command = ["invert", "--out", str(out), "--recipe", name, "--iterations", "8"]
+    command += ["--schedule", "smi-scaled", "--classes", "3,5", "--per-class", "1"]
+    command += ["--cnn", "fashion-canvas"] if name in recipes.WITH_CNN else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_schedule", lambda *_: smi_fast.StopSchedule((3, 5), (0.5, 0.5)))
+        patch.setattr(sys, "argv", ["smi-fast", *command])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+    assert not done.value.code
+    printed = capsys.readouterr().out
+    assert recipes.by_name(name, cnn_for(name)).source in printed
+    records = Pool(out).records
+    assert [record["label"] for record in records] == [3, 5]
+    for record in records:
+        assert record["recipe"] == name and record["kept_patches"] == 16
+        assert Image.open(out / record["image"]).size == (64, 64)
+
+
+def test_student_makes_it_adaptive() -> None:
+    student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10)).eval()
+    recipe = recipes.deepinversion(load_cnn("fashion-canvas"), student)
+    term = recipe.objectives[-1]
+    assert isinstance(term, Objective) and (term.name, term.weight) == ("adversarial", 0.2)
+
+
+def test_soft_targets_only_where_published() -> None:
+    labels = torch.tensor([1, 0])
+    assert torch.equal(recipes.smi().targets(labels, 4), labels)
+    soft = recipes.sardfq().targets(labels, 4)
+    assert soft.argmax(1).tolist() == [1, 0] and 0.9 < soft.max() < 1
+    torch.testing.assert_close(soft.sum(1), torch.ones(2))
+
+
+def test_what_is_no_recipe_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"recipe among smi, deepinversion, .* got 'dream'"):
+        recipes.by_name("dream")
+    with pytest.raises(ValueError, match="gradvit takes a CNN as prior"):
+        recipes.by_name("gradvit")
+    with pytest.raises(ValueError, match="mimiq takes no CNN as prior"):
+        recipes.by_name("mimiq", load_cnn("fashion-canvas"))

@@ -1,0 +1,113 @@
+"""Taps of SparseViT against timm's own modules: values, gradients, and what they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_kept
+from test_teacher import make_teacher, random_images
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from smi_fast import SparseViT
+
+GEOMETRIES = {
+    "deit_tiny_patch16_224": {"depth": 3},
+    "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 112},
+    "vit_tiny_patch16_224 qk norm": {"depth": 2, "img_size": 96},
+    "vit_medium_patch16_gap_256": {"depth": 2, "img_size": 96},
+    "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 96},
+}
+
+
+def plain(teacher: VisionTransformer, images: Tensor, kept: Tensor) -> list[dict[str, Tensor]]:
+    """Of each block, what its own modules give on the kept tokens."""
+    prefix = torch.arange(teacher.num_prefix_tokens).expand(len(kept), -1)
+    rows = torch.cat([prefix, kept + teacher.num_prefix_tokens], dim=1)
+    x = teacher._pos_embed(teacher.patch_embed(images))
+    x = teacher.norm_pre(x.gather(1, rows[..., None].expand(-1, -1, x.shape[2])))
+    found = []
+    for block in teacher.blocks:
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(x)).unflatten(2, (3, attention.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = attention.q_norm(q) * attention.scale @ attention.k_norm(k).mT
+        parts = {"scores": scores, "": scores.softmax(-1)}
+        parts |= {"row": parts[""][:, :, 0], "output": (parts[""] @ v).transpose(1, 2)}
+        x = block(x)
+        found.append({**parts, "tokens": x})
+    return found
+
+
+def name_of(block: object, part: str) -> str:
+    return f"block.{block}.tokens" if part == "tokens" else f"attention.{block}.{part}".rstrip(".")
+
+
+PARTS = ("", "scores", "output", "row", "tokens")
+# Without a class token there is no row.
+CASES = [(g, p) for g in GEOMETRIES for p in PARTS if (p, "gap" in g) != ("row", True)]
+
+
+@pytest.mark.parametrize(("geometry", "part"), CASES)
+def test_each_tap_is_what_the_block_computes(geometry: str, part: str) -> None:
+    teacher = make_teacher(geometry, **GEOMETRIES[geometry]).double()
+    images = random_images(teacher).double().requires_grad_()
+    kept = random_kept(2, 9, teacher.patch_embed.num_patches)
+    depth = len(teacher.blocks)
+    sparse = SparseViT(teacher)
+    plainly, untapped = plain(teacher, images, kept), sparse(images, kept, importance=True)
+    for block in (0, depth - 1):
+        name = name_of("last" if block else 0, part)
+        output = sparse(images, kept, importance=True, taps=(name,))
+        assert list(output.taps) == [name]
+        got, expected = output.taps[name], plainly[block][part]
+        torch.testing.assert_close(got, expected)
+        weights = torch.randn_like(got)
+        pair = [torch.autograd.grad((x * weights).sum(), images, retain_graph=True)[0]
+                for x in (got, expected)]  # fmt: skip
+        torch.testing.assert_close(*pair)
+        torch.testing.assert_close(output.logits, untapped.logits)
+        torch.testing.assert_close(output.importance, untapped.importance)
+
+
+def test_many_taps_at_once_change_no_logits() -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=3).double()
+    images, sparse = random_images(teacher).double(), SparseViT(teacher)
+    names = {name_of(i, p) for i in range(3) for p in PARTS}
+    output = sparse(images, taps=names)
+    assert set(output.taps) == names
+    torch.testing.assert_close(output.logits, teacher(images))
+    assert sparse(images).taps == {}
+
+
+def test_a_row_leaves_the_last_block_short() -> None:
+    """Only one row of the last MLP is computed for a tapped class token's row."""
+    sparse, rows = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2)), []
+    sparse.vit.blocks[-1].mlp.fc1.register_forward_hook(
+        lambda module, given, out: rows.append(out.shape[1])
+    )
+    images = torch.randn(1, 3, 224, 224)
+    for tap in ("attention.last.row", "attention.0", "attention.last.output"):
+        sparse(images, taps=(tap,))
+    assert rows == [1, 1, 197]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("block.3", "expected a tap such as block.3.tokens.* got 'block.3'"),
+        ("attention.first", "got 'attention.first'"),
+        ("attention.-1", "got 'attention.-1'"),
+        ("block.2.tokens", r"blocks 0..1, got 'block.2.tokens'"),
+    ],
+)
+def test_what_is_no_tap_is_refused(name: str, message: str) -> None:
+    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2))
+    with pytest.raises(ValueError, match=message):
+        sparse(torch.zeros(1, 3, 224, 224), taps=(name,))
+
+
+def test_no_row_without_a_class_token() -> None:
+    sparse = SparseViT(make_teacher("vit_medium_patch16_gap_256", depth=1))
+    with pytest.raises(ValueError, match=r"no class token: no 'attention.0.row'"):
+        sparse(torch.zeros(1, 3, 256, 256), taps=("attention.0.row",))
