@@ -7,12 +7,16 @@
 
 #include "exp_kernel.h"
 
-constexpr int kTileRows = kVectorRegisters / 4;
-constexpr int kTileVecs = 3;
+// Tiles of sums that fit in registers beside the vectors they are made from, rows by vectors: 4 x
+// 3, or with 32 registers 8 x 3 and 6 x 4, where a head 64 wide is one tile across.
+constexpr int kTileVecs = kVectorRegisters == 32 ? 4 : 3;
+constexpr int kMostTileRows = kVectorRegisters / 4;
+
+constexpr int tile_rows(int vecs) { return vecs == 4 ? 6 : kMostTileRows; }
 constexpr int64_t kBlock = 48;  // queries: whole tiles of every instruction set
 
 // c[r, v] (+)= Σ_k a(r, k) b[k, v] for a tile of c that is held in registers.
-template <typename T, int kVecs>
+template <typename T, int kVecs, int kTileRows = tile_rows(kVecs)>
 void multiply_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t width,
                    int64_t depth, bool accumulate) {
   using V = Vec<T>;
@@ -61,11 +65,12 @@ void multiply(const std::type_identity_t<Factor<T>>& a, const T* b, T* c, int64_
   for (int64_t panel = 0; panel < panels; ++panel) {
     // Panels of nearly the same width: 4 vectors are 2 + 2, not 3 + 1.
     const int64_t count = ceil_div(vecs - done, panels - panel);
-    const auto tile = count == 3   ? multiply_tile<T, 3>
-                      : count == 2 ? multiply_tile<T, 2>
-                                   : multiply_tile<T, 1>;
+    const auto tile = count == kTileVecs ? multiply_tile<T, kTileVecs>
+                      : count == 3       ? multiply_tile<T, 3>
+                      : count == 2       ? multiply_tile<T, 2>
+                                         : multiply_tile<T, 1>;
     const int64_t at = done * lanes<T>();
-    for (int64_t r = 0; r < rows; r += kTileRows) {
+    for (int64_t r = 0; r < rows; r += tile_rows(count)) {
       tile(a.data + r * a.row, a.row, a.step, b + at, c + r * width + at, width, depth, accumulate);
     }
     done += count;
@@ -151,6 +156,9 @@ void softmax_backward(const T* p, T* d_p, int64_t keys, int64_t columns) {
   }
 }
 
+// Rows that whole tiles of any height reach at most.
+constexpr int64_t padded(int64_t rows) { return rows + kMostTileRows; }
+
 // The working memory of one task, carved out of a buffer of vectors.
 template <typename T>
 struct Workspace {
@@ -160,7 +168,7 @@ struct Workspace {
   T *p, *d_p;                          // [keys, kBlock]
 
   Workspace(const Head<T>& head, T* buffer)
-      : width(round_up(head.width, lanes<T>())), keys(round_up(head.length, kTileRows)) {
+      : width(round_up(head.width, lanes<T>())), keys(padded(head.length)) {
     for (T** rows : {&k, &v, &d_k, &d_v}) *rows = std::exchange(buffer, buffer + keys * width);
     for (T** rows : {&q, &out, &d_out, &q_t, &d_out_t}) {
       *rows = std::exchange(buffer, buffer + kBlock * width);
@@ -171,7 +179,7 @@ struct Workspace {
 
 template <typename T>
 int64_t workspace_size(int64_t length, int64_t head_width) {
-  const int64_t width = round_up(head_width, lanes<T>()), keys = round_up(length, kTileRows);
+  const int64_t width = round_up(head_width, lanes<T>()), keys = padded(length);
   return 4 * keys * width + 5 * kBlock * width + 2 * keys * kBlock;
 }
 
