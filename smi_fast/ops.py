@@ -82,10 +82,12 @@ class _GatherPatches(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        gradient = ctx.backend.functions.gather_patches_backward(
-            grad, *ctx.saved_tensors, ctx.patch_size, *ctx.side
-        )
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        gradient = None
+        if grad is not None:
+            gradient = ctx.backend.functions.gather_patches_backward(
+                grad, *ctx.saved_tensors, ctx.patch_size, *ctx.side
+            )
         return gradient, None, None, None, None, None
 
 
@@ -156,8 +158,10 @@ class _GatherAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        gradient = ctx.backend.functions.gather_attention_backward(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        gradient = None
+        if grad is not None:
+            gradient = ctx.backend.functions.gather_attention_backward(grad, *ctx.saved_tensors)
         return gradient, None, None, None, None
 
 
