@@ -191,6 +191,6 @@ def by_name(name: str, cnn: nn.Module | None = None) -> Recipe:
     if name not in _BY_NAME:
         raise ValueError(f"expected a recipe among {', '.join(_BY_NAME)}, got {name!r}")
     if (cnn is not None) != (name in WITH_CNN):
-        needs = "a CNN" if name in WITH_CNN else "no CNN"
-        raise ValueError(f"the recipe {name} takes {needs} as prior")
+        needs, got = ("a CNN", "none") if name in WITH_CNN else ("no CNN", "one")
+        raise ValueError(f"the recipe {name} takes {needs} as prior (--cnn), got {got}")
     return _BY_NAME[name]() if cnn is None else _BY_NAME[name](cnn)
