@@ -12,10 +12,9 @@ struct Neighbour {
   int64_t down, right;
 };
 
-// The four differences, and the same seen from their other pixel.
+// The four differences, each from one of its pixels to the other.
 constexpr int kKinds = 4;
-constexpr Neighbour kNeighbours[2 * kKinds] = {{0, 1},  {1, 0},  {1, 1},   {1, -1},
-                                               {0, -1}, {-1, 0}, {-1, -1}, {-1, 1}};
+constexpr Neighbour kNeighbours[kKinds] = {{0, 1}, {1, 0}, {1, 1}, {1, -1}};
 
 struct Rectangle {
   int64_t top, left, bottom, right;
@@ -74,7 +73,7 @@ inline void for_each_border(const Grid& grid, const Cells& cells, const Neighbou
     const int64_t row = cells.indices[i] / grid.columns();
     const int64_t column = cells.indices[i] % grid.columns();
     const Rectangle looking = grid.cell(row, column).seen_from(neighbour);
-    for (int64_t up = 0; up <= std::abs(neighbour.down); ++up) {
+    for (int64_t up = 0; up <= neighbour.down; ++up) {
       for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
         const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
         if (r < 0 || r >= grid.rows() || c < 0 || c >= grid.columns()) continue;
