@@ -2,8 +2,8 @@
 
 Weights are constant and only tokens get a gradient. So LayerNorm's affine part, LayerScale and most
 biases are folded into the matrices; attention and GELU read what one product wrote and write what
-the next one reads; products add onto the residual stream themselves; backward needs five arrays a
-block, and all memory is planned once for a shape. The products stay torch's.
+the next one reads; LayerNorm adds the product before it to the residual stream; backward needs six
+arrays a block, and all memory is planned once for a shape. The products stay torch's.
 """
 
 from __future__ import annotations
