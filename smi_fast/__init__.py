@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from smi_fast.priors.variation_target import VariationTarget
     from smi_fast.result import InversionResult, NonFiniteLoss
     from smi_fast.schedules import Dense, StopSchedule
-    from smi_fast.teacher import SparseOutput, SparseViT, UnsupportedTeacher
+    from smi_fast.supported import UnsupportedTeacher
+    from smi_fast.teacher import SparseOutput, SparseViT
     from smi_fast.zoo import load_cnn, load_teacher
 
 _HOMES = {
@@ -52,7 +53,7 @@ _HOMES = {
     "StopSchedule": "schedules",
     "SparseOutput": "teacher",
     "SparseViT": "teacher",
-    "UnsupportedTeacher": "teacher",
+    "UnsupportedTeacher": "supported",
     "load_cnn": "zoo",
     "load_teacher": "zoo",
 }

@@ -19,12 +19,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from smi_fast import ops
+from smi_fast.projection import parts_of, qkv_of
 
 TOKENS, PROBABILITIES, SCORES, OUTPUT, ROW = "tokens", "probabilities", "scores", "output", "row"
 _FORM = re.compile(
@@ -76,11 +75,7 @@ def attend(
     Returns:
         what goes into the projection [B, N, heads·d], and the parts by kind.
     """
-    heads = attention.num_heads
-    qkv = attention.qkv(y).unflatten(2, (3, heads, -1))
-    if not isinstance(attention.q_norm, nn.Identity):
-        q, k, v = qkv.unbind(2)
-        qkv = torch.stack([attention.q_norm(q), attention.k_norm(k), v], dim=2)
+    qkv = qkv_of(attention, y)
     found: dict[str, Tensor] = {}
     if {SCORES, PROBABILITIES} & kinds:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -89,17 +84,13 @@ def attend(
         out = (found[PROBABILITIES] @ v).transpose(1, 2).flatten(2)
     else:
         out, _ = ops.gather_attention(qkv, backend=backend)
-    found[OUTPUT] = out.unflatten(2, (heads, -1))
+    found[OUTPUT] = out.unflatten(2, (attention.num_heads, -1))
     return out, found
 
 
 def class_row(attention: Attention, y: Tensor) -> Tensor:
     """The first token's probabilities [B, heads, N] in the attention among y [B, N, D]."""
-    width, heads = len(attention.qkv.weight) // 3, attention.num_heads
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
-    k = F.linear(y, weight[width : 2 * width], None if bias is None else bias[width : 2 * width])
-    q = attention.q_norm(q.unflatten(2, (heads, -1))).transpose(1, 2)
-    k = attention.k_norm(k.unflatten(2, (heads, -1))).transpose(1, 2)
+    (q,), (k,) = parts_of(attention, y[:, :1], 0, 1), parts_of(attention, y, 1, 2)
+    q, k = attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2)
     scores: Tensor = q * q.shape[-1] ** -0.5 @ k.mT
     return scores.softmax(dim=-1)[:, :, 0]

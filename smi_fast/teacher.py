@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import ops
 from smi_fast.backends import AUTO, check_name, choose
 from smi_fast.engine import Engine, supports
-from smi_fast.frozen import frozen_copy
+from smi_fast.projection import parts_of, qkv_of
+from smi_fast.supported import check_teacher, freeze
 from smi_fast.taps import ROW, TOKENS, attend, class_row, parse
 
 Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
-
-# Functions that the published code (arXiv 2510.27186) binds over a timm model's methods. What they
-# change, the kept tokens and the attention maps, is what SparseViT does itself.
-_PUBLISHED_PATCHES = frozenset(
-    {"vit_forward", "vit_forward_features", "vit_block_forward", "vit_attention_forward"}
-)
-_OVERRIDABLE = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
-
-
-class UnsupportedTeacher(TypeError):
-    """The model can't be computed exactly on kept patches; the message names the module and why."""
 
 
 class SparseOutput(NamedTuple):
@@ -79,14 +69,14 @@ class SparseViT(nn.Module):
 
     def __init__(self, teacher: nn.Module, *, backend: str = AUTO) -> None:
         super().__init__()
-        vit = _check_teacher(teacher)
+        vit = check_teacher(teacher)
         self.backend = check_name(backend)
         self.channels = int(vit.patch_embed.proj.in_channels)
         self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.patch_size = int(vit.patch_embed.patch_size[0])
         self.num_classes = int(vit.num_classes)
-        self.vit = _freeze(vit)
+        self.vit = freeze(vit)
         prefix, positions = _embeddings(self.vit)
         self._prefix: Tensor
         self._positions: Tensor | None
@@ -243,11 +233,7 @@ class SparseViT(nn.Module):
     def _block(self, block: Block, x: Tensor) -> Tensor:
         attention = block.attn
         y = block.norm1(x)
-        qkv = attention.qkv(y).unflatten(2, (3, attention.num_heads, -1))
-        if not _is_identity(attention.q_norm, attention.k_norm):
-            q, k, v = qkv.unbind(2)
-            qkv = torch.stack([attention.q_norm(q), attention.k_norm(k), v], dim=2)
-        out, _ = ops.gather_attention(qkv, backend=self.backend)
+        out, _ = ops.gather_attention(qkv_of(attention, y), backend=self.backend)
         return _rest_of_block(block, x, y, out)
 
     def _last_block(
@@ -258,13 +244,9 @@ class SparseViT(nn.Module):
         if read is None and not importance:
             return self._block(block, x), None
         y = block.norm1(x)
-        width = len(attention.qkv.weight) // 3
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-        q = F.linear(y[:, :read], weight[:width], None if bias is None else bias[:width])
-        kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
-        heads = attention.num_heads
-        q = attention.q_norm(q.unflatten(2, (heads, -1))).transpose(1, 2)
-        k, v = kv.unflatten(2, (2, heads, -1)).unbind(2)
+        (q,) = parts_of(attention, y[:, :read], 0, 1)
+        k, v = parts_of(attention, y, 1, 3)
+        q = attention.q_norm(q).transpose(1, 2)
         k, v = attention.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         probabilities = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
         out = (probabilities @ v).transpose(1, 2).flatten(2)
@@ -323,10 +305,6 @@ def _map_pool_importance(pool: AttentionPoolLatent, tokens: Tensor) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def _is_identity(*modules: nn.Module) -> bool:
-    return all(isinstance(module, nn.Identity) for module in modules)
-
-
 def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
     """Prefix tokens [1, prefix, D] with positions added, and the positions [rows·columns, D]."""
     tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
@@ -338,75 +316,3 @@ def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
         return prefix, vit.pos_embed[0]
     count = vit.num_prefix_tokens
     return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]
-
-
-def _freeze(vit: VisionTransformer) -> VisionTransformer:
-    """A frozen copy over the same weights, without patched methods."""
-    frozen = frozen_copy(vit)
-    for module in frozen.modules():
-        for name in _OVERRIDABLE:
-            if callable(vars(module).get(name)):
-                delattr(module, name)
-    return frozen
-
-
-def _check_teacher(teacher: nn.Module) -> VisionTransformer:
-    """The teacher, when everything in it is computed exactly by :class:`SparseViT`."""
-    if not isinstance(teacher, VisionTransformer):
-        raise UnsupportedTeacher(
-            "expected a timm VisionTransformer, got "
-            f"{type(teacher).__module__}.{type(teacher).__name__}"
-        )
-    _refuse_own_methods("the teacher", teacher, VisionTransformer, VisionTransformerDistilled)
-    _check_patch_embed(teacher.patch_embed)
-    if len(teacher.blocks) == 0:
-        raise UnsupportedTeacher("expected at least one block, got none")
-    for index, block in enumerate(teacher.blocks):
-        name = f"blocks.{index}"
-        _expect_type(name, block, Block)
-        _expect_type(f"{name}.attn", block.attn, Attention)
-        _expect_type(f"{name}.mlp", block.mlp, Mlp, GluMlp, SwiGLU)
-        _refuse_own_methods(name, block, Block)
-        _refuse_own_methods(f"{name}.attn", block.attn, Attention)
-        width = len(block.attn.qkv.weight) // 3 // block.attn.num_heads
-        if abs(block.attn.scale - width**-0.5) > 1e-9:
-            raise UnsupportedTeacher(
-                f"expected {name}.attn to scale by 1/sqrt({width}), got {block.attn.scale:.4g}"
-            )
-    if teacher.attn_pool is not None:
-        _expect_type("attn_pool", teacher.attn_pool, AttentionPoolLatent)
-        if teacher.attn_pool.pos_embed is not None:
-            raise UnsupportedTeacher("attn_pool has positions of its own, kept patches don't")
-    if teacher.attn_pool is None and teacher.global_pool not in ("token", "avg", "avgmax", "max"):
-        raise UnsupportedTeacher(
-            "expected a pooling that gives one row an image, got "
-            f"global_pool={teacher.global_pool!r}"
-        )
-    return teacher
-
-
-def _check_patch_embed(embed: Any) -> None:
-    _expect_type("patch_embed", embed, PatchEmbed)
-    high, wide = embed.patch_size
-    if high != wide:
-        raise UnsupportedTeacher(f"expected square patches, got patch_embed of {high} x {wide}")
-    proj = embed.proj
-    if proj.stride != proj.kernel_size or any(proj.padding) or proj.groups != 1:
-        raise UnsupportedTeacher("expected patch_embed.proj to read each patch once, got overlaps")
-
-
-def _expect_type(name: str, module: nn.Module, *types: type[nn.Module]) -> None:
-    if type(module) not in types:
-        expected = " or ".join(t.__name__ for t in types)
-        raise UnsupportedTeacher(f"expected {name} to be {expected}, got {type(module).__name__}")
-
-
-def _refuse_own_methods(name: str, module: nn.Module, *known: type[nn.Module]) -> None:
-    """Methods that a subclass or a patch has changed would be left out without a word."""
-    for method in _OVERRIDABLE:
-        patch = vars(module).get(method)
-        if patch is not None and getattr(patch, "__name__", "") not in _PUBLISHED_PATCHES:
-            raise UnsupportedTeacher(f"{name} has its {method} replaced: its own would be ignored")
-        owner = next((base for base in type(module).__mro__ if method in vars(base)), None)
-        if owner is not None and owner not in known and owner is not nn.Module:
-            raise UnsupportedTeacher(f"{name} is a {owner.__name__} with a {method} of its own")
