@@ -17,15 +17,13 @@ def qkv_of(attention: Attention, y: Tensor) -> Tensor:
     return torch.stack([attention.q_norm(q), attention.k_norm(k), v], dim=2)
 
 
-def parts_of(attention: Attention, y: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
+def parts_of(attention: Attention, y: Tensor, first: int, end: int) -> Tensor:
     """Of q, k and v, the parts 0, 1 and 2, those from ``first`` up to ``end``, before their norms.
 
-    Each is [B, N, H, D]; no other is computed.
+    [B, N, end - first, H, D]; no other is computed.
     """
     weight, bias = attention.qkv.weight, attention.qkv.bias
     rows = slice(first * (len(weight) // 3), end * (len(weight) // 3))
     projected = F.linear(y, weight[rows], None if bias is None else bias[rows])
-    parts: tuple[Tensor, ...] = projected.unflatten(
-        2, (end - first, attention.num_heads, -1)
-    ).unbind(2)
+    parts: Tensor = projected.unflatten(2, (end - first, attention.num_heads, -1))
     return parts

@@ -90,7 +90,8 @@ def attend(
 
 def class_row(attention: Attention, y: Tensor) -> Tensor:
     """The first token's probabilities [B, heads, N] in the attention among y [B, N, D]."""
-    (q,), (k,) = parts_of(attention, y[:, :1], 0, 1), parts_of(attention, y, 1, 2)
+    q = parts_of(attention, y[:, :1], 0, 1).squeeze(2)
+    k = parts_of(attention, y, 1, 2).squeeze(2)
     q, k = attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2)
     scores: Tensor = q * q.shape[-1] ** -0.5 @ k.mT
     return scores.softmax(dim=-1)[:, :, 0]

@@ -244,8 +244,8 @@ class SparseViT(nn.Module):
         if read is None and not importance:
             return self._block(block, x), None
         y = block.norm1(x)
-        (q,) = parts_of(attention, y[:, :read], 0, 1)
-        k, v = parts_of(attention, y, 1, 3)
+        q = parts_of(attention, y[:, :read], 0, 1).squeeze(2)
+        k, v = parts_of(attention, y, 1, 3).unbind(2)
         q = attention.q_norm(q).transpose(1, 2)
         k, v = attention.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         probabilities = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
