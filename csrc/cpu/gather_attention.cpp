@@ -15,12 +15,14 @@ struct Head {
   const int64_t* kept;  // [K], or null for all rows in order
   int64_t length;       // tokens that count
   int64_t width;        // D
+  int64_t row;          // elements from one token of qkv to the next, 3·H·D
+  int64_t part;         // from q to k, and to v, H·D
   int64_t out_row;      // H·D
   T scale;              // 1/√D
 
   // Elements before row i of q, k or v, the parts 0, 1 and 2.
   int64_t offset(int64_t part, int64_t i) const {
-    return ((kept ? kept[i] : i) * 3 + part) * out_row;
+    return (kept ? kept[i] : i) * row + part * this->part;
   }
 };
 
@@ -93,6 +95,8 @@ class Heads {
             kept_ ? kept_ + image * count_ : nullptr,
             lengths_[image],
             width_,
+            3 * out_row(),
+            out_row(),
             out_row(),
             static_cast<T>(1 / std::sqrt(static_cast<double>(width_)))};
   }

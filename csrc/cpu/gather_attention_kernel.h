@@ -13,39 +13,21 @@ constexpr int kTileVecs = kVectorRegisters == 32 ? 4 : 3;
 constexpr int kMostTileRows = kVectorRegisters / 4;
 
 constexpr int tile_rows(int vecs) { return vecs == 4 ? 6 : kMostTileRows; }
-constexpr int64_t kBlock = 48;  // queries: whole tiles of every instruction set
+constexpr int64_t kBlock = 48;  // queries: three vectors, or a multiple, of every instruction set
 
-// c[r, v] (+)= Σ_k a(r, k) b[k, v] for a tile of c that is held in registers.
-template <typename T, int kVecs, int kTileRows = tile_rows(kVecs)>
-void multiply_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t width,
-                   int64_t depth, bool accumulate) {
-  using V = Vec<T>;
-  // Unrolled by name, because sums that are indexed by a loop live in memory.
-  V sums[kTileRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) sums[r][v] = V{};
+// Rows of a matrix, `stride` apart.
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t stride = 0;
+
+  T* operator[](int64_t i) const { return data + i * stride; }
+
+  // The rest of the matrix from an element on.
+  Rows tail(int64_t row, int64_t column) const {
+    return data ? Rows{data + row * stride + column, stride} : Rows{};
   }
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += width) {
-    V row[kVecs];
-#pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) row[v] = load<V>(b + v * lanes<T>());
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) sums[r][v] += a[r * a_row] * row[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) {
-      T* to = c + r * width + v * lanes<T>();
-      store(to, accumulate ? load<V>(to) + sums[r][v] : sums[r][v]);
-    }
-  }
-}
+};
 
 // A matrix read as a(r, k) = data[r·row + k·step].
 template <typename T>
@@ -54,25 +36,86 @@ struct Factor {
   int64_t row, step;
 };
 
-// c [rows, columns] (+)= a [rows, depth] · b [depth, columns], in whole tiles: up to a tile's rows
-// and a vector's columns more are written. Rows of b and c are `width` apart.
+// c[r, v] = prior[r, v] + Σ_k a(r, k) b[k, v] for a tile of c that is held in registers; no prior
+// counts as zeros.
+template <typename T, int kVecs, int kTileRows>
+void multiply_tile(const Factor<T>& a, const Rows<const T>& b, const Rows<const T>& prior,
+                   const Rows<T>& c, int64_t depth) {
+  using V = Vec<T>;
+  // Unrolled by name, because sums that are indexed by a loop live in memory.
+  V sums[kTileRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      sums[r][v] = V{};
+      // It is stored to long from now, where waiting for memory would hold up the next tile.
+      __builtin_prefetch(c[r] + v * lanes<T>(), 1);
+    }
+  }
+  const T* a_step = a.data;
+  const T* b_row = b.data;
+  for (int64_t k = 0; k < depth; ++k, a_step += a.step, b_row += b.stride) {
+    V row[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) row[v] = load<V>(b_row + v * lanes<T>());
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sums[r][v] += a_step[r * a.row] * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+    if (prior.data) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sums[r][v] += load<V>(prior[r] + v * lanes<T>());
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) store(c[r] + v * lanes<T>(), sums[r][v]);
+  }
+}
+
 template <typename T>
-void multiply(const std::type_identity_t<Factor<T>>& a, const T* b, T* c, int64_t rows,
-              int64_t columns, int64_t width, int64_t depth, bool accumulate = false) {
+using Tile = void (*)(const Factor<T>&, const Rows<const T>&, const Rows<const T>&, const Rows<T>&,
+                      int64_t);
+
+template <typename T, int kVecs, int... kRow>
+inline Tile<T> tile_of(int64_t rows, std::integer_sequence<int, kRow...>) {
+  static constexpr Tile<T> kTiles[] = {multiply_tile<T, kVecs, kRow + 1>...};
+  return kTiles[rows - 1];
+}
+
+// A panel of kVecs vectors of columns of c = prior + a · b, in tiles of no more rows than it has.
+template <typename T, int kVecs>
+void multiply_panel(const Factor<T>& a, const Rows<const T>& b, const Rows<const T>& prior,
+                    const Rows<T>& c, int64_t rows, int64_t depth) {
+  constexpr int kMost = tile_rows(kVecs);
+  for (int64_t r = 0; r < rows; r += kMost) {
+    const int64_t count = std::min<int64_t>(kMost, rows - r);
+    const Tile<T> tile = tile_of<T, kVecs>(count, std::make_integer_sequence<int, kMost>{});
+    tile({a.data + r * a.row, a.row, a.step}, b, prior.tail(r, 0), c.tail(r, 0), depth);
+  }
+}
+
+// c [rows, columns] = prior + a [rows, depth] · b [depth, columns], in whole vectors of columns.
+template <typename T>
+void multiply(const std::type_identity_t<Factor<T>>& a,
+              const std::type_identity_t<Rows<const T>>& b, const Rows<T>& c, int64_t rows,
+              int64_t columns, int64_t depth,
+              const std::type_identity_t<Rows<const T>>& prior = {}) {
   const int64_t vecs = ceil_div(columns, lanes<T>());
   const int64_t panels = ceil_div(vecs, kTileVecs);
   int64_t done = 0;
   for (int64_t panel = 0; panel < panels; ++panel) {
     // Panels of nearly the same width: 4 vectors are 2 + 2, not 3 + 1.
     const int64_t count = ceil_div(vecs - done, panels - panel);
-    const auto tile = count == kTileVecs ? multiply_tile<T, kTileVecs>
-                      : count == 3       ? multiply_tile<T, 3>
-                      : count == 2       ? multiply_tile<T, 2>
-                                         : multiply_tile<T, 1>;
+    const auto run = count == kTileVecs ? multiply_panel<T, kTileVecs>
+                     : count == 3       ? multiply_panel<T, 3>
+                     : count == 2       ? multiply_panel<T, 2>
+                                        : multiply_panel<T, 1>;
     const int64_t at = done * lanes<T>();
-    for (int64_t r = 0; r < rows; r += tile_rows(count)) {
-      tile(a.data + r * a.row, a.row, a.step, b + at, c + r * width + at, width, depth, accumulate);
-    }
+    run(a, b.tail(0, at), prior.tail(0, at), c.tail(0, at), rows, depth);
     done += count;
   }
 }
@@ -104,45 +147,77 @@ inline void transpose_square(Vec<T>* rows) {
   if constexpr (kSide > 1) transpose_square<T, kSide / 2>(rows);
 }
 
-// to [width, kBlock] = from [kBlock, width] transposed, as far as `count` rows need.
+// to [width, kBlock] = (the rows of `from` that `index` names, or all of them in order, + bias) ·
+// scale, transposed, zeros beyond `count` of them; `copy` [count, width], unless null, gets them
+// before the scale.
 template <typename T>
-void transpose(const T* from, T* to, int64_t count, int64_t width) {
+void transpose(const Rows<const T>& from, const int64_t* index, int64_t count, int64_t width,
+               const T* bias, T scale, T* to, T* copy) {
+  using V = Vec<T>;
   for (int64_t r = 0; r < count; r += lanes<T>()) {
+    const int64_t rows = std::min(lanes<T>(), count - r);
     for (int64_t c = 0; c < width; c += lanes<T>()) {
-      Vec<T> square[lanes<T>()];
-      for (int i = 0; i < lanes<T>(); ++i) square[i] = load<Vec<T>>(from + (r + i) * width + c);
+      const V offset = bias ? load<V>(bias + c) : V{};
+      V square[lanes<T>()]{};
+      for (int64_t i = 0; i < rows; ++i) {
+        const V biased = load<V>(from[index ? index[r + i] : r + i] + c) + offset;
+        if (copy) store(copy + (r + i) * width + c, biased);
+        square[i] = biased * scale;
+      }
       transpose_square<T>(square);
       for (int i = 0; i < lanes<T>(); ++i) store(to + (c + i) * kBlock + r, square[i]);
     }
   }
 }
 
-// Softmax over the keys of pᵀ [keys, kBlock], in place.
-template <typename T>
-void softmax(T* p, int64_t keys, int64_t columns) {
+// Softmax over the keys of so many vectors of columns of pᵀ [keys, kBlock], in place. Together,
+// since each of their maxima and sums has to wait for the one before.
+template <typename T, int kVecs>
+inline void softmax_columns(T* p, int64_t keys) {
   using V = Vec<T>;
-  for (int64_t i = 0; i < columns; i += lanes<T>()) {
-    V highest = load<V>(p + i);
-    for (int64_t j = 1; j < keys; ++j) {
-      const V score = load<V>(p + j * kBlock + i);
-      highest = score > highest ? score : highest;
+  V highest[kVecs], sum[kVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) {
+    highest[v] = load<V>(p + v * lanes<T>());
+    sum[v] = V{};
+  }
+  for (int64_t j = 1; j < keys; ++j) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const V score = load<V>(p + j * kBlock + v * lanes<T>());
+      highest[v] = score > highest[v] ? score : highest[v];
     }
-    V sum{};
-    for (int64_t j = 0; j < keys; ++j) {
-      const V weight = exp_of_negative<T>(load<V>(p + j * kBlock + i) - highest);
-      store(p + j * kBlock + i, weight);
-      sum += weight;
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      T* at = p + j * kBlock + v * lanes<T>();
+      const V weight = exp_of_negative<T>(load<V>(at) - highest[v]);
+      store(at, weight);
+      sum[v] += weight;
     }
-    const V share = T{1} / sum;
-    for (int64_t j = 0; j < keys; ++j) {
-      store(p + j * kBlock + i, load<V>(p + j * kBlock + i) * share);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) sum[v] = T{1} / sum[v];
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      T* at = p + j * kBlock + v * lanes<T>();
+      store(at, load<V>(at) * sum[v]);
     }
   }
 }
 
-// d_p = p ∘ (d_p − Σ_j p ∘ d_p), the gradient of the scores before softmax.
 template <typename T>
-void softmax_backward(const T* p, T* d_p, int64_t keys, int64_t columns) {
+void softmax(T* p, int64_t keys, int64_t columns) {
+  int64_t i = 0;
+  for (; i + 2 * lanes<T>() < columns; i += 3 * lanes<T>()) softmax_columns<T, 3>(p + i, keys);
+  for (; i < columns; i += lanes<T>()) softmax_columns<T, 1>(p + i, keys);
+}
+
+// d_p = scale · p ∘ (d_p − Σ_j p ∘ d_p), the gradient of the scores before softmax and scale.
+template <typename T>
+void softmax_backward(const T* p, T* d_p, int64_t keys, int64_t columns, T scale) {
   using V = Vec<T>;
   for (int64_t i = 0; i < columns; i += lanes<T>()) {
     V sum{};
@@ -151,117 +226,178 @@ void softmax_backward(const T* p, T* d_p, int64_t keys, int64_t columns) {
     }
     for (int64_t j = 0; j < keys; ++j) {
       const int64_t at = j * kBlock + i;
-      store(d_p + at, load<V>(p + at) * (load<V>(d_p + at) - sum));
+      store(d_p + at, load<V>(p + at) * ((load<V>(d_p + at) - sum) * scale));
     }
   }
 }
 
-// Rows that whole tiles of any height reach at most.
-constexpr int64_t padded(int64_t rows) { return rows + kMostTileRows; }
-
 // The working memory of one task, carved out of a buffer of vectors.
 template <typename T>
 struct Workspace {
-  int64_t width, keys;                 // whole vectors, whole tiles
-  T *k, *v, *d_k, *d_v;                // [keys, width]
-  T *q, *out, *d_out, *q_t, *d_out_t;  // [kBlock, width], and transposed
-  T *p, *d_p;                          // [keys, kBlock]
+  int64_t width;               // whole vectors
+  T *k, *v, *d_k, *d_v;        // [length, width]
+  T *q, *q_t, *d_q, *d_out_t;  // [kBlock, width], or transposed
+  T *p, *d_p;                  // [length, kBlock]
 
-  Workspace(const Head<T>& head, T* buffer)
-      : width(round_up(head.width, lanes<T>())), keys(padded(head.length)) {
-    for (T** rows : {&k, &v, &d_k, &d_v}) *rows = std::exchange(buffer, buffer + keys * width);
-    for (T** rows : {&q, &out, &d_out, &q_t, &d_out_t}) {
+  Workspace(const Head<T>& head, T* buffer) : width(round_up(head.width, lanes<T>())) {
+    for (T** rows : {&k, &v, &d_k, &d_v}) {
+      *rows = std::exchange(buffer, buffer + head.length * width);
+    }
+    for (T** rows : {&q, &q_t, &d_q, &d_out_t}) {
       *rows = std::exchange(buffer, buffer + kBlock * width);
     }
-    for (T** rows : {&p, &d_p}) *rows = std::exchange(buffer, buffer + keys * kBlock);
+    for (T** rows : {&p, &d_p}) *rows = std::exchange(buffer, buffer + head.length * kBlock);
+  }
+};
+
+// The rows of q, k or v, parts 0, 1 and 2, in qkv or its gradient, whether kept or not.
+template <typename T, typename Element>
+Rows<Element> part_of(const Head<T>& head, int64_t part, Element* qkv) {
+  return {qkv + part * head.part, head.row};
+}
+
+template <typename V, typename T>
+inline void copy_vectors(const T* from, int64_t width, T* to) {
+  for (int64_t c = 0; c < width; c += lanes<T>()) store(to + c, load<V>(from + c));
+}
+
+// The kept rows of k or v, next to each other: in `to` [length, width], unless they are already.
+template <typename T>
+Rows<const T> gather(const Head<T>& head, int64_t part, int64_t width, T* to) {
+  if (head.row == width && !head.kept) return part_of(head, part, head.qkv);
+  for (int64_t i = 0; i < head.length; ++i) {
+    copy_vectors<Vec<T>>(head.qkv + head.offset(part, i), width, to + i * width);
+  }
+  return {to, width};
+}
+
+// The same, but left where they are if every row is kept.
+template <typename T>
+Rows<const T> rows_of(const Head<T>& head, int64_t part, int64_t width, T* to) {
+  return head.kept ? gather(head, part, width, to) : part_of(head, part, head.qkv);
+}
+
+// The kept rows of a part of d_qkv from `begin` on = from [count, width].
+template <typename T>
+void scatter(const Head<T>& head, int64_t part, int64_t begin, int64_t count, int64_t width,
+             const T* from, T* d_qkv) {
+  for (int64_t i = 0; i < count; ++i) {
+    copy_vectors<Vec<T>>(from + i * width, width, d_qkv + head.offset(part, begin + i));
+  }
+}
+
+// pᵀ [keys, kBlock] of the queries from `begin` on, which are left in `q` unless it is null.
+template <typename T>
+void probabilities(const Head<T>& head, const Rows<const T>& k, int64_t begin, int64_t queries,
+                   const Workspace<T>& w, T* q) {
+  const Rows<const T> rows = part_of(head, 0, head.qkv).tail(head.kept ? 0 : begin, 0);
+  transpose(rows, head.kept ? head.kept + begin : nullptr, queries, w.width, head.q_bias,
+            head.scale, w.q_t, q);
+  multiply<T>({k.data, k.stride, 1}, {w.q_t, kBlock}, {w.p, kBlock}, head.length, queries,
+              head.width);
+  softmax(w.p, head.length, queries);
+}
+
+// attend() of rows that are whole vectors, as attend_backward_whole() is of attend_backward().
+template <typename T>
+void attend_whole(const Head<T>& head, T* buffer, T* out, T* importance) {
+  const Workspace<T> w(head, buffer);
+  const Rows<const T> k = rows_of(head, 1, w.width, w.k), v = gather(head, 2, w.width, w.v);
+  for (int64_t begin = 0; begin < head.length; begin += kBlock) {
+    const int64_t queries = std::min(kBlock, head.length - begin);
+    probabilities<T>(head, k, begin, queries, w, nullptr);
+    if (importance && begin == 0) {
+      for (int64_t j = 0; j < head.length; ++j) importance[j] = w.p[j * kBlock];
+    }
+    multiply<T>({w.p, 1, kBlock}, v, {out + begin * head.out_row, head.out_row}, queries, w.width,
+                head.length);
+  }
+}
+
+// dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)) / √D, dQ = dS K, dK = dSᵀ Q.
+template <typename T>
+void attend_backward_whole(const Head<T>& head, T* buffer, const T* d_out, T* d_qkv) {
+  const Workspace<T> w(head, buffer);
+  const Rows<const T> k = gather(head, 1, w.width, w.k), v = rows_of(head, 2, w.width, w.v);
+  for (int64_t begin = 0; begin < head.length; begin += kBlock) {
+    const int64_t queries = std::min(kBlock, head.length - begin);
+    probabilities(head, k, begin, queries, w, w.q);
+    const Rows<const T> d_rows{d_out + begin * head.out_row, head.out_row};
+    transpose<T>(d_rows, nullptr, queries, w.width, nullptr, 1, w.d_out_t, nullptr);
+    multiply<T>({v.data, v.stride, 1}, {w.d_out_t, kBlock}, {w.d_p, kBlock}, head.length, queries,
+                head.width);
+    softmax_backward(w.p, w.d_p, head.length, queries, head.scale);
+    // Sums over blocks stay together until the last one, where they can go straight to their rows.
+    const bool ends = begin + queries == head.length && !head.kept;
+    const Rows<T> d_k{w.d_k, w.width}, d_v{w.d_v, w.width};
+    multiply<T>({w.p, kBlock, 1}, d_rows, ends ? part_of(head, 2, d_qkv) : d_v, head.length,
+                w.width, queries, {begin ? w.d_v : nullptr, w.width});
+    multiply<T>({w.d_p, kBlock, 1}, {w.q, w.width}, ends ? part_of(head, 1, d_qkv) : d_k,
+                head.length, w.width, queries, {begin ? w.d_k : nullptr, w.width});
+    const Rows<T> d_q =
+        head.kept ? Rows<T>{w.d_q, w.width} : part_of(head, 0, d_qkv).tail(begin, 0);
+    multiply<T>({w.d_p, 1, kBlock}, k, d_q, queries, w.width, head.length);
+    if (head.kept) scatter(head, 0, begin, queries, w.width, w.d_q, d_qkv);
+  }
+  if (head.kept) {
+    scatter(head, 1, 0, head.length, w.width, w.d_k, d_qkv);
+    scatter(head, 2, 0, head.length, w.width, w.d_v, d_qkv);
+  }
+}
+
+// A head whose rows are no whole vectors, copied into rows that are: q_bias, q, k and v, room for
+// their gradients and for out or its own; then the working memory.
+template <typename T>
+struct PaddedHead {
+  Head<T> head;
+  T *out, *d_qkv, *buffer;
+
+  PaddedHead(const Head<T>& from, T* memory) : head(from) {
+    const int64_t width = round_up(from.width, lanes<T>()), part = from.length * width;
+    T* qkv = memory + width;
+    d_qkv = qkv + 3 * part;
+    out = d_qkv + 3 * part;
+    buffer = out + part;
+    for (int64_t i = 0; i < 3 * from.length; ++i) {
+      std::copy_n(from.qkv + from.offset(i / from.length, i % from.length), from.width,
+                  qkv + i * width);
+    }
+    if (from.q_bias) head.q_bias = std::copy_n(from.q_bias, from.width, memory) - from.width;
+    head.qkv = qkv;
+    head.kept = nullptr;
+    head.row = head.out_row = width;
+    head.part = part;
   }
 };
 
 template <typename T>
 int64_t workspace_size(int64_t length, int64_t head_width) {
-  const int64_t width = round_up(head_width, lanes<T>()), keys = padded(length);
-  return 4 * keys * width + 5 * kBlock * width + 2 * keys * kBlock;
-}
-
-// to [length, width] = the rows of k or v, parts 1 and 2.
-template <typename T>
-void gather_rows(const Head<T>& head, int64_t part, int64_t width, T* to) {
-  for (int64_t i = 0; i < head.length; ++i, to += width) {
-    std::copy_n(head.qkv + head.offset(part, i), head.width, to);
-  }
-}
-
-// to [count, width] = the rows of q from `begin` on, biased and scaled.
-template <typename T>
-void gather_queries(const Head<T>& head, int64_t begin, int64_t count, int64_t width,
-                    T* __restrict to) {
-  for (int64_t i = begin; i < begin + count; ++i, to += width) {
-    const T* __restrict from = head.qkv + head.offset(0, i);
-    if (head.q_bias) {
-      for (int64_t d = 0; d < head.width; ++d) to[d] = (from[d] + head.q_bias[d]) * head.scale;
-    } else {
-      for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * head.scale;
-    }
-  }
-}
-
-// dqkv's rows = from [count, width], times a scale.
-template <typename T>
-void scatter_rows(const Head<T>& head, int64_t part, int64_t begin, int64_t count, T scale,
-                  int64_t width, const T* __restrict from, T* __restrict d_qkv) {
-  for (int64_t i = begin; i < begin + count; ++i, from += width) {
-    T* to = d_qkv + head.offset(part, i);
-    for (int64_t d = 0; d < head.width; ++d) to[d] = from[d] * scale;
-  }
-}
-
-// pᵀ [keys, kBlock] of the queries from `begin` on, which stay in w.q, scaled.
-template <typename T>
-void probabilities(const Head<T>& head, int64_t begin, int64_t queries, const Workspace<T>& w) {
-  gather_queries(head, begin, queries, w.width, w.q);
-  transpose(w.q, w.q_t, queries, w.width);
-  multiply({w.k, w.width, 1}, w.q_t, w.p, head.length, queries, kBlock, head.width);
-  softmax(w.p, head.length, queries);
+  const int64_t width = round_up(head_width, lanes<T>());
+  const int64_t padded = head_width == width ? 0 : (7 * length + 1) * width;
+  return padded + 4 * (length + kBlock) * width + 2 * length * kBlock;
 }
 
 template <typename T>
 void attend(const Head<T>& head, T* buffer, T* out, T* importance) {
-  const Workspace<T> w(head, buffer);
-  gather_rows(head, 1, w.width, w.k);
-  gather_rows(head, 2, w.width, w.v);
-  for (int64_t begin = 0; begin < head.length; begin += kBlock) {
-    const int64_t queries = std::min(kBlock, head.length - begin);
-    probabilities(head, begin, queries, w);
-    if (importance && begin == 0) {
-      for (int64_t j = 0; j < head.length; ++j) importance[j] = w.p[j * kBlock];
-    }
-    multiply({w.p, 1, kBlock}, w.v, w.out, queries, w.width, w.width, head.length);
-    for (int64_t i = 0; i < queries; ++i) {
-      std::copy_n(w.out + i * w.width, head.width, out + (begin + i) * head.out_row);
-    }
+  if (head.width % lanes<T>() == 0) return attend_whole(head, buffer, out, importance);
+  const PaddedHead<T> own(head, buffer);
+  attend_whole(own.head, own.buffer, own.out, importance);
+  for (int64_t i = 0; i < head.length; ++i) {
+    std::copy_n(own.out + i * own.head.out_row, head.width, out + i * head.out_row);
   }
 }
 
-// dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K / √D, dK = dSᵀ Q / √D.
 template <typename T>
 void attend_backward(const Head<T>& head, T* buffer, const T* d_out, T* d_qkv) {
-  const Workspace<T> w(head, buffer);
-  gather_rows(head, 1, w.width, w.k);
-  gather_rows(head, 2, w.width, w.v);
-  for (int64_t begin = 0; begin < head.length; begin += kBlock) {
-    const int64_t queries = std::min(kBlock, head.length - begin);
-    probabilities(head, begin, queries, w);
-    for (int64_t i = 0; i < queries; ++i) {
-      std::copy_n(d_out + (begin + i) * head.out_row, head.width, w.d_out + i * w.width);
-    }
-    transpose(w.d_out, w.d_out_t, queries, w.width);
-    multiply({w.v, w.width, 1}, w.d_out_t, w.d_p, head.length, queries, kBlock, head.width);
-    softmax_backward(w.p, w.d_p, head.length, queries);
-    multiply({w.p, kBlock, 1}, w.d_out, w.d_v, head.length, w.width, w.width, queries, begin > 0);
-    multiply({w.d_p, kBlock, 1}, w.q, w.d_k, head.length, w.width, w.width, queries, begin > 0);
-    multiply({w.d_p, 1, kBlock}, w.k, w.out, queries, w.width, w.width, head.length);
-    scatter_rows(head, 0, begin, queries, head.scale, w.width, w.out, d_qkv);
+  if (head.width % lanes<T>() == 0) return attend_backward_whole(head, buffer, d_out, d_qkv);
+  const PaddedHead<T> own(head, buffer);
+  for (int64_t i = 0; i < head.length; ++i) {
+    std::copy_n(d_out + i * head.out_row, head.width, own.out + i * own.head.out_row);
   }
-  scatter_rows(head, 1, 0, head.length, T{1}, w.width, w.d_k, d_qkv);
-  scatter_rows(head, 2, 0, head.length, T{1}, w.width, w.d_v, d_qkv);
+  attend_backward_whole(own.head, own.buffer, own.out, own.d_qkv);
+  for (int64_t part = 0; part < 3; ++part) {
+    for (int64_t i = 0; i < head.length; ++i) {
+      std::copy_n(own.d_qkv + own.head.offset(part, i), head.width, d_qkv + head.offset(part, i));
+    }
+  }
 }
