@@ -44,20 +44,26 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
     for_each_task(batch * channels * blocks, block, [&](int64_t i) {
       const int64_t channel = i / blocks % channels, start = i % blocks * block;
       const int64_t at = i / blocks * plane + start;
-      kernel(p + at, g + at, m + at, v + at, 1, std::min(block, plane - start), 0, step,
+      kernel(p + at, g + at, m + at, v + at, 1, std::min(block, plane - start), 0, 0, step,
              lowest[channel], highest[channel]);
     });
     return;
   }
   const int64_t* patches = kept->const_data_ptr<int64_t>();  // [B, K]
   const int64_t count = kept->size(1), columns = width / patch_size;
-  for_each_task(batch * count, channels * patch_size * patch_size, [&](int64_t i) {
+  const auto start = [&](int64_t i, int64_t channel) {
     const int64_t row = patches[i] / columns, column = patches[i] % columns;
+    return (i / count * channels + channel) * plane + (row * width + column) * patch_size;
+  };
+  for_each_task(batch * count, channels * patch_size * patch_size, [&](int64_t i) {
     for (int64_t channel = 0; channel < channels; ++channel) {
-      const int64_t at =
-          (i / count * channels + channel) * plane + (row * width + column) * patch_size;
-      kernel(p + at, g + at, m + at, v + at, patch_size, patch_size, width, step, lowest[channel],
-             highest[channel]);
+      // Rows of a patch lie too far apart for the processor to foresee them.
+      const int64_t at = start(i, channel);
+      const int64_t next = channel + 1 < channels  ? start(i, channel + 1)
+                           : i + 1 < batch * count ? start(i + 1, 0)
+                                                   : at;
+      kernel(p + at, g + at, m + at, v + at, patch_size, patch_size, width, next - at, step,
+             lowest[channel], highest[channel]);
     }
   });
 }

@@ -1,9 +1,17 @@
-// One Adam step and clamp on a rectangle of one channel; see adam_clamp.cpp.
+// One Adam step and clamp on a rectangle of one channel, while another one `next` elements further
+// is fetched, unless that is zero; see adam_clamp.cpp.
 
 template <typename T>
 void adam_clamp(T* images, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t rows, int64_t columns,
-                int64_t stride, const AdamStep<T>& step, T low, T high) {
+                int64_t stride, int64_t next, const AdamStep<T>& step, T low, T high) {
   for (int64_t y = 0; y < rows; ++y) {
+    if (next) {
+      const int64_t at = y * stride + next;
+      prefetch(images + at, columns);
+      prefetch(grad + at, columns);
+      prefetch(exp_avg + at, columns);
+      prefetch(exp_avg_sq + at, columns);
+    }
     T* __restrict p = images + y * stride;
     const T* __restrict g = grad + y * stride;
     T* __restrict m = exp_avg + y * stride;

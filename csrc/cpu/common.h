@@ -41,6 +41,14 @@ auto with_type_of(const Tensor& tensor, const Run& run) {
   return type == ScalarType::Float ? run(float{}) : run(double{});
 }
 
+// Asks for the cache lines of a run of elements.
+template <typename T>
+inline void prefetch(const T* run, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(run + i);
+  __builtin_prefetch(run + count - 1);
+}
+
 // Runs run(i) for each of `count` tasks of `size` elements.
 template <typename Run>
 void for_each_task(int64_t count, int64_t size, const Run& run) {
