@@ -1,12 +1,28 @@
+#include <cstring>
+
 #include "common.h"
 
 namespace smi_fast {
 namespace {
 
-// A kept patch in an image: the corner of the window that it shows under jitter, and its new cell.
-struct Window {
-  int64_t top, left, cell;
-};
+// Elements that are copied at a time.
+constexpr int64_t kBlock = 8;
+
+template <typename T>
+inline void copy_run(const T* __restrict from, int64_t count, T* __restrict to) {
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) std::memcpy(to + i, from + i, kBlock * sizeof(T));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+template <typename T>
+inline void copy_mirrored(const T* __restrict from, int64_t count, T* __restrict to) {
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    for (int64_t j = 0; j < kBlock; ++j) to[i + j] = from[count - 1 - i - j];
+  }
+  for (; i < count; ++i) to[i] = from[count - 1 - i];
+}
 
 int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
 
@@ -15,78 +31,116 @@ int64_t nearest_cells(int64_t shift, int64_t size) {
   return (2 * shift + size - modulo(2 * shift + size, 2 * size)) / (2 * size);
 }
 
-struct Jitter {
-  int64_t height, width, size, down, right;
-  bool flip;
-
-  Jitter(const Tensor& shift, const Tensor& flip, int64_t height, int64_t width, int64_t size)
-      : height(height), width(width), size(size), flip(*flip.const_data_ptr<bool>()) {
-    const int64_t* pixels = shift.const_data_ptr<int64_t>();  // [2]
-    down = pixels[0];
-    right = pixels[shift.stride(0)];
-  }
-
-  int64_t cells() const { return (height / size) * (width / size); }
-
-  Window window(int64_t patch) const {
-    const int64_t rows = height / size, columns = width / size;
-    const int64_t row = modulo(patch / columns + nearest_cells(down, size), rows);
-    const int64_t column = modulo(patch % columns + nearest_cells(right, size), columns);
-    return {modulo(row * size - down, height), modulo(column * size - right, width),
-            row * columns + (flip ? columns - 1 - column : column)};
-  }
-
-  // A window's row wraps around the image and is mirrored by a flip, so it is one or two runs.
-  template <typename T>
-  void gather_row(const T* image_row, int64_t left, T* out) const {
-    const int64_t first = std::min(size, width - left);
-    if (flip) {
-      std::reverse_copy(image_row, image_row + size - first, out);
-      std::reverse_copy(image_row + left, image_row + left + first, out + size - first);
-    } else {
-      std::copy_n(image_row + left, first, out);
-      std::copy_n(image_row, size - first, out + first);
-    }
-  }
-
-  template <typename T>
-  void scatter_row(const T* values, int64_t left, T* image_row) const {
-    const int64_t first = std::min(size, width - left);
-    if (flip) {
-      std::reverse_copy(values, values + size - first, image_row);
-      std::reverse_copy(values + size - first, values + size, image_row + left);
-    } else {
-      std::copy_n(values, first, image_row + left);
-      std::copy_n(values + first, size - first, image_row);
-    }
-  }
+// The corner of the window of an image that a kept patch shows under jitter, and its new cell.
+struct Window {
+  int64_t top, left, cell;
 };
 
-std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor& kept_any,
+// Pixels of a patch's rows that lie side by side in an image, from its pixel `x` of a row on.
+struct Run {
+  int64_t x, patch, offset, count;
+};
+
+// The windows of all kept patches. They lie on one shifted grid, which wraps around the image.
+class Windows {
+ public:
+  Windows(const Tensor& kept_any, const Tensor& shift, const Tensor& flip, int64_t height,
+          int64_t width, int64_t size)
+      : height_(height), width_(width), size_(size), flip_(*flip.const_data_ptr<bool>()) {
+    const int64_t columns = width / size;
+    const Tensor kept = checked_kept(kept_any, rows() * columns);
+    if (kept.numel() == 0) return;
+    const int64_t* patches = kept.const_data_ptr<int64_t>();  // [B, K]
+    const int64_t* pixels = shift.const_data_ptr<int64_t>();  // [2]
+    const int64_t down = pixels[0], right = pixels[shift.stride(0)];
+    const int64_t left = modulo(-right, width);
+    const int64_t cells_down = modulo(nearest_cells(down, size), rows());
+    const int64_t cells_right = modulo(nearest_cells(right, size), columns);
+    top_ = modulo(-down, height);
+    windows_.resize(kept.numel());
+    for (int64_t i = 0; i < kept.numel(); ++i) {
+      const int64_t row = wrapped(patches[i] / columns + cells_down, rows());
+      const int64_t column = wrapped(patches[i] % columns + cells_right, columns);
+      windows_[i] = {top(row), wrapped(left + column * size, width),
+                     row * columns + (flip_ ? columns - 1 - column : column)};
+    }
+  }
+
+  int64_t rows() const { return height_ / size_; }
+  const Window& operator[](int64_t patch) const { return windows_[patch]; }
+
+  // The image's first row of the windows in a row of the shifted grid.
+  int64_t top(int64_t grid_row) const { return wrapped(top_ + grid_row * size_, height_); }
+
+  // The image's row `y` rows below another one.
+  int64_t below(int64_t row, int64_t y) const { return wrapped(row + y, height_); }
+
+  // The runs of a window, two if it wraps around the image; a flip mirrors its rows.
+  template <typename Visit>
+  void for_each_run(int64_t patch, const Visit& visit) const {
+    const int64_t left = windows_[patch].left, first = std::min(size_, width_ - left);
+    visit(Run{left, patch, flip_ ? size_ - first : 0, first});
+    if (first < size_) visit(Run{0, patch, flip_ ? 0 : first, size_ - first});
+  }
+
+  // The runs of some patches in a row of the shifted grid, from left to right.
+  std::vector<Run> runs(int64_t first, int64_t last, int64_t grid_row) const {
+    std::vector<Run> found;
+    for (int64_t i = first; i < last; ++i) {
+      if (windows_[i].top != top(grid_row)) continue;
+      for_each_run(i, [&](const Run& run) { found.push_back(run); });
+    }
+    std::sort(found.begin(), found.end(), [](const Run& a, const Run& b) { return a.x < b.x; });
+    return found;
+  }
+
+  template <typename T>
+  void copy(const T* from, int64_t count, T* to) const {
+    if (flip_) {
+      copy_mirrored(from, count, to);
+    } else {
+      copy_run(from, count, to);
+    }
+  }
+
+ private:
+  static int64_t wrapped(int64_t a, int64_t size) { return a < size ? a : a - size; }
+
+  int64_t height_, width_, size_, top_ = 0;
+  bool flip_;
+  std::vector<Window> windows_;  // [B, K]
+};
+
+std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor& kept,
                                           const Tensor& shift, const Tensor& flip,
                                           int64_t patch_size) {
   const Tensor images = as_contiguous(images_any);
   const int64_t channels = images.size(1), height = images.size(2), width = images.size(3);
-  const Jitter jitter(shift, flip, height, width, patch_size);
-  const Tensor kept = checked_kept(kept_any, jitter.cells());
+  const Windows windows(kept, shift, flip, height, width, patch_size);
   const int64_t batch = kept.size(0), count = kept.size(1);
   const int64_t length = channels * patch_size * patch_size;
   const Tensor patches = torch::stable::new_empty(images, {batch, count, length});
   const Tensor positions = torch::stable::new_empty(kept, {batch, count});
-  const int64_t* kept_data = kept.const_data_ptr<int64_t>();       // [B, K]
   int64_t* position_data = positions.mutable_data_ptr<int64_t>();  // [B, K]
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
     const T* image_data = images.const_data_ptr<T>();  // [B, C, H, W]
     T* patch_data = patches.mutable_data_ptr<T>();     // [B, K, C, P, P]
     for_each_task(batch * count, length, [&](int64_t i) {
-      const Window window = jitter.window(kept_data[i]);
-      position_data[i] = window.cell;
+      position_data[i] = windows[i].cell;
+      // Rows of a window lie too far apart for the processor to foresee the next window's.
+      const int64_t next = std::min(i + 1, batch * count - 1);
+      const int64_t ahead = std::min(patch_size, width - windows[next].left);
       T* out = patch_data + i * length;
       for (int64_t channel = 0; channel < channels; ++channel) {
         const T* plane = image_data + (i / count * channels + channel) * height * width;
+        const T* next_plane = image_data + (next / count * channels + channel) * height * width;
         for (int64_t y = 0; y < patch_size; ++y, out += patch_size) {
-          jitter.gather_row(plane + (window.top + y) % height * width, window.left, out);
+          const int64_t next_row = windows.below(windows[next].top, y);
+          prefetch(next_plane + next_row * width + windows[next].left, ahead);
+          const T* row = plane + windows.below(windows[i].top, y) * width;
+          windows.for_each_run(
+              i, [&](const Run& run) { windows.copy(row + run.x, run.count, out + run.offset); });
         }
       }
     });
@@ -94,29 +148,34 @@ std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor
   return {patches, positions};
 }
 
-Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept_any, const Tensor& shift,
+Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept, const Tensor& shift,
                                const Tensor& flip, int64_t patch_size, int64_t height,
                                int64_t width) {
   const Tensor grad = as_contiguous(grad_any);
-  const Jitter jitter(shift, flip, height, width, patch_size);
-  const Tensor kept = checked_kept(kept_any, jitter.cells());
-  const int64_t batch = kept.size(0), count = kept.size(1), area = patch_size * patch_size;
-  const int64_t channels = grad.size(2) / area;
+  const Windows windows(kept, shift, flip, height, width, patch_size);
+  const int64_t batch = kept.size(0), count = kept.size(1), length = grad.size(2);
+  const int64_t channels = length / (patch_size * patch_size), rows = windows.rows();
   const Tensor images = torch::stable::new_empty(grad, {batch, channels, height, width});
-  const int64_t* kept_data = kept.const_data_ptr<int64_t>();  // [B, K]
   with_type_of(grad, [&](auto zero) {
     using T = decltype(zero);
     const T* grad_data = grad.const_data_ptr<T>();  // [B, K, C, P, P]
     T* image_data = images.mutable_data_ptr<T>();   // [B, C, H, W]
-    // A task clears and fills one plane while that is in cache.
-    for_each_task(batch * channels, height * width, [&](int64_t i) {
-      T* plane = image_data + i * height * width;
-      std::fill_n(plane, height * width, T{0});
-      for (int64_t k = i / channels * count; k < (i / channels + 1) * count; ++k) {
-        const Window window = jitter.window(kept_data[k]);
-        const T* values = grad_data + (k * channels + i % channels) * area;
-        for (int64_t y = 0; y < patch_size; ++y, values += patch_size) {
-          jitter.scatter_row(values, window.left, plane + (window.top + y) % height * width);
+    // Every pixel is written once, row by row: what lies between windows is zero.
+    for_each_task(batch * rows, channels * patch_size * width, [&](int64_t i) {
+      const int64_t image = i / rows, grid_row = i % rows;
+      const std::vector<Run> runs = windows.runs(image * count, (image + 1) * count, grid_row);
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        T* plane = image_data + (image * channels + channel) * height * width;
+        for (int64_t y = 0; y < patch_size; ++y) {
+          T* row = plane + windows.below(windows.top(grid_row), y) * width;
+          const T* values = grad_data + (channel * patch_size + y) * patch_size;
+          int64_t written = 0;
+          for (const Run& run : runs) {
+            std::fill(row + written, row + std::max(written, run.x), T{0});
+            windows.copy(values + run.patch * length + run.offset, run.count, row + run.x);
+            written = run.x + run.count;
+          }
+          std::fill(row + written, row + width, T{0});
         }
       }
     });
