@@ -40,7 +40,7 @@ class Tasks {
     const int64_t height = images.size(2), width = images.size(3);
     if (kept) {
       grid_ = {height, width, patch_size, patch_size};
-      const int64_t cells = grid_.rows() * grid_.columns(), count = kept->size(1);
+      const int64_t cells = grid_.rows * grid_.columns, count = kept->size(1);
       const Tensor checked = checked_kept(*kept, cells);
       const int64_t* values = checked.const_data_ptr<int64_t>();  // [B, K]
       cells_.assign(values, values + checked.numel());
@@ -54,7 +54,7 @@ class Tasks {
       constexpr int64_t kBandPixels = 4096;
       band_rows_ = std::max<int64_t>(1, kBandPixels / std::max<int64_t>(1, width));
       grid_ = {height, width, band_rows_, std::max<int64_t>(1, width)};
-      bands_ = grid_.rows();
+      bands_ = grid_.rows;
       cells_.resize(bands_);
       std::iota(cells_.begin(), cells_.end(), 0);
       kept_.assign(bands_, 1);
@@ -82,7 +82,7 @@ class Tasks {
   }
 
  private:
-  Grid grid_;
+  Grid grid_{0, 0, 1, 1};
   int64_t channels_, count_, band_rows_, bands_ = 1;
   int64_t cells_per_task_ = 1, cells_per_image_ = 0, kept_per_image_ = 0;
   std::vector<int64_t> cells_;  // [B, K], or [bands] for all images
@@ -122,7 +122,6 @@ Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
   const Tensor result = torch::stable::empty_like(images);
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = SMI_BEST(add_gradient<T>);
     const T* pixels = images.const_data_ptr<T>();  // [B, C, H, W]
     const T* norms = parts.const_data_ptr<T>() + kKinds;
     const T* counts = norms + kKinds;
@@ -132,6 +131,9 @@ Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
       slopes[kind] = {norm > 0 ? *grad_l2.const_data_ptr<T>() / norm : 0,
                       count > 0 ? *grad_l1.const_data_ptr<T>() / count : 0};
     }
+    const bool signs = std::any_of(slopes, slopes + kKinds,
+                                   [](const Slopes<T>& slope) { return slope.per_count != 0; });
+    const auto kernel = signs ? SMI_BEST(add_gradient<true, T>) : SMI_BEST(add_gradient<false, T>);
     T* out = result.mutable_data_ptr<T>();  // [B, C, H, W]
     for_each_task(tasks.count(), tasks.pixels(), [&](int64_t i) {
       T* plane = out + tasks.plane(i);

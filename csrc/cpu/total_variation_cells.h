@@ -19,6 +19,8 @@ constexpr Neighbour kNeighbours[kKinds] = {{0, 1}, {1, 0}, {1, 1}, {1, -1}};
 struct Rectangle {
   int64_t top, left, bottom, right;
 
+  bool operator==(const Rectangle&) const = default;
+
   bool empty() const { return top >= bottom || left >= right; }
 
   // The pixels whose neighbour is in this rectangle.
@@ -36,9 +38,9 @@ struct Rectangle {
 // A plane of pixels cut into cells, the last row of which may be lower.
 struct Grid {
   int64_t height, width, cell_height, cell_width;
+  // Held, for divisions are slow.
+  int64_t rows = (height + cell_height - 1) / cell_height, columns = width / cell_width;
 
-  int64_t rows() const { return (height + cell_height - 1) / cell_height; }
-  int64_t columns() const { return width / cell_width; }
   int64_t elements(const Neighbour& neighbour) const {
     return neighbour.down * width + neighbour.right;
   }
@@ -47,6 +49,9 @@ struct Grid {
     const int64_t top = row * cell_height, left = column * cell_width;
     return {top, left, std::min(top + cell_height, height), left + cell_width};
   }
+  Rectangle cell(int64_t index) const { return cell(index / columns, index % columns); }
+  // The pixels that have all four neighbours.
+  Rectangle inside() const { return {0, 1, height - 1, width - 1}; }
 };
 
 // Some kept cells of a grid, and of all cells whether they are kept.
@@ -56,31 +61,20 @@ struct Cells {
   const uint8_t* kept;
 };
 
-// Calls visit with the cells, each in turn.
+// Calls visit with rectangles that cover, once each, the pixels next to a cell, in cells that
+// aren't kept, whose neighbour is in it.
 template <typename Visit>
-inline void for_each_cell(const Grid& grid, const Cells& cells, const Visit& visit) {
-  for (int64_t i = 0; i < cells.count; ++i) {
-    visit(grid.cell(cells.indices[i] / grid.columns(), cells.indices[i] % grid.columns()));
-  }
-}
-
-// Calls visit with rectangles that cover, once each, the pixels next to the cells, in cells that
-// aren't kept, whose neighbour is in one of them.
-template <typename Visit>
-inline void for_each_border(const Grid& grid, const Cells& cells, const Neighbour& neighbour,
-                            const Visit& visit) {
-  for (int64_t i = 0; i < cells.count; ++i) {
-    const int64_t row = cells.indices[i] / grid.columns();
-    const int64_t column = cells.indices[i] % grid.columns();
-    const Rectangle looking = grid.cell(row, column).seen_from(neighbour);
-    for (int64_t up = 0; up <= neighbour.down; ++up) {
-      for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
-        const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
-        if (r < 0 || r >= grid.rows() || c < 0 || c >= grid.columns()) continue;
-        if (cells.kept[r * grid.columns() + c]) continue;
-        const Rectangle pixels = grid.cell(r, c).within(looking);
-        if (!pixels.empty()) visit(pixels);
-      }
+inline void for_each_border(const Grid& grid, const Cells& cells, int64_t index,
+                            const Neighbour& neighbour, const Visit& visit) {
+  const int64_t row = index / grid.columns, column = index % grid.columns;
+  const Rectangle looking = grid.cell(row, column).seen_from(neighbour);
+  for (int64_t up = 0; up <= neighbour.down; ++up) {
+    for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
+      const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
+      if (r < 0 || r >= grid.rows || c < 0 || c >= grid.columns) continue;
+      if (cells.kept[r * grid.columns + c]) continue;
+      const Rectangle pixels = grid.cell(r, c).within(looking);
+      if (!pixels.empty()) visit(pixels);
     }
   }
 }
