@@ -77,6 +77,14 @@ def test_total_variation_of_strided_images() -> None:
     torch.testing.assert_close(images.grad, dense.grad)
 
 
+@pytest.mark.parametrize("sides", [(4, 0), (0, 4), (1, 1)])
+def test_total_variation_without_neighbours_is_zero(sides: tuple[int, int]) -> None:
+    images = torch.randn(2, 3, *sides, dtype=F64, requires_grad=True)
+    l1, l2 = ops.total_variation(images)
+    (l1 + l2).backward()
+    assert l1 == l2 == 0 and images.grad.shape == images.shape and not images.grad.any()
+
+
 def adam_state(*shape: int) -> dict[str, Tensor]:
     return {
         "images": torch.randn(*shape, dtype=F64),

@@ -59,7 +59,7 @@ class Tasks {
       std::iota(cells_.begin(), cells_.end(), 0);
       kept_.assign(bands_, 1);
     }
-    count_ = images.size(0) * channels_ * bands_;
+    count_ = images.numel() ? images.size(0) * channels_ * bands_ : 0;
   }
 
   const Grid& grid() const { return grid_; }
