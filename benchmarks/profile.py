@@ -24,7 +24,7 @@ KINDS = {
     ),
     "norm_and_gelu": (
         *("smi_fast::add_normalize_", "smi_fast::normalize_backward_", "smi_fast::gelu_"),
-        *("aten::native_layer_norm", "aten::gelu", "aten::mul_"),
+        *("smi_fast::multiply_", "aten::native_layer_norm", "aten::gelu", "aten::mul_"),
     ),
 }
 PIXEL_OPS = ("smi_fast::gather_patches", "smi_fast::total_variation", "smi_fast::adam_clamp_")

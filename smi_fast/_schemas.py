@@ -62,8 +62,30 @@ _ENGINE_SCHEMAS = {
         "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd) -> ()"
     ),
     "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
+    "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",
     "attend_": "(Tensor qkv, Tensor q_bias, Tensor(a!) out) -> ()",
     "attend_backward_": "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv) -> ()",
+    "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
+    "attend_rows_backward": (
+        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor shares) -> (Tensor, Tensor)"
+    ),
+}
+
+# Those parts in their order, for whole blocks and for the first rows of one; in C++ only.
+_DRIVER_SCHEMAS = {
+    "run_blocks_": (
+        "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
+        " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves)"
+        " -> Tensor[]"
+    ),
+    "run_blocks_backward_": (
+        "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv) -> ()"
+    ),
+    "first_rows": (
+        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"
+    ),
+    "first_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
 }
 
 TRITON = "_triton"
@@ -87,6 +109,8 @@ for _name, _schema in _SCHEMAS.items():
 for _name, _schema in _ENGINE_SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name, _schema in _DRIVER_SCHEMAS.items():
+    _library.define(_name + _schema)
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
@@ -179,4 +203,5 @@ def _writes_what_is_given(*_: object) -> None:
 
 _fake("adam_clamp_")(_writes_what_is_given)
 for _name in _ENGINE_SCHEMAS:
-    torch.library.register_fake(f"smi_fast::{_name}", _writes_what_is_given, lib=_library)
+    if _name.endswith("_"):
+        torch.library.register_fake(f"smi_fast::{_name}", _writes_what_is_given, lib=_library)

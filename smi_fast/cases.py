@@ -25,6 +25,7 @@ CHANGED = {
     "add_normalize_": (0, 4, 5),
     "normalize_backward_": (0,),
     "gelu_": (0, 2),
+    "multiply_": (0,),
     "attend_": (2,),
     "attend_backward_": (3,),
 }
@@ -317,6 +318,7 @@ def _block_cases() -> Iterator[Case]:
         yield Case(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
         yield Case(label, "normalize_backward_", (added, grad, x, rstd))
         yield Case(label, "gelu_", (3 * x, bias, empty))
+        yield Case(label, "multiply_", (added, grad))
     far = torch.tensor([[-200.0, -15.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 15.0, 200.0]])
     yield Case("far", "gelu_", (far, torch.zeros(9), torch.empty_like(far)))
     for count, width in ((1, 64), (2, 8), (47, 64), (66, 72), (197, 32), (0, 8)):
@@ -325,3 +327,10 @@ def _block_cases() -> Iterator[Case]:
         label = f"{count}-{width}"
         yield Case(label, "attend_", (qkv, q_bias, out))
         yield Case(label, "attend_backward_", (grad, qkv, q_bias, torch.empty_like(qkv)))
+    for rows, count, width in ((1, 1, 64), (1, 47, 64), (2, 48, 24), (3, 197, 33)):
+        q, grad = torch.randn(2, 2, rows, 3 * width)
+        q_bias, kv = torch.randn(3 * width), torch.randn(2, count, 2, 3, width)
+        shares = torch.randn(2, 3, rows, count).softmax(dim=-1)
+        label = f"{rows}-{count}-{width}"
+        yield Case(label, "attend_rows", (q, q_bias, kv))
+        yield Case(label, "attend_rows_backward", (grad, q, q_bias, kv, shares))

@@ -319,6 +319,11 @@ def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
     x.copy_(cdf + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi))
 
 
+def multiply_(x: Tensor, factors: Tensor) -> None:
+    """x *= factors of the same shape."""
+    x *= factors
+
+
 def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor) -> None:
     """Attention of qkv [B, N, 3, H, D] into out, q_bias [H·D] added to the queries."""
     out.copy_(gather_attention(_biased(qkv, q_bias), None, None, False)[0].view_as(out))
@@ -328,6 +333,35 @@ def attend_backward_(grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor) -
     """The gradient of qkv in :func:`attend_` into d_qkv, from that of its out."""
     rows = grad.view(*qkv.shape[:2], q_bias.numel())
     d_qkv.copy_(gather_attention_backward(rows, _biased(qkv, q_bias), None, None).view_as(d_qkv))
+
+
+def attend_rows(q: Tensor, q_bias: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of queries q + q_bias [B, R, H·D] among kv [B, N, 2, H, D].
+
+    Returns out [B, R, H·D] and the shares [B, H, R, N] of the values in it.
+    """
+    keys, values = kv.permute(2, 0, 3, 1, 4)
+    shares = (_queries(q, q_bias, kv) @ keys.mT).softmax(dim=-1)
+    return (shares @ values).transpose(1, 2).flatten(2), shares
+
+
+def attend_rows_backward(
+    grad: Tensor, q: Tensor, q_bias: Tensor, kv: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q and kv in :func:`attend_rows`, from that of its out."""
+    keys, values = kv.permute(2, 0, 3, 1, 4)
+    d_out = grad.unflatten(2, kv.shape[3:]).transpose(1, 2)
+    d_shares = d_out @ values.mT
+    d_scores = shares * (d_shares - (shares * d_shares).sum(dim=-1, keepdim=True))
+    d_q = (d_scores @ keys).transpose(1, 2).flatten(2) / kv.shape[4] ** 0.5
+    d_keys, d_values = d_scores.mT @ _queries(q, q_bias, kv), shares.mT @ d_out
+    return d_q, torch.stack([d_keys, d_values]).permute(1, 3, 0, 2, 4).contiguous()
+
+
+def _queries(q: Tensor, q_bias: Tensor, kv: Tensor) -> Tensor:
+    """[B, H, R, D], biased and scaled."""
+    queries: Tensor = (q + q_bias).unflatten(2, kv.shape[3:]).transpose(1, 2)
+    return queries / math.sqrt(kv.shape[4])
 
 
 def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smi_fast import ops
 from smi_fast.backends import AUTO, check_name, choose
-from smi_fast.engine import Engine, supports
+from smi_fast.engine import FoldedBlocks
 from smi_fast.projection import parts_of, qkv_of
 from smi_fast.supported import check_teacher, freeze
 from smi_fast.taps import ROW, TOKENS, attend, class_row, parse
@@ -82,9 +82,7 @@ class SparseViT(nn.Module):
         self._positions: Tensor | None
         self.register_buffer("_prefix", prefix, persistent=False)
         self.register_buffer("_positions", positions, persistent=False)
-        self._engines: dict[tuple[int, int], Engine] = {}
-        self._engines_state: object = None
-        self._engine_supports = len(vit.blocks) > 1 and all(map(supports, vit.blocks[:-1]))
+        self._folded = FoldedBlocks(self.vit.blocks)
         reads_tokens = vit.global_pool == "token" and vit.attn_pool is None
         self._rows_read = vit.num_prefix_tokens if reads_tokens else None
         if reads_tokens and not isinstance(vit, VisionTransformerDistilled):
@@ -206,29 +204,19 @@ class SparseViT(nn.Module):
 
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
         """The blocks from ``start`` up to ``stop``, none when they are equal."""
-        if start < stop and self._runs_on_engine(x):
-            return self._current_engine(start, stop)(x)
+        if start < stop and self._runs_folded(x):
+            return self._folded.engine(start, stop)(x)
         for block in self.vit.blocks[start:stop]:
             x = self._block(block, x)
         return x
 
-    def _runs_on_engine(self, x: Tensor) -> bool:
+    def _runs_folded(self, x: Tensor) -> bool:
         """Whether the C++ kernels were chosen and know the blocks; a compiler sees the blocks."""
         return (
-            self._engine_supports
+            self._folded.possible
             and not torch.compiler.is_compiling()
             and choose("gather_attention", x.device, x.dtype, self.backend).name == "cpp"
         )
-
-    def _current_engine(self, start: int, stop: int) -> Engine:
-        """The engine over the weights as they are: whoever shares them may have changed them."""
-        blocks = self.vit.blocks[:-1]
-        state = (self.dtype, sum(p._version for p in blocks.parameters()))
-        if self._engines_state != state:
-            self._engines_state, self._engines = state, {}
-        if (start, stop) not in self._engines:
-            self._engines[start, stop] = Engine(blocks[start:stop])
-        return self._engines[start, stop]
 
     def _block(self, block: Block, x: Tensor) -> Tensor:
         attention = block.attn
@@ -240,9 +228,12 @@ class SparseViT(nn.Module):
         self, block: Block, x: Tensor, importance: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The last block's rows that the head reads, and how much they attend to each patch."""
-        attention, read = block.attn, self._rows_read
+        attention, read, prefix = block.attn, self._rows_read, self.num_prefix_tokens
         if read is None and not importance:
-            return self._block(block, x), None
+            return self._run(x, self.depth - 1, self.depth), None
+        if read is not None and self._runs_folded(x):
+            x, shares = self._folded.first_rows_of_last(read)(x)
+            return x, shares[:, :, 0, prefix:].mean(dim=1) if importance else None
         y = block.norm1(x)
         q = parts_of(attention, y[:, :read], 0, 1).squeeze(2)
         k, v = parts_of(attention, y, 1, 3).unbind(2)
@@ -250,7 +241,6 @@ class SparseViT(nn.Module):
         k, v = attention.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         probabilities = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
         out = (probabilities @ v).transpose(1, 2).flatten(2)
-        prefix = self.num_prefix_tokens
         rows = slice(0, 1) if read is not None else slice(prefix, None)
         row = probabilities[:, :, rows, prefix:].detach().mean(dim=(1, 2)) if importance else None
         return _rest_of_block(block, x[:, :read], y[:, :read], out), row

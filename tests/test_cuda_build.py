@@ -183,7 +183,7 @@ def test_it_holds_code_for_every_architecture(library: Path) -> None:
 
 
 # Of Python's limited API, and of the C interface that torch keeps stable.
-STABLE = re.compile(r"PyModule_Create2|aoti_torch_\w+|torch_\w+")
+STABLE = re.compile(r"PyModule_Create2|aoti_(torch|record_function)_\w+|torch_\w+")
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import smi_fast.engine
 from smi_fast import SparseInverter, SparseViT, StopSchedule, _native
-from smi_fast.engine import Engine, supports
+from smi_fast.engine import Engine, FirstRows
+from smi_fast.folding import foldable
 
 pytestmark = pytest.mark.skipif(
     _native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {_native.WHY_NO_CPU}"
@@ -57,6 +58,26 @@ def test_equals_the_blocks(engine: Engine, teacher: VisionTransformer) -> None:
     check(Engine(teacher.double().blocks[:3]), teacher, tokens().double(), 1e-13)
 
 
+@pytest.mark.parametrize(("batch", "count", "rows"), [(2, 7, 1), (1, 1, 1), (3, 17, 2), (2, 5, 5)])
+def test_first_rows_are_those_of_the_block(
+    teacher: VisionTransformer, batch: int, count: int, rows: int
+) -> None:
+    """And no other is computed after attention."""
+    block = teacher.requires_grad_(False).blocks[-1]
+    x = tokens(batch, count)
+    first, shares = FirstRows(block, rows)(x)
+    plain = block(x)[:, :rows]
+    assert relative_error(first, plain) < 1e-5
+    assert first.grad_fn.saved_tensors[-1].shape == (batch * rows, block.mlp.fc1.out_features)
+    assert relative_error(gradients(first, x), gradients(plain, x)) < 1e-5
+    q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+    assert relative_error(shares, (q[:, :, :rows] @ k.mT / 8).softmax(dim=-1)) < 1e-5
+    assert not shares.requires_grad
+    doubled = copy.deepcopy(block).double()
+    exact, _ = FirstRows(doubled, rows)(x.double())
+    assert relative_error(exact, doubled(x.double())[:, :rows]) < 1e-13
+
+
 def test_nothing_to_compute(engine: Engine) -> None:
     for x in (tokens(2, 0), tokens(0, 5)):
         assert engine(x).shape == gradients(engine(x), x).shape == x.shape
@@ -70,7 +91,7 @@ def test_packed_products_are_the_same(
     monkeypatch.setattr(smi_fast.engine, "_PASSES_UNPACKED", 2)
 
     def is_packed() -> bool:
-        return bool(engine.blocks[0].qkv._packed)
+        return bool(engine.packed)
 
     for count, packed in ((7, False), (7, True), (7, True), (9, False), (9, True), (7, False)):
         check(engine, teacher, tokens(2, count))
@@ -88,7 +109,7 @@ def test_packed_products_are_the_same(
 def test_memory_is_planned_once(engine: Engine) -> None:
     def addresses() -> list[int]:
         assert engine.free is not None
-        return [saved.normalized[0].data_ptr() for saved in engine.free.saved]
+        return [to_attention.data_ptr() for to_attention in engine.free.normalized[::4]]
 
     x = tokens()
     gradients(engine(x), x)
@@ -144,9 +165,9 @@ def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
 )
 def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None:
     model = make_teacher("vit_tiny_patch16_224", img_size=32, depth=2, **options)
-    assert all(supports(block) == computed for block in model.blocks)
+    assert all(foldable(block) == computed for block in model.blocks)
     images, sparse = random_images(model), SparseViT(model, backend="cpp")
-    assert sparse._engine_supports == computed
+    assert sparse._folded.possible == computed
     for ours, theirs in zip(
         with_gradient(sparse, images), with_gradient(model, images), strict=True
     ):

@@ -82,7 +82,8 @@ def test_many_taps_at_once_change_no_logits() -> None:
 
 def test_a_row_leaves_the_last_block_short() -> None:
     """Only one row of the last MLP is computed for a tapped class token's row."""
-    sparse, rows = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2)), []
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    sparse, rows = SparseViT(teacher, backend="reference"), []
     sparse.vit.blocks[-1].mlp.fc1.register_forward_hook(
         lambda module, given, out: rows.append(out.shape[1])
     )

@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "common.h"
+#include "steps.h"
 
 namespace smi_fast {
 
@@ -203,6 +203,8 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
   return result;
 }
 
+}  // namespace
+
 // All tokens of qkv [B, N, 3, H, D] into out [B, N, H·D], q_bias [H·D] added to their queries.
 void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out) {
   STD_TORCH_CHECK(qkv.is_contiguous() && q_bias.is_contiguous() && out.is_contiguous() &&
@@ -226,8 +228,6 @@ void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bia
              d_qkv.mutable_data_ptr<T>());
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
   m.impl("gather_attention", TORCH_BOX(&gather_attention));

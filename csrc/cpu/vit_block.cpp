@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "steps.h"
 
 #define SMI_KERNEL "vit_block_kernel.h"
 #include "per_isa.h"
@@ -18,6 +18,8 @@ T* data_of(const Tensor& tensor, int64_t count) {
                   " contiguous elements, got ", tensor.numel());
   return tensor.mutable_data_ptr<T>();
 }
+
+}  // namespace
 
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd) {
@@ -68,12 +70,25 @@ void gelu_(Tensor x, const Tensor& bias, Tensor out) {
   });
 }
 
-}  // namespace
+void multiply_(Tensor x, const Tensor& factors) {
+  const int64_t count = x.numel();
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = SMI_BEST(multiply<T>);
+    T* product = data_of<T>(x, count);
+    const T* factor = data_of<T>(factors, count);
+    for_each_task(ceil_div(count, kGrain), kGrain, [&](int64_t i) {
+      const int64_t at = i * kGrain;
+      kernel(product + at, factor + at, std::min(kGrain, count - at));
+    });
+  });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
   m.impl("add_normalize_", TORCH_BOX(&add_normalize_));
   m.impl("normalize_backward_", TORCH_BOX(&normalize_backward_));
   m.impl("gelu_", TORCH_BOX(&gelu_));
+  m.impl("multiply_", TORCH_BOX(&multiply_));
 }
 
 }  // namespace smi_fast

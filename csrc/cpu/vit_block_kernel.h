@@ -82,3 +82,9 @@ void gelu(T* x, const T* bias, int64_t width, T* out) {
   std::copy_n(last_x, width - i, x + i);
   std::copy_n(last_out, width - i, out + i);
 }
+
+template <typename T>
+void multiply(T* __restrict x, const T* __restrict factors, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] *= factors[i];
+}

@@ -1,0 +1,140 @@
+// The first rows of what a frozen block makes of its tokens, when nothing else is read; see
+// smi_fast/engine.py.
+
+#include "steps.h"
+
+namespace smi_fast {
+namespace {
+
+using torch::stable::empty_like;
+using torch::stable::matmul;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+using torch::stable::view;
+
+// x [rows, in] times the matrix [out, in], transposed.
+Tensor product(const Tensor& x, const Tensor& matrix) {
+  return matmul(x, torch::stable::transpose(matrix, 0, 1));
+}
+
+// Runs run(a, b) for the elements that the first rows of each image in a [B·N, D] share with
+// b [B·R, D].
+template <typename Run>
+void for_each_of_first(const Tensor& a, const Tensor& b, int64_t batch, const Run& run) {
+  const int64_t apart = batch ? a.numel() / batch : 0, count = batch ? b.numel() / batch : 0;
+  with_type_of(a, [&](auto zero) {
+    using T = decltype(zero);
+    T* all = a.mutable_data_ptr<T>();    // [B, N, D]
+    T* first = b.mutable_data_ptr<T>();  // [B, R, D]
+    for (int64_t i = 0; i < batch; ++i, all += apart, first += count) {
+      for (int64_t j = 0; j < count; ++j) run(all[j], first[j]);
+    }
+  });
+}
+
+Tensor first_of(const Tensor& x, int64_t batch, int64_t rows) {
+  const Tensor first = new_empty(x, {batch * rows, x.size(1)});
+  for_each_of_first(x, first, batch, [](const auto& from, auto& to) { to = from; });
+  return first;
+}
+
+// to += terms, which are repeated as often as they fit.
+void add(const Tensor& to, const Tensor& terms) {
+  const int64_t all = to.numel(), count = terms.numel();
+  with_type_of(to, [&](auto zero) {
+    using T = decltype(zero);
+    T* sums = to.mutable_data_ptr<T>();
+    const T* values = terms.const_data_ptr<T>();
+    for (int64_t i = 0; i < all; i += count) {
+      for (int64_t j = 0; j < count; ++j) sums[i + j] += values[j];
+    }
+  });
+}
+
+// The weights, in the order in which Python lists them.
+struct Weights {
+  const Tensor &to_q, &to_kv, &proj, &fc1, &fc2, &q_bias, &proj_bias, &fc1_bias, &fc2_bias;
+
+  explicit Weights(const std::vector<Tensor>& w)
+      : to_q(w.at(0)),
+        to_kv(w.at(1)),
+        proj(w.at(2)),
+        fc1(w.at(3)),
+        fc2(w.at(4)),
+        q_bias(w.at(5)),
+        proj_bias(w.at(6)),
+        fc1_bias(w.at(7)),
+        fc2_bias(w.at(8)) {}
+};
+
+// The first rows [B, R, D] after the block, their attention's shares [B, H, R, N], and what
+// backward needs beside these: LayerNorm's results and scales before attention and the MLP, q, kv,
+// and GELU's derivative.
+std::vector<Tensor> first_rows(const Tensor& tokens_any, const std::vector<Tensor>& weights,
+                               const std::vector<double>& eps, int64_t heads, int64_t rows) {
+  const Weights w(weights);
+  const Tensor tokens = as_contiguous(tokens_any);
+  const int64_t batch = tokens.size(0), count = tokens.size(1), width = tokens.size(2);
+  const int64_t attention = w.q_bias.numel();
+  const std::optional<Tensor> nothing;
+  const Tensor x = view(tokens, {batch * count, width});
+
+  const Tensor normalized = empty_like(x), rstd = new_empty(x, {batch * count});
+  recorded("smi_fast::add_normalize_", add_normalize_, x, nothing, nothing, eps.at(0), normalized,
+           rstd);
+  const Tensor q =
+      view(product(first_of(normalized, batch, rows), w.to_q), {batch, rows, attention});
+  const Tensor kv = view(product(normalized, w.to_kv), {batch, count, 2, heads, attention / heads});
+  const auto [attended, shares] = recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv);
+
+  const Tensor y = first_of(x, batch, rows);
+  const Tensor added = product(view(attended, {batch * rows, attention}), w.proj);
+  const Tensor to_mlp = empty_like(y), mlp_rstd = new_empty(y, {batch * rows});
+  recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
+           std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd);
+  const Tensor derivative = product(to_mlp, w.fc1), hidden = empty_like(derivative);
+  recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
+  add(y, product(hidden, w.fc2));
+  add(y, w.fc2_bias);
+  return {
+      view(y, {batch, rows, width}), shares, normalized, rstd, q, kv, to_mlp, mlp_rstd, derivative};
+}
+
+// The gradient of the tokens from that of their first rows after the block.
+Tensor first_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
+                           const std::vector<Tensor>& saved) {
+  const Weights w(weights);
+  const Tensor &shares = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
+  const Tensor &q = saved.at(3), &kv = saved.at(4), &to_mlp = saved.at(5);
+  const Tensor &mlp_rstd = saved.at(6), &derivative = saved.at(7);
+  const int64_t batch = kv.size(0), count = kv.size(1), width = normalized.size(1);
+  const int64_t attention = w.q_bias.numel();
+
+  const Tensor gradient = first_of(view(as_contiguous(grad_any), {q.size(0) * q.size(1), width}), 1,
+                                   q.size(0) * q.size(1));
+  const Tensor d_hidden = matmul(gradient, w.fc2);
+  recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, matmul(d_hidden, w.fc1),
+           to_mlp, mlp_rstd);
+  const Tensor d_attended = view(matmul(gradient, w.proj), q.sizes());
+  const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
+                                    d_attended, q, w.q_bias, kv, shares);
+
+  const Tensor d_normalized = matmul(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
+  for_each_of_first(d_normalized, matmul(view(d_q, {-1, attention}), w.to_q), batch,
+                    [](auto& sum, const auto& term) { sum += term; });
+  const Tensor result = new_zeros(normalized, normalized.sizes());
+  for_each_of_first(result, gradient, batch, [](auto& to, const auto& from) { to = from; });
+  recorded("smi_fast::normalize_backward_", normalize_backward_, result, d_normalized, normalized,
+           rstd);
+  return view(result, {batch, count, width});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
+  m.impl("first_rows", TORCH_BOX(&first_rows));
+  m.impl("first_rows_backward", TORCH_BOX(&first_rows_backward));
+}
+
+}  // namespace smi_fast

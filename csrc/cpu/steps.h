@@ -1,0 +1,52 @@
+// The steps of a frozen block, for those who run many of them: products, and the ops in between
+// without a dispatcher, whose share of a short sequence's time is as large as theirs.
+
+#pragma once
+
+#include <utility>
+
+#include "common.h"
+
+// Only where torch has MKL, which Python asks before it packs a matrix.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle matrix,
+                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* product);
+
+namespace smi_fast {
+
+// See vit_block.cpp, gather_attention.cpp and attend_rows.cpp.
+void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
+                    double eps, Tensor normalized, Tensor rstd);
+void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
+                         const Tensor& rstd);
+void gelu_(Tensor x, const Tensor& bias, Tensor out);
+void multiply_(Tensor x, const Tensor& factors);
+void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out);
+void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv);
+std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv);
+std::tuple<Tensor, Tensor> attend_rows_backward(const Tensor& grad, const Tensor& q,
+                                                const Tensor& q_bias, const Tensor& kv,
+                                                const Tensor& shares);
+
+// Runs a step under a name that a profiler sees.
+template <typename Step, typename... Arguments>
+auto recorded(const char* name, const Step& step, Arguments&&... arguments) {
+  struct Scope {
+    AtenRecordFunctionHandle handle = nullptr;
+    explicit Scope(const char* name) {
+      TORCH_ERROR_CODE_CHECK(aoti_record_function_start(name, nullptr, nullptr, 0, &handle));
+    }
+    ~Scope() { aoti_record_function_end(handle); }
+  } const scope(name);
+  return step(std::forward<Arguments>(arguments)...);
+}
+
+// x [rows, in] times the matrix [out, in] transposed, packed for that many rows.
+inline Tensor packed_product(const Tensor& x, const Tensor& matrix, const Tensor& packed) {
+  AtenTensorHandle product = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__mkl_linear(x.get(), packed.get(), matrix.get(), nullptr,
+                                                    x.size(0), &product));
+  return Tensor(product);
+}
+
+}  // namespace smi_fast
