@@ -26,6 +26,8 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [*all_cases(), *block_cases()]
 F32, F64 = torch.float32, torch.float64
+# From 2.11 on, tensors over memory of others say when they are done with it.
+TORCH_LENDS_MEMORY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
@@ -132,6 +134,26 @@ def test_kept_out_of_range_is_refused_before_anything_is_written(op: str, bad: i
         with pytest.raises(RuntimeError, match=message):
             getattr(torch.ops.smi_fast, f"{op}_backward")(*grads[op])
     assert all(map(torch.equal, state, before))
+
+
+def test_memory_of_a_large_result_is_given_out_again_once_it_is_free() -> None:
+    """And not before: neither while a view of it lives, nor in another thread."""
+    shift, flip = torch.zeros(2, dtype=torch.int64), torch.tensor(False)
+
+    def patches(value: float) -> Tensor:
+        images, kept = torch.full((2, 3, 448, 448), float(value)), torch.arange(784).expand(2, -1)
+        return torch.ops.smi_fast.gather_patches(images, kept, shift, flip, 16)[0]
+
+    held = [patches(value) for value in (1.0, 2.0)]
+    view = held.pop()[1, 700:]
+    with ThreadPoolExecutor(4) as pool:
+        held += pool.map(patches, range(3, 9))
+    assert len({tensor.data_ptr() for tensor in [view, *held]}) == 8
+    assert (view == 2).all()
+    assert [tensor.unique().tolist() for tensor in held] == [[1], *([v] for v in range(3, 9))]
+    if TORCH_LENDS_MEMORY:
+        address = held.pop().data_ptr()
+        assert patches(9.0).data_ptr() == address
 
 
 def test_a_nan_in_a_gradient_reaches_the_pixels() -> None:

@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "common.h"
+#include "results.h"
 
 namespace smi_fast {
 
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_matching(const Tensor& x_any,
   const Tensor x = as_contiguous(x_any), bias = as_contiguous(bias_any);
   const Tensor running_mean = as_contiguous(running_mean_any);
   const int64_t batch = x.size(0), channels = x.size(1), plane = x.size(2) * x.size(3);
-  const Tensor y = torch::stable::empty_like(x);
+  const Tensor y = new_result(x, sizes_of(x));
   const Tensor mean = torch::stable::new_empty(x, {channels});
   const Tensor var = torch::stable::new_empty(x, {channels});
   with_type_of(x, [&](auto zero) {
@@ -80,7 +80,7 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
   const Tensor grad = as_contiguous(grad_any), x = as_contiguous(x_any);
   const Tensor offset = as_contiguous(offset_any), slope = as_contiguous(slope_any);
   const int64_t channels = x.size(1), plane = x.size(2) * x.size(3);
-  const Tensor result = torch::stable::empty_like(x);
+  const Tensor result = new_result(x, sizes_of(x));
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = SMI_BEST(normalize_backward<T>);

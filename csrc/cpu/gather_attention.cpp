@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "results.h"
 #include "steps.h"
 
 namespace smi_fast {
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any,
   const std::optional<Tensor> kept = checked_rows(kept_any, qkv);
   const int64_t batch = qkv.size(0), heads = qkv.size(3), width = qkv.size(4);
   const int64_t count = kept ? kept->size(1) : qkv.size(1);
-  const Tensor out = torch::stable::new_empty(qkv, {batch, count, heads * width});
+  const Tensor out = new_result(qkv, {batch, count, heads * width});
   const Tensor importance = torch::stable::new_empty(qkv, {batch, want_importance ? count : 0});
   with_type_of(qkv, [&](auto zero) {
     using T = decltype(zero);
@@ -194,7 +195,7 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
   const Tensor grad = as_contiguous(grad_any), qkv = as_contiguous(qkv_any);
   const std::optional<Tensor> kept = checked_rows(kept_any, qkv);
   const Tensor result =
-      kept ? torch::stable::new_zeros(qkv, qkv.sizes()) : torch::stable::empty_like(qkv);
+      kept ? torch::stable::new_zeros(qkv, qkv.sizes()) : new_result(qkv, sizes_of(qkv));
   with_type_of(qkv, [&](auto zero) {
     using T = decltype(zero);
     backward(Heads<T>(qkv, nullptr, kept, lengths), grad.const_data_ptr<T>(),

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "common.h"
+#include "results.h"
 
 namespace smi_fast {
 namespace {
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor
   const Windows windows(kept, shift, flip, height, width, patch_size);
   const int64_t batch = kept.size(0), count = kept.size(1);
   const int64_t length = channels * patch_size * patch_size;
-  const Tensor patches = torch::stable::new_empty(images, {batch, count, length});
+  const Tensor patches = new_result(images, {batch, count, length});
   const Tensor positions = torch::stable::new_empty(kept, {batch, count});
   int64_t* position_data = positions.mutable_data_ptr<int64_t>();  // [B, K]
   with_type_of(images, [&](auto zero) {
@@ -155,7 +155,7 @@ Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept, const
   const Windows windows(kept, shift, flip, height, width, patch_size);
   const int64_t batch = kept.size(0), count = kept.size(1), length = grad.size(2);
   const int64_t channels = length / (patch_size * patch_size), rows = windows.rows();
-  const Tensor images = torch::stable::new_empty(grad, {batch, channels, height, width});
+  const Tensor images = new_result(grad, {batch, channels, height, width});
   with_type_of(grad, [&](auto zero) {
     using T = decltype(zero);
     const T* grad_data = grad.const_data_ptr<T>();  // [B, K, C, P, P]

@@ -2,7 +2,7 @@
 #include <numeric>
 #include <utility>
 
-#include "common.h"
+#include "results.h"
 #include "total_variation_cells.h"
 
 namespace smi_fast {
@@ -119,7 +119,7 @@ Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
                                 int64_t patch_size, const Tensor& parts_any) {
   const Tensor images = as_contiguous(images_any), parts = as_contiguous(parts_any);
   const Tasks tasks(images, kept, patch_size);
-  const Tensor result = torch::stable::empty_like(images);
+  const Tensor result = new_result(images, sizes_of(images));
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
     const T* pixels = images.const_data_ptr<T>();  // [B, C, H, W]
