@@ -110,8 +110,8 @@ Tensor first_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& we
   const int64_t batch = kv.size(0), count = kv.size(1), width = normalized.size(1);
   const int64_t attention = w.q_bias.numel();
 
-  const Tensor gradient = first_of(view(as_contiguous(grad_any), {q.size(0) * q.size(1), width}), 1,
-                                   q.size(0) * q.size(1));
+  const Tensor gradient =
+      view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
   const Tensor d_hidden = matmul(gradient, w.fc2);
   recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, matmul(d_hidden, w.fc1),

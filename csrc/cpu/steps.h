@@ -1,16 +1,11 @@
-// The steps of a frozen block, for those who run many of them: products, and the ops in between
-// without a dispatcher, whose share of a short sequence's time is as large as theirs.
+// The steps of a frozen block that are no product, for those who run many of them: without a
+// dispatcher, whose share of a short sequence's time is as large as theirs.
 
 #pragma once
 
 #include <utility>
 
 #include "common.h"
-
-// Only where torch has MKL, which Python asks before it packs a matrix.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle matrix,
-                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* product);
 
 namespace smi_fast {
 
@@ -39,14 +34,6 @@ auto recorded(const char* name, const Step& step, Arguments&&... arguments) {
     ~Scope() { aoti_record_function_end(handle); }
   } const scope(name);
   return step(std::forward<Arguments>(arguments)...);
-}
-
-// x [rows, in] times the matrix [out, in] transposed, packed for that many rows.
-inline Tensor packed_product(const Tensor& x, const Tensor& matrix, const Tensor& packed) {
-  AtenTensorHandle product = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__mkl_linear(x.get(), packed.get(), matrix.get(), nullptr,
-                                                    x.size(0), &product));
-  return Tensor(product);
 }
 
 }  // namespace smi_fast

@@ -3,8 +3,21 @@
 
 #include "steps.h"
 
+// Only where torch has MKL, which Python asks before it packs a matrix.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle matrix,
+                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* product);
+
 namespace smi_fast {
 namespace {
+
+// x [rows, in] times the matrix [out, in] transposed, packed for that many rows.
+Tensor packed_product(const Tensor& x, const Tensor& matrix, const Tensor& packed) {
+  AtenTensorHandle product = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__mkl_linear(x.get(), packed.get(), matrix.get(), nullptr,
+                                                    x.size(0), &product));
+  return Tensor(product);
+}
 
 // A frozen matrix [out, in], as it is and transposed, and both packed for so many rows or none.
 struct Matrix {
