@@ -27,8 +27,8 @@ from smi_fast import (
     TotalVariation,
     load_teacher,
 )
+from smi_fast.inversion.result import InversionResult
 from smi_fast.objectives import Objective
-from smi_fast.result import InversionResult
 from smi_fast.zoo import load_cnn
 
 ITERATIONS = 200

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks import published
 from smi_fast import Dense, SparseInverter, SparseViT, StopSchedule
-from smi_fast.backends import AUTO
-from smi_fast.inverter import random_jitter
+from smi_fast.inversion.inverter import random_jitter
+from smi_fast.ops.backends import AUTO
 from smi_fast.schedules import Schedule
 
 BATCHES = {"deit_tiny": 8, "deit_small": 8, "deit_base": 4}

@@ -21,7 +21,7 @@ from benchmarks.environment import record
 from benchmarks.resident import in_a_process_of_its_own, peak
 from benchmarks.timing import alternate, clocked, rounded, spread
 from smi_fast import SparseViT, ops
-from smi_fast.priors.patch_similarity import similarity_entropy
+from smi_fast.objectives.patch_similarity import similarity_entropy
 
 BATCH, SIDE = 8, 224
 BLOCKS, PATCHES, HEAD_WIDTH = 12, 196, 64

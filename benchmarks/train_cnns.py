@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.fashion_canvas import CLASSES, MEAN, STD, TEST_SEED, canvases
 from benchmarks.train_teacher import WEIGHTS, accuracy, train_cnn
-from smi_fast.cnns import small_cnn
+from smi_fast.zoo import small_cnn
 
 JUDGE = Path(__file__).parent / "results" / "judge_cnn.safetensors"
 

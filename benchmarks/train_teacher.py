@@ -34,7 +34,7 @@ from benchmarks.fashion_canvas import (
     normalise,
     render,
 )
-from smi_fast.cnns import small_cnn
+from smi_fast.zoo import small_cnn
 
 CONFIG = {
     "img_size": SIDE,

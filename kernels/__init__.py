@@ -1,4 +1,4 @@
-"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.reference`.
+"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.ops.reference`.
 
 Installed as ``smi_fast.kernels``. Importing it imports triton, so ``smi_fast`` itself never does.
 """

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import NEIGHBOURS, patch_mask
+from ..ops.grid import NEIGHBOURS, patch_mask
 from ._launch import launch
 
 # Larger tiles share more of their rims; backward keeps eight neighbours of each pixel in registers.

@@ -6,9 +6,9 @@ import json
 import platform
 import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,17 +17,13 @@ from smi_fast import __version__
 if TYPE_CHECKING:
     import torch
 
-    from smi_fast.inverter import SparseInverter
     from smi_fast.pool import Pool
-    from smi_fast.recipes import Recipe
-    from smi_fast.result import InversionResult
     from smi_fast.schedules import Schedule
 
 SCHEDULES = ("smi", "smi-scaled", "dense")
 PACKAGES = ("timm", "triton", "numpy")
 
 app = typer.Typer(
-    help="Invert a frozen Vision Transformer into images, working only on patches that are kept.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,12 +49,30 @@ def _is_ours(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"smi_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Invert a frozen Vision Transformer into images, working only on patches that are kept."""
+
+
 @app.command()
 def info() -> None:
     """Print versions, devices and which backends run on them."""
     import torch
 
-    from smi_fast import backends
+    from smi_fast.ops import backends
 
     print(f"smi_fast  {__version__}")
     print(f"python    {platform.python_version()}")
@@ -80,7 +94,7 @@ def info() -> None:
 def _choice(op: str, device: torch.device) -> str:
     import torch
 
-    from smi_fast import backends
+    from smi_fast.ops import backends
 
     try:
         chosen = backends.choose(op, device, torch.float32).name
@@ -109,22 +123,21 @@ def verify(
     """Check the kernels that run here against float64, exit code 1 if one is wrong; time a GPU."""
     import timm
 
-    from smi_fast import timing
-    from smi_fast import verify as checks
+    from smi_fast.verify import correctness, timing
 
-    rows = [row for device in checks.devices() for row in checks.verdicts(device)]
-    print(*checks.table(rows), sep="\n")
-    for reason in checks.not_run():
+    rows = [row for device in correctness.devices() for row in correctness.verdicts(device)]
+    print(*correctness.table(rows), sep="\n")
+    for reason in correctness.not_run():
         print(f"not run: {reason}")
     right = not any(row.failures for row in rows)
     times = []
     if right:  # a time of a wrong kernel means nothing
-        for device in checks.devices()[1:]:
+        for device in correctness.devices()[1:]:
             teacher = timm.create_model("deit_small_patch16_224")
             for entry in (*timing.op_times(device), *timing.step_times(device, teacher)):
                 print(json.dumps(entry))
                 times.append({"device": str(device), **entry})
-    out.write_text(json.dumps(checks.summary(rows, times), indent=1) + "\n")
+    out.write_text(json.dumps(correctness.summary(rows, times), indent=1) + "\n")
     print(f"all figures are in {out}")
     raise typer.Exit(0 if right else 1)
 
@@ -183,9 +196,13 @@ def invert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing pool.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print nothing but the result and errors.")
+    ] = False,
 ) -> None:
     """Invert classes of a teacher into a folder of images."""
-    from smi_fast.inverter import SparseInverter
+    from smi_fast.fill import Interrupted, fill
+    from smi_fast.inversion import SparseInverter
     from smi_fast.pool import Pool
     from smi_fast.recipes import by_name
     from smi_fast.zoo import label_names, load_cnn, load_teacher
@@ -198,7 +215,8 @@ def invert(
     iterations = published.iterations if iterations is None else iterations
     lr = published.lr if lr is None else lr
     published = replace(published, iterations=iterations, lr=lr)
-    print(published)
+    if not quiet:
+        print(published)
     stops = _schedule(schedule, iterations)
     inverter = SparseInverter(model, schedule=stops, backend=backend, **published.options())
     targets = [
@@ -227,72 +245,27 @@ def invert(
         "seed": seed,
         "versions": _versions(),
     }
-    _invert_all(inverter, published, pool, targets, batch_size, seed, names, provenance)
+    try:
+        fill(
+            pool,
+            inverter,
+            targets,
+            recipe=published,
+            batch_size=batch_size,
+            seed=seed,
+            class_names=names,
+            provenance=provenance,
+            progress=not quiet,
+        )
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from None
     _summarise(pool, inverter.schedule)
 
 
-def _invert_all(
-    inverter: SparseInverter,
-    recipe: Recipe,
-    pool: Pool,
-    targets: list[int],
-    batch_size: int,
-    seed: int,
-    names: tuple[str, ...] | None,
-    provenance: dict[str, Any],
-) -> None:
-    """Inverts what the pool doesn't hold yet, batch by batch."""
-    import torch
-
-    from smi_fast.plots import loss_curves
-    from smi_fast.pool import LOSS_CURVES
-    from smi_fast.result import NonFiniteLoss
-
-    for start in range(len(pool.records), len(targets), batch_size):
-        wanted = targets[start : start + batch_size]
-        # One stream per batch: a resumed run draws what an uninterrupted one would have drawn.
-        generator = torch.Generator().manual_seed((seed << 32) + start)
-        try:
-            given = recipe.targets(torch.tensor(wanted), inverter.teacher.num_classes, generator)
-            given = given.to(inverter.teacher.device)
-            result = inverter.invert(given, generator=generator)
-        except NonFiniteLoss as error:
-            pool.add_unfinished(error.result.images)
-            raise
-        if result.interrupted:
-            pool.add_unfinished(result.images)
-            print(
-                f"interrupted after {result.iterations} iterations: this batch as it was is in "
-                f"{pool.path / 'unfinished'}; --resume starts it again",
-                file=sys.stderr,
-            )
-            raise typer.Exit(130)
-        records = [{**record, **provenance} for record in _records(result, wanted, names)]
-        pool.add(result.images, result.masked_images, result.masks, records)
-        loss_curves(result.history, inverter.schedule.at, pool.path / LOSS_CURVES)
-
-
-def _records(
-    result: InversionResult, wanted: list[int], names: tuple[str, ...] | None
-) -> list[dict[str, Any]]:
-    predictions = result.logits.argmax(1).tolist()
-    triples = zip(wanted, predictions, result.confidence.tolist(), strict=True)
-    return [
-        {
-            "label": label,
-            "class_name": str(label) if names is None else names[label],
-            "prediction": prediction,
-            "confidence": confidence,
-            "iterations": result.iterations,
-            "kept_patches": result.kept.shape[1],
-        }
-        for label, prediction, confidence in triples
-    ]
-
-
 def _summarise(pool: Pool, schedule: Schedule) -> None:
-    from smi_fast.plots import contact_sheet
     from smi_fast.pool import CONTACT_SHEET
+    from smi_fast.pool.pictures import contact_sheet
 
     contact_sheet(pool.path, pool.path / CONTACT_SHEET)
     records = pool.records
@@ -350,11 +323,7 @@ def _versions() -> dict[str, str]:
     found: dict[str, str] = {"torch": torch.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -18,10 +18,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from smi_fast.inverter import JITTER_SHARE, SparseInverter
-from smi_fast.objectives import CrossEntropy, L2Norm, Objective, TotalVariation
-from smi_fast.priors.adversarial import AdversarialJS
-from smi_fast.priors.batch_norm import BatchNormMatching
+from smi_fast.inversion import SparseInverter
+from smi_fast.jitter import JITTER_SHARE
+from smi_fast.objectives import (
+    AdversarialJS,
+    BatchNormMatching,
+    CrossEntropy,
+    L2Norm,
+    Objective,
+    TotalVariation,
+)
 from smi_fast.schedules import Dense, Schedule, StopSchedule, still_iterations
 from smi_fast.teacher import SparseViT
 

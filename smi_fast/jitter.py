@@ -1,4 +1,4 @@
-"""Whole jittered images, for networks that look at every pixel."""
+"""Jitter: a shift and a mirroring of all images, drawn anew in each iteration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Side of the image over the largest shift, as published (arXiv 2510.27186).
+JITTER_SHARE = 8
+
+
+def random_jitter(
+    iterations: int, image_size: tuple[int, int], generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draws the jitter of a run.
+
+    Args:
+        iterations: T.
+        image_size: (height, width) in pixels; a shift is at most an eighth of each.
+        generator: on the CPU; None for torch's own.
+
+    Returns:
+        shift int64 [T, 2] in pixels (rows, columns), and flip bool [T].
+    """
+    limits = [side // JITTER_SHARE for side in image_size]
+    shift = torch.stack(
+        [torch.randint(-m, m + 1, (iterations,), generator=generator) for m in limits], dim=1
+    )
+    return shift, torch.rand(iterations, generator=generator) < 0.5
+
 
 def jitter_images(images: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
-    """Images as the dense loop jitters them, without reading ``shift`` or ``flip`` on the host.
+    """Jitter whole images, as the dense loop does, without a read by the host.
 
     Equal to::
 
@@ -31,7 +54,7 @@ def jitter_images(images: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """Rows and columns in another order; its gradient is their inverse order, not a scatter."""
+    """Reorders rows and columns. Its gradient reorders them back, which needs no scatter."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

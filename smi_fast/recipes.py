@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi_fast.objectives import CrossEntropy, L2Norm, Objective, TotalVariation
-from smi_fast.objectives import published_objectives as smi_objectives
-from smi_fast.priors.adversarial import AdversarialJS
-from smi_fast.priors.attention_prior import AttentionPrior
-from smi_fast.priors.batch_norm import BatchNormMatching
-from smi_fast.priors.head_similarity import HeadSimilarity
-from smi_fast.priors.patch_similarity import PatchSimilarity
-from smi_fast.priors.seams import PatchSeamTV
-from smi_fast.priors.variation_target import VariationTarget
-from smi_fast.targets import soft_targets
+from smi_fast.objectives import (
+    AdversarialJS,
+    AttentionPrior,
+    BatchNormMatching,
+    CrossEntropy,
+    HeadSimilarity,
+    L2Norm,
+    Objective,
+    PatchSeamTV,
+    PatchSimilarity,
+    TotalVariation,
+    VariationTarget,
+)
+from smi_fast.objectives.targets import soft_targets
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Recipe:
         iterations: steps of the optimiser.
         lr: learning rate of Adam.
         betas: decay rates of Adam.
-        soft: whether the targets are :func:`smi_fast.targets.soft_targets`.
+        soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
         differs: what of the published method isn't here, or isn't certain.
     """
 
@@ -71,7 +75,12 @@ class Recipe:
 def smi() -> Recipe:
     """Sparse model inversion."""
     return Recipe(
-        "smi", "SMI, arXiv 2510.27186, published code", smi_objectives(), 4000, 0.25, (0.5, 0.99)
+        "smi",
+        "SMI, arXiv 2510.27186, published code",
+        (CrossEntropy(), TotalVariation()),
+        4000,
+        0.25,
+        (0.5, 0.99),
     )
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smi_fast import backends
-from smi_fast.cases import random_kept
+from smi_fast.ops import backends
+from smi_fast.verify.cases import random_kept
 
 __all__ = ["random_kept"]
 

@@ -15,11 +15,11 @@ if len(sys.argv) > 1:
 
 import torch
 
-from smi_fast import _native, _schemas  # noqa: F401  (_schemas defines the ops)
-from smi_fast.cases import all_cases, block_cases
+from smi_fast.ops import native, schemas  # noqa: F401  (_schemas defines the ops)
+from smi_fast.verify.cases import all_cases, block_cases
 
-if _native.WHY_NO_CPU is not None:
-    raise SystemExit(_native.WHY_NO_CPU)
+if native.WHY_NO_CPU is not None:
+    raise SystemExit(native.WHY_NO_CPU)
 if "--planted-fault" in sys.argv:
     torch.ops.smi_fast_planted.read_past_end(torch.zeros(4))
 checked = 0

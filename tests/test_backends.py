@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smi_fast import _native, backends, ops
-from smi_fast.backends import Attention, BackendUnavailable
+from smi_fast import ops
+from smi_fast.ops import backends, native
+from smi_fast.ops.backends import BackendUnavailable
+from smi_fast.ops.limits import AttentionSize
 
 GPU = torch.device("cuda", 0)
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -17,7 +19,7 @@ A100, H100 = (8, 0, 163 * 1024), (9, 0, 227 * 1024)
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An H100 with every backend installed; a test takes away what it wants to miss."""
-    monkeypatch.setattr(_native, "WHY_NO_CUDA", None)
+    monkeypatch.setattr(native, "WHY_NO_CUDA", None)
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     monkeypatch.setattr(backends, "DEFAULT", backends.AUTO)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -26,7 +28,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def chosen(
-    dtype: torch.dtype = F32, name: str = backends.AUTO, attention: Attention | None = None
+    dtype: torch.dtype = F32, name: str = backends.AUTO, attention: AttentionSize | None = None
 ) -> dict[str, str]:
     return {op: backends.choose(op, GPU, dtype, name, attention).name for op in backends.OPS}
 
@@ -49,7 +51,7 @@ def test_where_one_is_missing_the_other_runs_every_op(gpu: pytest.MonkeyPatch) -
         assert set(chosen().values()) == {"cuda"}
         with pytest.raises(BackendUnavailable, match=r": triton: triton isn't installed$"):
             chosen(name="triton")
-    gpu.setattr(_native, "WHY_NO_CUDA", "torch 2.14.1+cpu is built without CUDA")
+    gpu.setattr(native, "WHY_NO_CUDA", "torch 2.14.1+cpu is built without CUDA")
     assert set(chosen().values()) == {"triton"}
     with pytest.raises(BackendUnavailable, match=r": cuda: torch .* is built without CUDA$"):
         chosen(name="cuda")
@@ -94,7 +96,7 @@ def test_attention_that_does_not_fit_goes_to_triton(
 ) -> None:
     gpu.setattr(backends, "_gpu", lambda _: machine)
     for tokens, expected in ((most, "cuda"), (most + 1, "triton")):
-        size = Attention(tokens, width, gradient)
+        size = AttentionSize(tokens, width, gradient)
         assert backends.choose("gather_attention", GPU, dtype, attention=size).name == expected
     sentence = rf"holds {most} tokens of width {width} in {dtype}.* of cuda:0, got {most + 1}$"
     with pytest.raises(BackendUnavailable, match=sentence) as refused:
@@ -104,7 +106,7 @@ def test_attention_that_does_not_fit_goes_to_triton(
 
 @pytest.mark.parametrize("width", [12, 136])
 def test_heads_of_other_widths_go_to_triton(gpu: pytest.MonkeyPatch, width: int) -> None:
-    size = Attention(46, width, True)
+    size = AttentionSize(46, width, True)
     assert backends.choose("gather_attention", GPU, F32, attention=size).name == "triton"
     with pytest.raises(
         BackendUnavailable, match=rf"wide as a multiple of 8 up to 128, got {width}$"
@@ -127,10 +129,10 @@ def test_the_choice_knows_the_size_of_attention(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         ops.gather_attention(qkv, kept)
     assert sizes == [
-        Attention(9, 16, True),
-        Attention(1, 16, True),
-        Attention(1, 16, False),
-        Attention(1, 16, False),
+        AttentionSize(9, 16, True),
+        AttentionSize(1, 16, True),
+        AttentionSize(1, 16, False),
+        AttentionSize(1, 16, False),
     ]
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import smi_fast.inverter
-from smi_fast import _native, backends, cli
+import smi_fast.inversion.inverter
+from smi_fast import cli
+from smi_fast.ops import backends, native
 from smi_fast.pool import Pool
 
 
@@ -174,7 +175,7 @@ def test_info_tells_versions_and_backends(smi: Smi) -> None:
 def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_native, "WHY_NO_CUDA", "smi_fast._C_cuda can't be loaded (for a test)")
+    monkeypatch.setattr(native, "WHY_NO_CUDA", "smi_fast._C_cuda can't be loaded (for a test)")
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     on_cpu, on_gpu = smi("info")[1].split("\ncuda (none is visible")
     assert "  cuda       smi_fast._C_cuda can't be loaded (for a test)\n" in on_gpu

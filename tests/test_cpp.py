@@ -16,11 +16,12 @@ from conftest import random_kept
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from smi_fast import _native, backends, ops, reference
-from smi_fast.cases import Case, WrongResult, all_cases, block_cases, budget, strided
+from smi_fast import ops
+from smi_fast.ops import backends, native, reference
+from smi_fast.verify.cases import Case, WrongResult, all_cases, block_cases, budget, strided
 
 pytestmark = pytest.mark.skipif(
-    _native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {_native.WHY_NO_CPU}"
+    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,7 +184,8 @@ def test_without_the_library_the_reference_runs_and_the_reason_is_known() -> Non
     code = """
 import sys, torch
 sys.modules["smi_fast._C_cpu"] = None
-from smi_fast import backends, ops
+from smi_fast.ops import backends
+from smi_fast import ops
 ops.total_variation(torch.zeros(1, 3, 8, 8))
 assert backends.choose("total_variation", torch.device("cpu"), torch.float32).name == "reference"
 assert "smi_fast._C_cpu can't be loaded" in backends.report(torch.device("cpu"))["cpp"]

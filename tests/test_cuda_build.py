@@ -227,7 +227,8 @@ def run(installed: Path, code: str) -> subprocess.CompletedProcess[str]:
 # Tensors of the CPU, handed to the kernels of CUDA past the choice by device.
 LAUNCH = """
 import torch
-from smi_fast import _native, ops
+from smi_fast.ops import native
+from smi_fast import ops
 assert _native.WHY_NO_CUDA is None, _native.WHY_NO_CUDA
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 images, kept, one = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(())
@@ -265,7 +266,8 @@ def test_without_a_gpu_it_loads_and_a_launch_says_what_is_missing(installed: Pat
 WITHOUT_CUDA = """
 import sys, torch
 torch.version.cuda = None
-from smi_fast import backends, cli, ops, reference
+from smi_fast.ops import backends, reference
+from smi_fast import cli, ops
 reason = backends.report(torch.device("cuda"))["cuda"]
 print(reason)
 images, kept = torch.randn(2, 3, 8, 8), torch.tensor([[0, 3], [1, 2]])

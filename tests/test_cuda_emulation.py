@@ -16,7 +16,7 @@ from cuda_emulation import build, cases
 from cuda_emulation.backend import Emulated
 from cuda_emulation.build import Fault
 
-from smi_fast import backends
+from smi_fast.ops import backends
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 

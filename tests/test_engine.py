@@ -11,13 +11,14 @@ from test_teacher import make_teacher, random_images, relative_error, with_gradi
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-import smi_fast.engine
-from smi_fast import SparseInverter, SparseViT, StopSchedule, _native
-from smi_fast.engine import Engine, FirstRows
-from smi_fast.folding import foldable
+import smi_fast.engine.cpu
+from smi_fast import SparseInverter, SparseViT, StopSchedule
+from smi_fast.engine.cpu import FoldedRun, LastBlock
+from smi_fast.engine.folding import foldable
+from smi_fast.ops import native
 
 pytestmark = pytest.mark.skipif(
-    _native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {_native.WHY_NO_CPU}"
+    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
 )
 
 
@@ -27,8 +28,8 @@ def teacher() -> VisionTransformer:
 
 
 @pytest.fixture
-def engine(teacher: VisionTransformer) -> Engine:
-    return Engine(teacher.requires_grad_(False).blocks[:3])
+def engine(teacher: VisionTransformer) -> FoldedRun:
+    return FoldedRun(teacher.requires_grad_(False).blocks[:3])
 
 
 def tokens(batch: int = 2, count: int = 7) -> Tensor:
@@ -45,17 +46,19 @@ def gradients(y: Tensor, x: Tensor, **options: bool) -> Tensor:
     return torch.autograd.grad(y.sin().sum(), x, **options)[0]
 
 
-def check(engine: Engine, teacher: VisionTransformer, x: Tensor, tolerance: float = 1e-5) -> None:
+def check(
+    engine: FoldedRun, teacher: VisionTransformer, x: Tensor, tolerance: float = 1e-5
+) -> None:
     ours, theirs = engine(x), plain(teacher, x)
     assert relative_error(ours, theirs) < tolerance
     assert relative_error(gradients(ours, x), gradients(theirs, x)) < tolerance
 
 
-def test_equals_the_blocks(engine: Engine, teacher: VisionTransformer) -> None:
+def test_equals_the_blocks(engine: FoldedRun, teacher: VisionTransformer) -> None:
     for x in (tokens(), tokens(), tokens(1, 17), tokens(3, 1)):
         check(engine, teacher, x)
     check(engine, teacher, tokens().transpose(0, 1))
-    check(Engine(teacher.double().blocks[:3]), teacher, tokens().double(), 1e-13)
+    check(FoldedRun(teacher.double().blocks[:3]), teacher, tokens().double(), 1e-13)
 
 
 @pytest.mark.parametrize(("batch", "count", "rows"), [(2, 7, 1), (1, 1, 1), (3, 17, 2), (2, 5, 5)])
@@ -65,7 +68,7 @@ def test_first_rows_are_those_of_the_block(
     """And no other is computed after attention."""
     block = teacher.requires_grad_(False).blocks[-1]
     x = tokens(batch, count)
-    first, shares = FirstRows(block, rows)(x)
+    first, shares = LastBlock(block, rows)(x)
     plain = block(x)[:, :rows]
     assert relative_error(first, plain) < 1e-5
     assert first.grad_fn.saved_tensors[-1].shape == (batch * rows, block.mlp.fc1.out_features)
@@ -74,21 +77,21 @@ def test_first_rows_are_those_of_the_block(
     assert relative_error(shares, (q[:, :, :rows] @ k.mT / 8).softmax(dim=-1)) < 1e-5
     assert not shares.requires_grad
     doubled = copy.deepcopy(block).double()
-    exact, _ = FirstRows(doubled, rows)(x.double())
+    exact, _ = LastBlock(doubled, rows)(x.double())
     assert relative_error(exact, doubled(x.double())[:, :rows]) < 1e-13
 
 
-def test_nothing_to_compute(engine: Engine) -> None:
+def test_nothing_to_compute(engine: FoldedRun) -> None:
     for x in (tokens(2, 0), tokens(0, 5)):
         assert engine(x).shape == gradients(engine(x), x).shape == x.shape
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL packs")
 def test_packed_products_are_the_same(
-    engine: Engine, teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+    engine: FoldedRun, teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They start when a shape has come often, and end with another one."""
-    monkeypatch.setattr(smi_fast.engine, "_PASSES_UNPACKED", 2)
+    monkeypatch.setattr(smi_fast.engine.cpu, "_PASSES_UNPACKED", 2)
 
     def is_packed() -> bool:
         return bool(engine.packed)
@@ -106,7 +109,7 @@ def test_packed_products_are_the_same(
     assert relative_error(of_other, plain(teacher, other)) < 1e-5
 
 
-def test_memory_is_planned_once(engine: Engine) -> None:
+def test_memory_is_planned_once(engine: FoldedRun) -> None:
     def addresses() -> list[int]:
         assert engine.free is not None
         return [to_attention.data_ptr() for to_attention in engine.free.normalized[::4]]
@@ -121,7 +124,7 @@ def test_memory_is_planned_once(engine: Engine) -> None:
     assert len(set(addresses())) == 1, "without a gradient nothing is kept for backward"
 
 
-def test_passes_may_overlap(engine: Engine) -> None:
+def test_passes_may_overlap(engine: FoldedRun) -> None:
     """Backward of one pass after another one's forward, and twice through one pass."""
     a, b = tokens(), tokens()
     expected = [gradients(engine(x), x) for x in (a, b)]

@@ -231,7 +231,7 @@ def test_non_finite_loss_stops_with_the_last_finite_images(
     name = "spoilt" if broken == "value" else "gradient"
     with pytest.raises(NonFiniteLoss, match=f"{name} is not finite at iteration 4") as caught:
         run(teacher, objectives=[CrossEntropy(), spoilt])
-    assert (caught.value.iteration, caught.value.term) == (4, name)
+    assert (caught.value.iteration, caught.value.objective) == (4, name)
     result = caught.value.result
     assert result.iterations == 4
     assert all(len(values) == 4 for values in result.history.values())

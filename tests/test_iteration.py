@@ -26,10 +26,10 @@ from smi_fast import (
     graph,
     inverter,
 )
-from smi_fast.graph import WARM_UP, Captured, NotCapturable
-from smi_fast.iteration import Iteration
+from smi_fast.inversion.cuda_graph import WARM_UP, Captured, NotCapturable
+from smi_fast.inversion.result import InversionResult
+from smi_fast.inversion.state import Iteration
 from smi_fast.objectives import Objective, Step
-from smi_fast.result import InversionResult
 
 __all__ = ["teacher"]
 TERMS = (CrossEntropy(), TotalVariation(), TotalVariation(1e-3, "l1"), L2Norm())

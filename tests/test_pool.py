@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smi_fast import plots, pool
-from smi_fast.pool import Pool, PoolError
+from smi_fast import pool
+from smi_fast.pool import Pool, PoolError, pictures
 
 SETTINGS = {"teacher": "fashion-canvas", "at": (50, 100), "seed": 0}
 
@@ -312,7 +312,7 @@ def where(sheet: np.ndarray[Any, Any], colour: tuple[int, int, int]) -> np.ndarr
 
 def test_contact_sheet_shows_every_image_in_the_row_of_its_class(tmp_path: Path) -> None:
     colour_pool(tmp_path, classes=4, per_class=3)
-    plots.contact_sheet(tmp_path, tmp_path / "contact_sheet.png")
+    pictures.contact_sheet(tmp_path, tmp_path / "contact_sheet.png")
     sheet = read(tmp_path / "contact_sheet.png")
     bottom = 0
     for label in range(4):
@@ -336,7 +336,7 @@ def test_contact_sheet_grows_with_classes_and_images(tmp_path: Path) -> None:
     for classes, per_class in ((2, 5), (3, 5), (2, 6)):
         path = tmp_path / f"{classes}x{per_class}"
         colour_pool(path, classes, per_class, side=112)
-        plots.contact_sheet(path, path / "sheet.png")
+        pictures.contact_sheet(path, path / "sheet.png")
         shapes[classes, per_class] = read(path / "sheet.png").shape
     assert shapes[3, 5][0] - shapes[2, 5][0] > 112
     assert shapes[3, 5][1] == shapes[2, 5][1]
@@ -345,19 +345,19 @@ def test_contact_sheet_grows_with_classes_and_images(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_of_a_large_pool_shows_its_beginning(tmp_path: Path) -> None:
-    colour_pool(tmp_path, classes=2, per_class=plots.MOST_PER_CLASS + 3)
-    plots.contact_sheet(tmp_path, tmp_path / "sheet.png")
+    colour_pool(tmp_path, classes=2, per_class=pictures.MOST_PER_CLASS + 3)
+    pictures.contact_sheet(tmp_path, tmp_path / "sheet.png")
     shown = where(read(tmp_path / "sheet.png"), (20, 200, 40)).sum()
-    assert shown == plots.MOST_PER_CLASS * 128**2
+    assert shown == pictures.MOST_PER_CLASS * 128**2
 
 
 def test_contact_sheet_without_names_confidence_or_images(tmp_path: Path) -> None:
     images, masked, masks, _ = batch(2)
     made = Pool.create(tmp_path, SETTINGS)
     with pytest.raises(ValueError, match="empty"):
-        plots.contact_sheet(tmp_path, tmp_path / "sheet.png")
+        pictures.contact_sheet(tmp_path, tmp_path / "sheet.png")
     made.add(images, masked, masks, [{"label": 7}, {"label": 3}])
-    plots.contact_sheet(tmp_path, tmp_path / "sheet.png")
+    pictures.contact_sheet(tmp_path, tmp_path / "sheet.png")
     sheet = read(tmp_path / "sheet.png")
     enlarged = (images[0] * 255).round().byte().permute(1, 2, 0).numpy().repeat(7, 0).repeat(7, 1)
     left, top = next(
@@ -382,8 +382,8 @@ def test_loss_curves_has_a_line_at_each_stop(tmp_path: Path) -> None:
     history = {"cross_entropy": [0.97**i for i in range(201)], "total_variation": [1.0] * 201}
     found = {}
     for stops in ((), (50, 100, 200)):
-        plots.loss_curves(history, stops, tmp_path / "loss.png")
-        red = near(tmp_path / "loss.png", tuple(bytes.fromhex(plots.STOP_COLOUR[1:])))
+        pictures.loss_curves(history, stops, tmp_path / "loss.png")
+        red = near(tmp_path / "loss.png", tuple(bytes.fromhex(pictures.STOP_COLOUR[1:])))
         columns = np.nonzero(red.sum(axis=0) > 100)[0]
         lines = np.split(columns, np.nonzero(np.diff(columns) > 1)[0] + 1)
         found[stops] = [line.mean() for line in lines if len(line)]
@@ -400,7 +400,9 @@ def test_loss_curves_is_logarithmic_unless_a_value_is_negative(
     tmp_path: Path, others: dict[str, list[float]], middle: float
 ) -> None:
     # What falls by a constant factor is half-way down in logarithms, and at the bottom without.
-    plots.loss_curves({"falling": [0.9**i for i in range(101)], **others}, (), tmp_path / "l.png")
+    pictures.loss_curves(
+        {"falling": [0.9**i for i in range(101)], **others}, (), tmp_path / "l.png"
+    )
     blue = near(tmp_path / "l.png", (31, 119, 180))
     left, *_, right = np.nonzero(blue.any(axis=0))[0]
     top = np.nonzero(blue[:, left])[0].min()

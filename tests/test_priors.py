@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import smi_fast
 from smi_fast import objectives, targets
 from smi_fast.objectives import Objective, Step
-from smi_fast.priors.adversarial import clamped_js
-from smi_fast.priors.attention_prior import random_mixtures
-from smi_fast.priors.gaussian_similarity import gaussian_entropy
-from smi_fast.priors.head_similarity import head_dissimilarity
-from smi_fast.priors.patch_similarity import similarity_entropy
+from smi_fast.objectives.adversarial import clamped_js
+from smi_fast.objectives.attention_prior import random_mixtures
+from smi_fast.objectives.gaussian_similarity import gaussian_entropy
+from smi_fast.objectives.head_similarity import head_dissimilarity
+from smi_fast.objectives.patch_similarity import similarity_entropy
 
 F64 = torch.float64
 SPARSE = {"schedule": smi_fast.StopSchedule((2, 4), (0.5, 0.5)), "iterations": 6}
@@ -63,7 +63,7 @@ def published_entropy(features: Tensor) -> Tensor:
 @pytest.mark.parametrize("count", [2, 3, 13])
 @pytest.mark.parametrize("tile", [1, 600, 1 << 18])
 def test_patch_similarity(count: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(smi_fast.priors.patch_similarity.TILE, "cpu", tile)
+    monkeypatch.setitem(smi_fast.objectives.patch_similarity.TILE, "cpu", tile)
     features = torch.randn(2, count, 6, dtype=F64) + 0.5
     compare(similarity_entropy, published_entropy, features)
     nearly_alike = torch.randn(1, 1, 6, dtype=F64) + 0.05 * features

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import random_kept
 
-from smi_fast import backends, ops
+from smi_fast import ops
+from smi_fast.ops import backends
 
 SHIFT, FLIP = torch.tensor([3, -5]), torch.tensor(True)
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 import triton_runs
 
-from smi_fast import backends, ops
+from smi_fast import ops
+from smi_fast.ops import backends
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("triton", "smi_fast.kernels")),

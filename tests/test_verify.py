@@ -11,7 +11,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast import backends, cli, reference, timing, verify
+from smi_fast import cli
+from smi_fast.ops import backends, reference
+from smi_fast.verify import correctness, timing
 
 CPU = torch.device("cpu")
 
@@ -83,8 +85,8 @@ def test_wrong_kernel_is_seen(
 def test_result_that_is_no_number_is_a_failure(planted: None, value: float) -> None:
     wrong = functions(total_variation=lambda *_: torch.full((3, 4), value))
     backend = backends.Backend("planted", wrong, lambda *_: None)
-    cases = [case for case in verify.all_cases() if case.op == "total_variation"]
-    verdict = verify._verdict(backend, CPU, "total_variation", torch.float32, cases)
+    cases = [case for case in correctness.all_cases() if case.op == "total_variation"]
+    verdict = correctness._verdict(backend, CPU, "total_variation", torch.float32, cases)
     assert len(verdict.failures) > 10 and not verdict.error <= verdict.budget
 
 
@@ -93,8 +95,8 @@ def test_kernel_that_raises_is_a_failure() -> None:
         raise RuntimeError("CUDA error: misaligned address")
 
     backend = backends.Backend("planted", functions(total_variation=refuses), lambda *_: None)
-    cases = [case for case in verify.all_cases() if case.op == "total_variation"]
-    verdict = verify._verdict(backend, CPU, "total_variation", torch.float32, cases)
+    cases = [case for case in correctness.all_cases() if case.op == "total_variation"]
+    verdict = correctness._verdict(backend, CPU, "total_variation", torch.float32, cases)
     assert len(verdict.failures) == len(cases) == verdict.calls and verdict.error is None
     assert "misaligned address" in verdict.failures[0]
 

@@ -20,7 +20,7 @@ from conftest import random_kept
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from smi_fast import reference
+from smi_fast.ops import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLANTED = "smi_fast.kernels.planted"

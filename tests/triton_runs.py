@@ -10,10 +10,11 @@ from host_guard import HostGuard
 from launches import Launches
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast import CrossEntropy, L2Norm, SparseInverter, StopSchedule, TotalVariation, backends
-from smi_fast._schemas import _SCHEMAS, TRITON, triton_kernel
+from smi_fast import CrossEntropy, L2Norm, SparseInverter, StopSchedule, TotalVariation
+from smi_fast.inversion.result import InversionResult
 from smi_fast.objectives import published_objectives
-from smi_fast.result import InversionResult
+from smi_fast.ops import backends
+from smi_fast.ops.schemas import _SCHEMAS, TRITON, triton_kernel
 
 SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 _library = torch.library.Library("smi_fast", "IMPL")

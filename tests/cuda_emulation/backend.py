@@ -1,4 +1,4 @@
-"""The emulated kernels with the signatures of :mod:`smi_fast.reference`.
+"""The emulated kernels with the signatures of :mod:`smi_fast.ops.reference`.
 
 Outputs and scratch start as NaN, so an element that a kernel leaves out shows.
 """

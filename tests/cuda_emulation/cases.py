@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from conftest import random_kept  # noqa: E402
 
 from cuda_emulation.backend import Emulated  # noqa: E402
-from smi_fast import reference  # noqa: E402
+from smi_fast.ops import reference  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOUNDS = (torch.tensor([-0.5, -1.0, -2.0]), torch.tensor([0.5, 1.0, 0.25]))

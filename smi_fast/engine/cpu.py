@@ -1,0 +1,255 @@
+"""The CPU engine: frozen blocks at little more than the cost of their GEMMs.
+
+- LayerNorm's affine part and LayerScale are folded into the weights.
+- Attention and GELU read the output of one GEMM and write the input of the next.
+- The residual add is fused into the next LayerNorm.
+- Only tokens have a gradient; backward needs six arrays of each block.
+- Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
+from smi_fast.engine.folding import FoldedBlock, foldable
+from smi_fast.ops import backends
+
+# Overloads, not packets: looking an overload up costs as much as a call.
+_run_blocks = torch.ops.smi_fast.run_blocks_.default
+_run_blocks_backward = torch.ops.smi_fast.run_blocks_backward_.default
+_last_block_rows = torch.ops.smi_fast.first_rows.default
+_last_block_rows_backward = torch.ops.smi_fast.first_rows_backward.default
+
+_version_of = attrgetter("_version")
+_CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+
+# MKL repacks the weights in every GEMM, up to a fifth of its time when there are few rows. Packing
+# once costs about one pass: do it at pass _PASSES_UNPACKED, for at most _MOST_ROWS_PACKED rows.
+_PASSES_UNPACKED = 12
+_MOST_ROWS_PACKED = 512
+
+
+class CpuEngine:
+    """Runs the blocks of one teacher in C++; folds them anew after their weights have changed.
+
+    Args:
+        blocks: all blocks of the teacher, frozen.
+
+    Attributes:
+        backend: the name under which ``backend=`` asks for it.
+    """
+
+    backend = "cpp"
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        self._blocks = list(blocks)
+        self._unfoldable = next((i for i, block in enumerate(blocks) if not foldable(block)), None)
+        self._names = [
+            (module, name)
+            for module in blocks.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        self._state: list[object] = []
+        self._runs: dict[tuple[int, int], FoldedRun] = {}
+        self._last: dict[int, LastBlock] = {}
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it can't run these blocks on such tokens, or None when it can."""
+        if self._unfoldable is not None:
+            return f"blocks.{self._unfoldable} has more than LayerNorm, GELU and LayerScale"
+        return backends.by_name(self.backend).why_not("gather_attention", device, dtype)
+
+    def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""
+        self._follow_weights()
+        if (start, stop) not in self._runs:
+            self._runs[start, stop] = FoldedRun(self._blocks[start:stop])
+        return self._runs[start, stop](tokens)
+
+    def last_block_rows(self, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The first rows [B, R, D] after the last block, and their attention probabilities
+        [B, H, R, N], which have no gradient.
+        """
+        self._follow_weights()
+        if rows not in self._last:
+            self._last[rows] = LastBlock(self._blocks[-1], rows)
+        return self._last[rows](tokens)
+
+    def _follow_weights(self) -> None:
+        """Forgets what was folded from other weights: the owner of the teacher may change them."""
+        found = (module._parameters[name] for module, name in self._names)
+        weights = [weight for weight in found if weight is not None]
+        # A flat list of numbers is cheap to compare, and this runs in every pass. The data type is
+        # part of it because a cast keeps identity and version.
+        state = [weights[0].dtype, *map(id, weights), *map(_version_of, weights)]
+        if self._state != state:
+            self._state, self._runs, self._last = state, {}, {}
+
+
+class FoldedRun:
+    """Consecutive blocks as one autograd function of their tokens.
+
+    Args:
+        blocks: one or more that are :func:`smi_fast.engine.folding.foldable`, frozen, on the CPU.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = [FoldedBlock.of(block) for block in blocks]
+        self.free: _Buffers | None = None
+        self.eps = [eps for block in self.blocks for eps in block.eps]
+        self.weights = [
+            tensor
+            for block in self.blocks
+            for matrix, bias in zip(_matrices(block), _biases(block), strict=True)
+            for tensor in (matrix, matrix.T, bias)
+        ]
+        self.packed: list[Tensor] = []
+        self.packed_rows = 0
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, D] after the blocks."""
+        saves = torch.is_grad_enabled() and tokens.requires_grad
+        result: Tensor = _RunBlocks.apply(tokens, self, saves)
+        return result
+
+    @property
+    def weights_for_gemm(self) -> tuple[list[Tensor], list[Tensor], int]:
+        """The weights, the packed weights (or none), and the number of rows they are packed for."""
+        return self.weights, self.packed, self.packed_rows
+
+    def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
+        """Buffers for one pass: those of the last pass when they are free and fit."""
+        buffers, self.free = self.free, None
+        if buffers is None or buffers.key != (batch, tokens, saves):
+            self.packed, self.packed_rows = [], 0
+            buffers = _Buffers(self.blocks, batch, tokens, saves)
+        buffers.passes += 1
+        if buffers.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
+            self._pack(batch * tokens)
+        return _BufferLease(self, buffers)
+
+    def _pack(self, rows: int) -> None:
+        """Packs the weights and their transposes for GEMMs of this many rows."""
+        if not rows or not _CAN_PACK or self.weights[0].dtype != torch.float32:
+            return
+        pack, self.packed_rows = torch.ops.mkl._mkl_reorder_linear_weight, rows
+        self.packed = [
+            pack(matrix.contiguous(), rows)
+            for block in self.blocks
+            for weight in _matrices(block)
+            for matrix in (weight, weight.T)
+        ]
+
+
+class _Buffers:
+    """The memory of one pass over blocks, forward and backward.
+
+    It is kept from pass to pass: memory that went back to the system would be faulted in again.
+    """
+
+    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
+        self.key = (batch, tokens, saves)
+        self.passes = 0
+        rows, first = batch * tokens, blocks[0]
+        new, width, heads = first.q_bias.new_empty, len(first.q_bias), first.heads
+
+        def two_layer_norms() -> list[Tensor]:
+            """Outputs of a block's two LayerNorms: normalized [rows, D] and rstd [rows], twice."""
+            return [new(rows, *tail) for tail in ((len(first.proj_bias),), ()) * 2]
+
+        shared = two_layer_norms()
+        self.normalized = [*shared]
+        for _ in blocks[1:]:
+            self.normalized += two_layer_norms() if saves else shared
+        self.attended = new(batch, tokens, heads, width // heads)
+        self.hidden = new(rows, len(first.fc1_bias))
+        self.d_qkv = new(rows, 3 * width)
+
+
+class _BufferLease:
+    """Gives buffers back to their run when the autograd graph that holds this is freed."""
+
+    def __init__(self, run: FoldedRun, buffers: _Buffers) -> None:
+        self.run, self.buffers = run, buffers
+
+    def __del__(self) -> None:
+        self.run.free = self.buffers
+
+
+def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
+    return block.qkv, block.proj, block.fc1, block.fc2
+
+
+def _biases(block: FoldedBlock) -> tuple[Tensor, ...]:
+    return block.q_bias, block.proj_bias, block.fc1_bias, block.fc2_bias
+
+
+class _RunBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, run: FoldedRun, saves: bool) -> Tensor:
+        lease = run.acquire(tokens.shape[0], tokens.shape[1], saves)
+        result, buffers = tokens.clone(memory_format=torch.contiguous_format), lease.buffers
+        x = result.flatten(0, 1)
+        memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
+        *saved, added = _run_blocks(x, *run.weights_for_gemm, *memory, saves)
+        x += added
+        x += run.blocks[-1].fc2_bias
+        ctx.run, ctx.lease, ctx.saved = run, lease, saved
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        result, buffers = grad.clone(memory_format=torch.contiguous_format), ctx.lease.buffers
+        memory = (buffers.normalized, ctx.saved, buffers.d_qkv)
+        _run_blocks_backward(result.flatten(0, 1), *ctx.run.weights_for_gemm, *memory)
+        return result, None, None
+
+
+class LastBlock:
+    """The last block, of which only the first rows are computed.
+
+    Args:
+        block: one that is :func:`smi_fast.engine.folding.foldable`, frozen, on the CPU.
+        rows: R, at least one.
+    """
+
+    def __init__(self, block: Block, rows: int) -> None:
+        folded = FoldedBlock.of(block)
+        to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
+        self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded)]
+        self.options = (folded.eps, folded.heads, rows)
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The first rows [B, R, D] of the block's output for tokens [B, N, D], and their attention
+        probabilities [B, H, R, N], which have no gradient.
+        """
+        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self)
+        return result
+
+
+class _RunLastBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, block: LastBlock) -> tuple[Tensor, Tensor]:
+        result, *saved = _last_block_rows(tokens, block.weights, *block.options)
+        ctx.block = block
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(saved[0])
+        ctx.set_materialize_grads(False)
+        return result, saved[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        return _last_block_rows_backward(grad, ctx.block.weights, ctx.saved_tensors), None

@@ -1,0 +1,104 @@
+"""Fold what is linear in a frozen block into its weights: LayerNorm's affine part, LayerScale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import LayerScale, Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+def foldable(block: Block) -> bool:
+    """Whether a block has nothing but linear layers, LayerNorm, GELU and maybe LayerScale."""
+    attention, mlp = block.attn, block.mlp
+    norms = (block.norm1, block.norm2)
+    plain = (attention.q_norm, attention.k_norm, attention.norm, getattr(mlp, "norm", None))
+    return (
+        all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+        and all(isinstance(module, nn.Identity) for module in plain)
+        and getattr(attention, "gate", None) is None
+        and type(mlp) is Mlp
+        and isinstance(mlp.fc1, nn.Linear)
+        and type(mlp.act) is nn.GELU
+        and mlp.act.approximate == "none"
+        and all(isinstance(m, (nn.Identity, LayerScale)) for m in (block.ls1, block.ls2))
+    )
+
+
+@dataclass(frozen=True)
+class FoldedBlock:
+    """Weights of one block after folding. A is the width of attention, F that of the MLP.
+
+    Attributes:
+        qkv: [3A, D]. The bias of k cancels in the softmax; the bias of v passes through attention
+            unchanged and is part of ``proj_bias``.
+        q_bias: [A].
+        proj: [D, A].
+        proj_bias: [D].
+        fc1: [F, D].
+        fc1_bias: [F].
+        fc2: [D, F].
+        fc2_bias: [D].
+        eps: of both LayerNorms.
+        heads: of attention.
+    """
+
+    qkv: Tensor
+    q_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    eps: tuple[float, float]
+    heads: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, block: Block) -> FoldedBlock:
+        """Folds a :func:`foldable` block. Weights that folding leaves as they are stay shared."""
+        attention, mlp = block.attn, block.mlp
+        qkv, qkv_bias = _after_norm(attention.qkv, block.norm1)
+        q_bias, _, v_bias = qkv_bias.chunk(3)
+        proj, proj_bias = _before_scale(attention.proj, block.ls1, v_bias)
+        fc1, fc1_bias = _after_norm(mlp.fc1, block.norm2)
+        fc2, fc2_bias = _before_scale(mlp.fc2, block.ls2)
+        return cls(
+            qkv,
+            q_bias.contiguous(),
+            proj.contiguous(),
+            proj_bias,
+            fc1,
+            fc1_bias,
+            fc2.contiguous(),
+            fc2_bias,
+            (block.norm1.eps, block.norm2.eps),
+            attention.num_heads,
+        )
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+
+
+def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose input is the norm's output before its affine part."""
+    return linear.weight * norm.weight, _bias(linear) + linear.weight @ norm.bias
+
+
+def _before_scale(
+    linear: nn.Linear, scale: nn.Module, extra: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer together with the LayerScale behind it.
+
+    The layer's input lacks the vector ``extra``, so ``weight @ extra`` goes into the bias.
+    """
+    weight, bias = linear.weight, _bias(linear)
+    if extra is not None:
+        bias = bias + weight @ extra
+    if isinstance(scale, LayerScale):
+        weight, bias = scale.gamma[:, None] * weight, scale.gamma * bias
+    return weight, bias

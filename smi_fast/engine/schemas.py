@@ -1,0 +1,59 @@
+"""Schemas, fakes and default kernels of the engine's steps as ``torch.ops.smi_fast.*``."""
+
+from __future__ import annotations
+
+import torch
+
+from smi_fast.engine import reference
+
+# The steps of a block. They write into contiguous tensors that they are given.
+_STEPS = {
+    "add_normalize_": (
+        "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
+        " Tensor(c!) rstd) -> ()"
+    ),
+    "normalize_backward_": (
+        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd) -> ()"
+    ),
+    "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
+    "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",
+    "attend_": "(Tensor qkv, Tensor q_bias, Tensor(a!) out) -> ()",
+    "attend_backward_": "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv) -> ()",
+    "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
+    "attend_rows_backward": (
+        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities)"
+        " -> (Tensor, Tensor)"
+    ),
+}
+
+# All steps of whole blocks, or of the first rows of the last block. In C++ only.
+_BLOCKS = {
+    "run_blocks_": (
+        "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
+        " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves)"
+        " -> Tensor[]"
+    ),
+    "run_blocks_backward_": (
+        "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv) -> ()"
+    ),
+    "first_rows": (
+        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"
+    ),
+    "first_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
+}
+
+_library = torch.library.Library("smi_fast", "FRAGMENT")
+for _name, _schema in (_STEPS | _BLOCKS).items():
+    _library.define(_name + _schema)
+for _name in _STEPS:
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def _writes_into_its_arguments(*_: object) -> None:
+    return None
+
+
+for _name in _STEPS:
+    if _name.endswith("_"):
+        torch.library.register_fake(f"smi_fast::{_name}", _writes_into_its_arguments, lib=_library)

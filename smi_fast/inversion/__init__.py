@@ -1,0 +1,15 @@
+"""Inversions: the loop from noise to images."""
+
+from smi_fast.inversion.inverter import SparseInverter, invert
+from smi_fast.inversion.result import FinishedGroup, InversionResult, NonFiniteLoss, Phase
+from smi_fast.inversion.state import InversionState
+
+__all__ = [
+    "FinishedGroup",
+    "InversionResult",
+    "InversionState",
+    "NonFiniteLoss",
+    "Phase",
+    "SparseInverter",
+    "invert",
+]

@@ -1,0 +1,66 @@
+"""A function as a CUDA graph: captured once, then replayed at the cost of one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# Calls before the capture, in which libraries set themselves up and kernels are compiled.
+WARM_UP = 3
+
+
+class NotCapturable(RuntimeError):
+    """The function does what a CUDA graph can't hold, such as waiting for the device."""
+
+
+class CapturedCall:
+    """A function that is called as it is three times, and from then on replayed as a CUDA graph.
+
+    The first calls are calls like any other, so nothing has to be undone after them.
+
+    Args:
+        function: does the same work on the same memory in every call, without a read by the host.
+        device: a CUDA device.
+    """
+
+    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._stream = torch.cuda.Stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._calls = 0
+
+    def __call__(self) -> None:
+        """Does the function's work.
+
+        Raises:
+            NotCapturable: at the fourth call; what the function has done before stays done.
+        """
+        self._calls += 1
+        with torch.cuda.device(self._device):
+            if self._calls <= WARM_UP:
+                self._warm_up()
+                return
+            if self._graph is None:
+                self._graph = self._capture()
+            self._graph.replay()
+
+    def _warm_up(self) -> None:
+        # On the stream of the capture, for which libraries keep memory of its own.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self._function()
+        current.wait_stream(self._stream)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._function()
+        except RuntimeError as error:
+            raise NotCapturable(
+                f"an iteration can't be captured in a CUDA graph ({error}): no objective "
+                "may read a tensor on the host; a plain function as an objective may"
+            ) from error
+        return graph

@@ -1,0 +1,301 @@
+"""SparseInverter: from noise to images that a frozen teacher takes for given classes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from smi_fast.inversion.inputs import check_targets, first_parameters, image_space, jitter_table
+from smi_fast.inversion.loop import Callback, Loop, NonFinite
+from smi_fast.inversion.progress import Progress
+from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
+from smi_fast.inversion.state import InversionState, Settings
+from smi_fast.objectives import CrossEntropy, Objective, TotalVariation, as_objectives
+from smi_fast.ops.backends import AUTO
+from smi_fast.ops.grid import patch_mask
+from smi_fast.parametrizations import Parametrization, Pixels
+from smi_fast.schedules import Schedule, Stop, StopSchedule, check
+from smi_fast.teacher import SparseViT
+
+BACKGROUNDS = ("frozen", "regularized")
+FINAL_MASKS = ("kept", "reranked")
+
+Terms = Iterable[Objective | Callable[[Tensor, Tensor], Tensor]]
+
+
+class SparseInverter:
+    """Sparse model inversion of a frozen Vision Transformer.
+
+    >>> inverter = SparseInverter(teacher, iterations=20, schedule=Dense())
+    >>> result = inverter.invert([3, 5], progress=False)
+    >>> result.images.shape
+    torch.Size([2, 3, 64, 64])
+
+    Args:
+        teacher: a timm ``VisionTransformer``, or a :class:`SparseViT` that wraps one.
+        objectives: terms of the loss, or functions ``(images, logits) -> scalar``; by default the
+            published ones, cross-entropy + 1e-4 total variation.
+        schedule: when patches stop; by default the published stops.
+        parametrization: what the optimiser moves; by default the pixels.
+        mean: of each channel, for normalised space; by default from the teacher's
+            ``pretrained_cfg``.
+        std: likewise.
+        iterations: iterations of the optimiser.
+        lr: learning rate of Adam.
+        betas: decay rates of Adam.
+        background: "frozen", a stopped patch no longer changes, as the paper says; or
+            "regularized", it goes on receiving the gradient of pixel objectives and Adam's
+            momentum, as the published code does.
+        final_mask: "kept", the patches inverted to the end; or "reranked", as published: the most
+            important ones of the final image in a dense forward pass, which that code takes of the
+            de-normalised image, and one more of them for the class token.
+        backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
+
+    Raises:
+        ValueError: any of these out of range, with what was expected and what came.
+        UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
+        BackendUnavailable: there is no such backend.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        objectives: Terms | None = None,
+        schedule: Schedule | None = None,
+        parametrization: Parametrization | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        iterations: int = 4000,
+        lr: float = 0.25,
+        betas: tuple[float, float] = (0.5, 0.99),
+        background: str = "frozen",
+        final_mask: str = "kept",
+        backend: str = AUTO,
+    ) -> None:
+        sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
+        terms = (CrossEntropy(), TotalVariation()) if objectives is None else objectives
+        space = image_space(sparse, mean, std)
+        self.settings = Settings(
+            teacher=sparse,
+            objectives=as_objectives(terms),
+            parametrization=(Pixels() if parametrization is None else parametrization).bind(space),
+            space=space,
+            iterations=iterations,
+            lr=lr,
+            betas=betas,
+            freeze_background=_one_of("background", background, BACKGROUNDS) == "frozen",
+            backend=backend,
+        )
+        self.schedule: Schedule = StopSchedule() if schedule is None else schedule
+        self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
+        self._check_options()
+        counts = self.schedule.counts(sparse.num_patches)
+        self._counts = dict(zip(self.schedule.at, counts, strict=True))
+
+    @property
+    def teacher(self) -> SparseViT:
+        """The wrapped teacher."""
+        return self.settings.teacher
+
+    def _check_options(self) -> None:
+        settings, at = self.settings, self.schedule.at
+        if settings.iterations < 1:
+            raise ValueError(f"expected 1 or more iterations, got {settings.iterations}")
+        if not (math.isfinite(settings.lr) and settings.lr > 0):
+            raise ValueError(f"expected lr above 0, got {settings.lr}")
+        if len(settings.betas) != 2 or not all(0 <= beta < 1 for beta in settings.betas):
+            raise ValueError(f"expected two betas in [0, 1), got {settings.betas}")
+        if at and at[-1] >= settings.iterations:
+            raise ValueError(
+                f"the stop at {at[-1]} is past the end of {settings.iterations} iterations: "
+                "run more of them, or take StopSchedule.scaled(iterations)"
+            )
+        if self.final_mask == "reranked" and not hasattr(self.schedule, "remaining"):
+            raise ValueError(
+                "final_mask='reranked' needs a schedule that says which share of the patches is "
+                f"remaining, {type(self.schedule).__name__} doesn't"
+            )
+
+    def invert(
+        self,
+        targets: Tensor | Sequence[int],
+        *,
+        init: Tensor | None = None,
+        jitter: tuple[Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
+        callback: Callback | None = None,
+    ) -> InversionResult:
+        """Inverts one batch; Ctrl-C ends it early and gives back what is done.
+
+        Args:
+            targets: class indices [B], or probabilities [B, classes].
+            init: first images [B, 3, H, W] in normalised space; by default the parametrization's
+                own, of ``Pixels`` standard normal noise.
+            jitter: shift int64 [T, 2] in pixels and flip bool [T] of each iteration; by default
+                uniform in an eighth of each side, and half of the iterations mirrored. Around stops
+                there is none, whatever is given.
+            generator: draws the default ``init`` and then ``jitter``, on the CPU; by default
+                torch's own.
+            progress: show a progress bar, or a line per stop where stderr is no terminal.
+            callback: called after each iteration with its number, the images in normalised space
+                and the kept patches. Copy them to hold on to them: they are the loop's own.
+
+        Raises:
+            ValueError: targets, init or jitter of the wrong shape, type, range or device.
+            WrongSelection: the schedule answers something else than it promised.
+            NonFiniteLoss: an objective or the gradient is infinite or not a number.
+        """
+        state = self.start(targets, init, jitter, generator)
+        display = Progress(self.settings.iterations, progress)
+        loop = Loop(state, frozenset(self._counts), display, callback)
+        marks: list[tuple[int, int, float]] = []
+        importance, interrupted = None, False
+        try:
+            for first, end in pairwise((0, *self._counts, self.settings.iterations)):
+                if first in self._counts:
+                    assert importance is not None
+                    self._stop(state, first, importance)
+                marks.append((state.kept.shape[1], first, time.perf_counter()))
+                importance = loop.run(range(first, end))
+                display.end_phase(state)
+        except KeyboardInterrupt:
+            interrupted = True
+        except NonFinite as error:
+            result = self._result(state, marks, interrupted=True)
+            raise NonFiniteLoss(state.done(), str(error), result) from None
+        finally:
+            display.close()
+        return self._result(state, marks, interrupted)
+
+    def start(
+        self,
+        targets: Tensor | Sequence[int],
+        init: Tensor | None = None,
+        jitter: tuple[Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> InversionState:
+        """The state before the first iteration, from the same arguments as :meth:`invert`."""
+        settings, teacher = self.settings, self.teacher
+        targets = check_targets(targets, teacher)
+        batch = len(targets)
+        parameters = first_parameters(settings.parametrization, init, batch, generator)
+        shift, flip = jitter_table(jitter, settings.iterations, teacher, self.schedule, generator)
+        for objective in settings.objectives:
+            objective.begin(teacher, batch, generator)
+        return InversionState(
+            settings=settings,
+            targets=targets,
+            parameters=parameters,
+            kept=teacher.every_patch(batch),
+            shift=shift,
+            flip=flip,
+        )
+
+    def _stop(self, state: InversionState, iteration: int, importance: Tensor) -> None:
+        """Asks the schedule, and takes its answer when that is what it promised."""
+        stop = Stop(iteration, state.kept, importance, self.teacher.grid)
+        state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))
+
+    @torch.no_grad()
+    def _result(
+        self, state: InversionState, marks: list[tuple[int, int, float]], interrupted: bool
+    ) -> InversionResult:
+        teacher, normalised, kept = self.teacher, state.images(), state.kept
+        ends = [*(mark[1:] for mark in marks[1:]), (state.done(), time.perf_counter())]
+        timing = tuple(
+            Phase(patches, end - first, stop - start)
+            for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
+        )
+        logits = teacher(normalised, kept).logits
+        images = self.settings.space.denormalize(normalised)
+        shown = kept if self.final_mask == "kept" else self._reranked(images)
+        return InversionResult(
+            images,
+            kept,
+            patch_mask(shown, *teacher.grid),
+            images * teacher.pixel_mask(shown),
+            state.targets,
+            logits,
+            state.history(),
+            timing,
+            state.done(),
+            interrupted,
+            tuple(state.finished),
+        )
+
+    def _reranked(self, images: Tensor) -> Tensor:
+        """The most important patches of whole images [B, 3, H, W] in [0, 1], as published."""
+        teacher, remaining = self.teacher, getattr(self.schedule, "remaining")  # noqa: B009
+        tokens = teacher.num_patches + teacher.num_prefix_tokens
+        count = min(int(tokens * remaining), teacher.num_patches)
+        importance = teacher(images, importance=True).importance
+        assert importance is not None
+        patches: Tensor = importance.topk(count, dim=1).indices
+        return patches
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"expected {name} {' or '.join(allowed)}, got {value!r}")
+    return value
+
+
+def invert(
+    teacher: nn.Module,
+    targets: Tensor | Sequence[int],
+    *,
+    objectives: Terms | None = None,
+    schedule: Schedule | None = None,
+    parametrization: Parametrization | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    iterations: int = 4000,
+    lr: float = 0.25,
+    betas: tuple[float, float] = (0.5, 0.99),
+    background: str = "frozen",
+    final_mask: str = "kept",
+    backend: str = AUTO,
+    init: Tensor | None = None,
+    jitter: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+) -> InversionResult:
+    """Inverts one batch: ``SparseInverter(teacher, ...).invert(targets, ...)``.
+
+    >>> result = invert(teacher, [7], iterations=10, schedule=Dense(), progress=False)
+    >>> result.confidence.shape
+    torch.Size([1])
+
+    The arguments up to ``backend`` are those of :class:`SparseInverter`, the others those of
+    :meth:`SparseInverter.invert`.
+    """
+    inverter = SparseInverter(
+        teacher,
+        objectives=objectives,
+        schedule=schedule,
+        parametrization=parametrization,
+        mean=mean,
+        std=std,
+        iterations=iterations,
+        lr=lr,
+        betas=betas,
+        background=background,
+        final_mask=final_mask,
+        backend=backend,
+    )
+    return inverter.invert(
+        targets,
+        init=init,
+        jitter=jitter,
+        generator=generator,
+        progress=progress,
+        callback=callback,
+    )

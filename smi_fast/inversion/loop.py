@@ -1,0 +1,127 @@
+"""The iterations between two stops: taken one by one, or replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from smi_fast.inversion.cuda_graph import CapturedCall
+from smi_fast.inversion.progress import Progress
+from smi_fast.inversion.state import InversionState
+from smi_fast.objectives import UserTerm
+
+# With CUDA graphs: check for NaN and update the progress display every this many iterations.
+CHECK_EVERY = 50
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class NonFinite(Exception):
+    """Leaves the loop with the name of the objective that is not finite, or "gradient"."""
+
+
+class Loop:
+    """Runs one inversion, phase by phase.
+
+    Args:
+        state: changed.
+        stops: iterations of the stops. The iteration before each scores importance.
+        progress: shows how far the run is.
+        callback: called after each iteration, see :meth:`smi_fast.SparseInverter.invert`.
+    """
+
+    def __init__(
+        self,
+        state: InversionState,
+        stops: frozenset[int],
+        progress: Progress,
+        callback: Callback | None,
+    ) -> None:
+        self._state, self._stops = state, stops
+        self._progress, self._callback = progress, callback
+
+    def run(self, iterations: range) -> Tensor | None:
+        """Takes the iterations of a phase; returns the importance that the next stop reads.
+
+        Raises:
+            NonFinite: an objective or the gradient is infinite or not a number.
+        """
+        return self._replayed(iterations) if self._can_capture() else self._one_by_one(iterations)
+
+    def _can_capture(self) -> bool:
+        """A plain function as an objective may read a tensor on the host, a class may not."""
+        settings = self._state.settings
+        plain = any(isinstance(objective, UserTerm) for objective in settings.objectives)
+        return settings.teacher.device.type == "cuda" and not plain
+
+    def _one_by_one(self, iterations: range) -> Tensor | None:
+        importance = None
+        for number in iterations:
+            importance = self._checked_step(number)
+            self._progress.show(self._state, number)
+            self._call_back(number)
+        return importance
+
+    def _checked_step(self, number: int) -> Tensor | None:
+        state = self._state
+        gradient, importance = state.evaluate(score=number + 1 in self._stops, number=number)
+        name = state.non_finite(slice(number, number + 1))
+        if name is not None:
+            raise NonFinite(name)
+        state.update(gradient)
+        return importance
+
+    def _replayed(self, iterations: range) -> Tensor | None:
+        """As :meth:`_one_by_one`, with one CUDA graph for each set of objectives that are due.
+
+        The iteration before a stop is in no graph, because only it scores importance.
+        """
+        state = self._state
+        graphs: dict[tuple[bool, ...], CapturedCall] = {}
+        importance = None
+        first, saved = iterations.start, state.save()
+        for number in iterations:
+            try:
+                if number + 1 in self._stops:
+                    importance = state.step(score=True, number=number)
+                else:
+                    self._replay(graphs, number)
+                self._call_back(number)
+            except KeyboardInterrupt:
+                self._settle(first, saved)
+                raise
+            if number + 1 == iterations.stop or (number + 1 - iterations.start) % CHECK_EVERY == 0:
+                repeated = self._settle(first, saved)
+                importance = importance if repeated is None else repeated
+                self._progress.show(state, number)
+                first, saved = number + 1, state.save()
+        return importance
+
+    def _replay(self, graphs: dict[tuple[bool, ...], CapturedCall], number: int) -> None:
+        settings = self._state.settings
+        due = tuple(number % objective.every == 0 for objective in settings.objectives)
+        if due not in graphs:
+            step = partial(self._state.step, number=number)
+            graphs[due] = CapturedCall(step, settings.teacher.device)
+        graphs[due]()
+
+    def _settle(self, first: int, saved: list[Tensor]) -> Tensor | None:
+        """Checks the iterations since ``saved``.
+
+        If one was not finite, restores ``saved`` and repeats them one by one, so that the error can
+        name the iteration and the objective.
+        """
+        end, importance = self._state.done(), None
+        if self._state.non_finite(slice(first, end)) is not None:
+            self._state.restore(saved)
+            for number in range(first, end):
+                importance = self._checked_step(number)
+        return importance
+
+    def _call_back(self, number: int) -> None:
+        if self._callback is not None:
+            with torch.no_grad():
+                self._callback(number, self._state.images(), self._state.kept)

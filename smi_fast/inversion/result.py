@@ -1,0 +1,93 @@
+"""What an inversion gives back, and how it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class NonFiniteLoss(ArithmeticError):
+    """An objective, or the gradient, became infinite or not a number.
+
+    Attributes:
+        iteration: at which one, from 0.
+        objective: name of the first such objective, or "gradient".
+        result: what was done until then; its images are the last finite ones.
+    """
+
+    def __init__(self, iteration: int, objective: str, result: InversionResult) -> None:
+        super().__init__(f"{objective} is not finite at iteration {iteration}; a lower lr may help")
+        self.iteration, self.objective, self.result = iteration, objective, result
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The iterations between two stops.
+
+    Attributes:
+        patches: kept patches of an image.
+        iterations: how many.
+        seconds: how long they took.
+    """
+
+    patches: int
+    iterations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinishedGroup:
+    """Patches that a schedule took out at a stop as a finished sparse image.
+
+    Attributes:
+        iteration: iterations that the patches received.
+        patches: int64 [B, F], ascending.
+        pixels: [B, F, C·P·P] in [0, 1], in the order of :func:`smi_fast.ops.gather_patches`.
+    """
+
+    iteration: int
+    patches: Tensor
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class InversionResult:
+    """What an inversion gives back.
+
+    Attributes:
+        images: [B, 3, H, W] in [0, 1], background included.
+        kept: int64 [B, K], the patches that were inverted to the end.
+        masks: bool [B, rows, columns], the patches that ``masked_images`` shows.
+        masked_images: ``images`` with every other patch black.
+        targets: int64 [B] or probabilities [B, classes].
+        logits: [B, classes], the logits of the teacher for ``kept`` alone, without jitter.
+        history: for each objective its un-weighted value in each iteration.
+        timing: the phases between stops.
+        iterations: iterations done.
+        interrupted: whether Ctrl-C ended the run early.
+        finished: groups of patches that the schedule took out, in the order of their stops.
+    """
+
+    images: Tensor
+    kept: Tensor
+    masks: Tensor
+    masked_images: Tensor
+    targets: Tensor
+    logits: Tensor
+    history: dict[str, list[float]]
+    timing: tuple[Phase, ...]
+    iterations: int
+    interrupted: bool = False
+    finished: tuple[FinishedGroup, ...] = ()
+
+    @property
+    def confidence(self) -> Tensor:
+        """[B], probability that the teacher gives to the (most probable) target."""
+        labels = self.targets if self.targets.dim() == 1 else self.targets.argmax(1)
+        return self.logits.softmax(1).gather(1, labels[:, None])[:, 0]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the loop."""
+        return sum(phase.seconds for phase in self.timing)

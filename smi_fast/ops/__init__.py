@@ -1,0 +1,19 @@
+"""The public ops: checked arguments, a chosen backend, and first-order gradients.
+
+The docstring of each op has the PyTorch expression that it equals. :mod:`smi_fast.ops.reference` is
+the specification, and a backend too.
+"""
+
+from smi_fast.ops.adam_clamp import adam_clamp_
+from smi_fast.ops.batch_norm_matching import batch_norm_matching
+from smi_fast.ops.gather_attention import gather_attention
+from smi_fast.ops.gather_patches import gather_patches
+from smi_fast.ops.total_variation import total_variation
+
+__all__ = [
+    "adam_clamp_",
+    "batch_norm_matching",
+    "gather_attention",
+    "gather_patches",
+    "total_variation",
+]

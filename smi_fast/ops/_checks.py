@@ -1,0 +1,31 @@
+"""Checks of arguments: what was expected, and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expect(holds: bool, expected: str, got: Tensor) -> None:
+    if not holds:
+        raise ValueError(f"expected {expected}, got {got.dtype} {list(got.shape)}")
+
+
+def expect_device(tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"expected all tensors on {like.device}, got one on {tensor.device}")
+
+
+def expect_patches(images: Tensor, patch_size: int) -> None:
+    height, width = images.shape[-2:]
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"expected image sides that are multiples of the patch size {patch_size}, "
+            f"got {height} x {width}"
+        )
+
+
+def expect_index(name: str, index: Tensor, like: Tensor) -> None:
+    fits = index.dim() == 2 and len(index) == len(like) and index.dtype == torch.int64
+    expect(fits, f"{name} int64 [{len(like)}, K]", index)
+    expect_device(index, like)

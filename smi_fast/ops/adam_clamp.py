@@ -1,0 +1,73 @@
+"""One Adam step on pixels and a clamp, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smi_fast.ops._checks import expect, expect_device, expect_index, expect_patches
+from smi_fast.ops.backends import AUTO, choose
+
+
+@torch.no_grad()
+def adam_clamp_(
+    images: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int | Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    low: Tensor,
+    high: Tensor,
+    active: Tensor | None = None,
+    patch_size: int = 1,
+    backend: str = AUTO,
+) -> None:
+    """One step of Adam (arXiv 1412.6980, eps 1e-8) on pixels, then a clamp of each channel; in
+    place.
+
+    Equal to ``torch.optim.Adam`` followed by ``images.clamp_(low[:, None, None], high[:, None,
+    None])``, on all pixels or on those of active patches.
+
+    Args:
+        images: [B, C, H, W], changed.
+        grad: [B, C, H, W].
+        exp_avg: [B, C, H, W], running mean of the gradient, changed.
+        exp_avg_sq: [B, C, H, W], running mean of its square, changed.
+        step: the number of this step, from 1; a tensor is int64 [], and its value isn't checked,
+            for that would wait for the device.
+        lr: learning rate.
+        betas: decay of both means, each in [0, 1).
+        low: [C], least value of each channel.
+        high: [C], greatest value of each channel.
+        active: int64 [B, K], distinct patches of the grid to touch; None touches every pixel.
+        patch_size: side of a patch in pixels; needed with ``active`` only.
+        backend: see :mod:`smi_fast.ops.backends`.
+
+    Raises:
+        ValueError: wrong shape, data type, device or step.
+        BackendUnavailable: the backend can't run here.
+    """
+    expect(images.dim() == 4, "images [B, C, H, W]", images)
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        fits = tensor.shape == images.shape and tensor.dtype == images.dtype
+        expect(fits, f"{name} like images, {images.dtype} {list(images.shape)}", tensor)
+        expect_device(tensor, images)
+    for name, bound in (("low", low), ("high", high)):
+        fits = bound.shape == (images.shape[1],) and bound.dtype == images.dtype
+        expect(fits, f"{name} {images.dtype} [{images.shape[1]}]", bound)
+        expect_device(bound, images)
+    if not isinstance(step, Tensor):
+        if step < 1:
+            raise ValueError(f"expected step >= 1, got {step}")
+        step = torch.tensor(step, device=images.device)
+    expect(step.dim() == 0 and step.dtype == torch.int64, "step int64 []", step)
+    expect_device(step, images)
+    if active is not None:
+        expect_patches(images, patch_size)
+        expect_index("active", active, images)
+    functions = choose("adam_clamp_", images.device, images.dtype, backend).functions
+    moments = (exp_avg, exp_avg_sq)
+    functions.adam_clamp_(images, grad, *moments, step, lr, *betas, low, high, active, patch_size)

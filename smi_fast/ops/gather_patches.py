@@ -1,0 +1,88 @@
+"""Gather the kept patches of jittered images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smi_fast.ops._checks import expect, expect_index, expect_patches
+from smi_fast.ops.backends import AUTO, Backend, choose
+
+
+def gather_patches(
+    images: Tensor,
+    kept: Tensor,
+    shift: Tensor | tuple[int, int] = (0, 0),
+    flip: Tensor | bool = False,
+    *,
+    patch_size: int,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """The kept patches of jittered images, without jittering the images.
+
+    A kept patch follows the shift to the nearest cell of the grid (a half rounds up) and then the
+    flip; that cell shows a displaced, wrapped-around window of the original image. Equal to::
+
+        jittered = images.roll((shift[0], shift[1]), (2, 3))
+        jittered = jittered.flip(3) if flip else jittered
+        patches = unfold(jittered, patch_size, stride=patch_size).mT
+        patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
+
+    Args:
+        images: [B, C, H, W], H and W multiples of ``patch_size``.
+        kept: int64 [B, K], distinct patches of the un-jittered grid, row by row from 0.
+        shift: pixels (rows, columns) that all images are rolled by; a tensor is int64 [2].
+        flip: whether all images are mirrored left to right afterwards; a tensor is bool [].
+        patch_size: side P of a patch in pixels.
+        backend: see :mod:`smi_fast.ops.backends`.
+
+    Returns:
+        patches [B, K, C·P·P], pixels in the order of a convolution's weight, and positions int64
+        [B, K], the grid cell that each one has in the jittered image.
+
+    Raises:
+        ValueError: wrong shape, data type or device.
+        BackendUnavailable: the backend can't run here.
+    """
+    expect(images.dim() == 4, "images [B, C, H, W]", images)
+    expect_patches(images, patch_size)
+    expect_index("kept", kept, images)
+    shift = torch.as_tensor(shift, device=images.device)
+    flip = torch.as_tensor(flip, device=images.device)
+    expect(shift.shape == (2,) and shift.dtype == torch.int64, "shift int64 [2]", shift)
+    expect(flip.dim() == 0 and flip.dtype == torch.bool, "flip bool []", flip)
+    chosen = choose("gather_patches", images.device, images.dtype, backend)
+    patches, positions = _GatherPatches.apply(images, kept, shift, flip, patch_size, chosen)
+    return patches, positions
+
+
+class _GatherPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        kept: Tensor,
+        shift: Tensor,
+        flip: Tensor,
+        patch_size: int,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(kept, shift, flip)
+        ctx.patch_size, ctx.side, ctx.backend = patch_size, images.shape[-2:], backend
+        patches, positions = backend.functions.gather_patches(images, kept, shift, flip, patch_size)
+        ctx.mark_non_differentiable(positions)
+        ctx.set_materialize_grads(False)
+        return patches, positions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        gradient = None
+        if grad is not None:
+            gradient = ctx.backend.functions.gather_patches_backward(
+                grad, *ctx.saved_tensors, ctx.patch_size, *ctx.side
+            )
+        return gradient, None, None, None, None, None

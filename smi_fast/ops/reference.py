@@ -1,0 +1,238 @@
+"""The specification of every op in plain PyTorch, forward and backward.
+
+Each function is what a kernel of any backend must compute. It runs on every device and in float64,
+and it is the backend called ``reference``. Inputs are taken as valid: :mod:`smi_fast.ops` checks
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smi_fast.ops.grid import NEIGHBOURS, pixel_mask, window_indices
+
+ADAM_EPS = 1e-8
+
+
+def gather_patches(
+    images: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int
+) -> tuple[Tensor, Tensor]:
+    """See :func:`smi_fast.ops.gather_patches`."""
+    channels, height, width = images.shape[1:]
+    pixels, cells = window_indices(kept, shift, flip, patch_size, height, width)
+    flat = pixels.flatten(1)[:, None].expand(-1, channels, -1)
+    windows = images.flatten(2).gather(2, flat).unflatten(2, (kept.shape[1], patch_size**2))
+    return windows.transpose(1, 2).flatten(2), cells
+
+
+def gather_patches_backward(
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Gradient [B, C, H, W] of the images: windows never overlap, so a scatter without sums."""
+    channels = grad.shape[2] // patch_size**2
+    pixels, _ = window_indices(kept, shift, flip, patch_size, height, width)
+    flat = pixels.flatten(1)[:, None].expand(-1, channels, -1)
+    windows = grad.unflatten(2, (channels, patch_size**2)).transpose(1, 2).flatten(2)
+    images = grad.new_zeros(len(grad), channels, height * width).scatter(2, flat, windows)
+    return images.view(len(grad), channels, height, width)
+
+
+def _rows(qkv: Tensor, token_index: Tensor | None) -> Tensor:
+    """The chosen rows of qkv [B, N, 3, H, D] as [3, B, H, K, D]."""
+    if token_index is not None:
+        qkv = qkv.gather(1, token_index[:, :, None, None, None].expand(-1, -1, *qkv.shape[2:]))
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
+def _probabilities(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √D) [B, H, K, K]; rows and columns from ``lengths`` on are zero."""
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if lengths is None:
+        return scores.softmax(dim=-1)
+    valid = torch.arange(k.shape[-2], device=k.device) < lengths[:, None, None, None]
+    probabilities = scores.masked_fill(~valid, -torch.inf).softmax(dim=-1)
+    # A row of an image without any token is all -inf, its softmax nan: masked like the other rows.
+    return probabilities.masked_fill(~(valid & valid.transpose(-2, -1)), 0.0)
+
+
+def gather_attention(
+    qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None, importance: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`smi_fast.ops.gather_attention`; importance is [B, 0] when it isn't wanted."""
+    q, k, v = _rows(qkv, token_index)
+    probabilities = _probabilities(q, k, lengths)
+    out = (probabilities @ v).transpose(1, 2).flatten(2)
+    if importance:
+        return out, probabilities[:, :, 0].mean(dim=1)
+    return out, qkv.new_empty(len(qkv), 0)
+
+
+def gather_attention_backward(
+    grad: Tensor, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """Gradient [B, N, 3, H, D] of ``qkv``; rows that weren't chosen get zero. P is computed again.
+
+    dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K / √D, dK = dSᵀ Q / √D.
+    """
+    q, k, v = _rows(qkv, token_index)
+    probabilities = _probabilities(q, k, lengths)
+    grad = grad.unflatten(2, q.shape[1::2]).transpose(1, 2)
+    d_probabilities = grad @ v.transpose(-2, -1)
+    weighted = probabilities * d_probabilities
+    d_scores = (weighted - probabilities * weighted.sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    parts = (d_scores @ k, d_scores.transpose(-2, -1) @ q, probabilities.transpose(-2, -1) @ grad)
+    rows = torch.stack([part.transpose(1, 2) for part in parts], dim=2)
+    if token_index is None:
+        return rows
+    index = token_index[:, :, None, None, None].expand(-1, -1, *rows.shape[2:])
+    return torch.zeros_like(qkv, memory_format=torch.contiguous_format).scatter(1, index, rows)
+
+
+def _pair(images: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Views of all pixels that have a neighbour at an offset, and of those neighbours."""
+    down, right = offset
+    height, width = images.shape[-2:]
+    here = images[..., : height - down, max(-right, 0) : width - max(right, 0)]
+    there = images[..., down:, max(right, 0) : width - max(-right, 0)]
+    return here, there
+
+
+def _counted(mask: Tensor, offset: tuple[int, int]) -> Tensor:
+    here, there = _pair(mask, offset)
+    return here | there
+
+
+def total_variation(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
+    """The sums of :func:`smi_fast.ops.total_variation`: [3, 4], for each of the four differences
+    the sum of absolute values, the Frobenius norm, and the number of differences that count."""
+    mask = None if active is None else pixel_mask(active, patch_size, *images.shape[-2:])
+    sums = []
+    for offset in NEIGHBOURS:
+        here, there = _pair(images, offset)
+        difference = here - there
+        count = images.new_full((), difference.numel())
+        if mask is not None:
+            counted = _counted(mask, offset)
+            difference = difference * counted
+            count = counted.sum().to(images.dtype) * images.shape[1]
+        sums.append(torch.stack([difference.abs().sum(), difference.square().sum().sqrt(), count]))
+    return torch.stack(sums, dim=1)
+
+
+def total_variation_backward(
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    active: Tensor | None,
+    patch_size: int,
+    sums: Tensor,
+) -> Tensor:
+    """Gradient of the images: for each difference d, sign(d)/count and d/norm, plus here, minus
+    there.
+
+    A norm of zero has the subgradient zero.
+    """
+    mask = None if active is None else pixel_mask(active, patch_size, *images.shape[-2:])
+    result = torch.zeros_like(images, memory_format=torch.contiguous_format)
+    for offset, (_, norm, count) in zip(NEIGHBOURS, sums.unbind(1), strict=True):
+        here, there = _pair(images, offset)
+        difference = here - there
+        per_norm = torch.where(norm > 0, grad_l2 / norm, 0.0)
+        per_count = torch.where(count > 0, grad_l1 / count, 0.0)
+        slope = difference * per_norm + difference.sign() * per_count
+        if mask is not None:
+            slope = slope * _counted(mask, offset)
+        to_here, to_there = _pair(result, offset)
+        to_here.add_(slope)
+        to_there.sub_(slope)
+    return result
+
+
+def batch_norm_matching(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm in eval mode of x [B, C, H, W]; the mean and biased variance [C] of x itself."""
+    scale = weight * (running_var + eps).rsqrt()
+    y = x * scale[:, None, None] + (bias - running_mean * scale)[:, None, None]
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return y, mean, var
+
+
+def batch_norm_matching_backward(
+    grad: Tensor,
+    x: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    """Gradient of x: grad·w/√(running_var + eps) + offset_c + slope_c·x, offset and slope [C]."""
+    scale = weight * (running_var + eps).rsqrt()
+    per_channel = (t[:, None, None] for t in (scale, offset, slope))
+    scale, offset, slope = per_channel
+    return grad * scale + offset + slope * x
+
+
+def adam_clamp_(
+    images: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    low: Tensor,
+    high: Tensor,
+    active: Tensor | None,
+    patch_size: int,
+) -> None:
+    """See :func:`smi_fast.ops.adam_clamp_`."""
+    tensors = (images, grad, exp_avg, exp_avg_sq)
+    bounds = (low[:, None, None], high[:, None, None])
+    if active is None:
+        _adam_clamp_(tensors, step, lr, beta1, beta2, *bounds)
+        return
+    columns = images.shape[3] // patch_size
+    # As [B, rows, columns, C, P, P], so that indexing the first three copies only active patches.
+    cells = [
+        t.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size)).permute(0, 2, 4, 1, 3, 5)
+        for t in tensors
+    ]
+    where = (
+        torch.arange(len(active), device=active.device)[:, None],
+        active // columns,
+        active % columns,
+    )
+    picked = [cell[where] for cell in cells]
+    _adam_clamp_(picked, step, lr, beta1, beta2, *bounds)
+    for cell, values in zip((cells[0], *cells[2:]), (picked[0], *picked[2:]), strict=True):
+        cell[where] = values
+
+
+def _adam_clamp_(
+    tensors: Sequence[Tensor],
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    low: Tensor,
+    high: Tensor,
+) -> None:
+    pixels, grad, exp_avg, exp_avg_sq = tensors
+    taken = step.double()
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = (exp_avg_sq.sqrt() / (1 - beta2**taken) ** 0.5).add_(ADAM_EPS)
+    pixels.add_(exp_avg * (-lr / (1 - beta1**taken)) / root)
+    torch.clamp(pixels, low, high, out=pixels)

@@ -1,0 +1,161 @@
+"""Schemas, fakes and default kernels of the ops as ``torch.ops.smi_fast.*``.
+
+The reference is the default kernel of each op; a compiled backend registers its own under the key
+of its device. The Triton kernels are ops of their own, ``*_triton``, so that both can be there on a
+GPU. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a registered
+one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smi_fast.ops import grid, reference
+
+_SCHEMAS = {
+    "gather_patches": (
+        "(Tensor images, Tensor kept, Tensor shift, Tensor flip, int patch_size)"
+        " -> (Tensor, Tensor)"
+    ),
+    "gather_patches_backward": (
+        "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, int patch_size, int height,"
+        " int width) -> Tensor"
+    ),
+    "gather_attention": (
+        "(Tensor qkv, Tensor? token_index, Tensor? lengths, bool importance) -> (Tensor, Tensor)"
+    ),
+    "gather_attention_backward": (
+        "(Tensor grad, Tensor qkv, Tensor? token_index, Tensor? lengths) -> Tensor"
+    ),
+    "total_variation": "(Tensor images, Tensor? active, int patch_size) -> Tensor",
+    "total_variation_backward": (
+        "(Tensor grad_l1, Tensor grad_l2, Tensor images, Tensor? active, int patch_size,"
+        " Tensor sums) -> Tensor"
+    ),
+    "batch_norm_matching": (
+        "(Tensor x, Tensor running_mean, Tensor running_var, Tensor weight, Tensor bias, float eps)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_matching_backward": (
+        "(Tensor grad, Tensor x, Tensor running_var, Tensor weight, float eps, Tensor offset,"
+        " Tensor slope) -> Tensor"
+    ),
+    "adam_clamp_": (
+        "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
+        " float lr, float beta1, float beta2, Tensor low, Tensor high, Tensor? active,"
+        " int patch_size) -> ()"
+    ),
+}
+
+TRITON = "_triton"
+
+
+def triton_kernel(name: str) -> Callable[..., Any]:
+    """A function of ``smi_fast.kernels``, imported at the first call: that imports triton."""
+
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("smi_fast.kernels"), name)(*arguments)
+
+    return kernel
+
+
+_library = torch.library.Library("smi_fast", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.define(_name + TRITON + _schema)
+    _library.impl(_name + TRITON, triton_kernel(_name), "CUDA")
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    def register(function: Callable[..., Any]) -> None:
+        for op in (name, name + TRITON):
+            torch.library.register_fake(f"smi_fast::{op}", function, lib=_library)
+
+    return register
+
+
+@_fake("gather_patches")
+def _(
+    images: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int
+) -> tuple[Tensor, Tensor]:
+    batch, count = kept.shape
+    return images.new_empty(batch, count, images.shape[1] * patch_size**2), kept.new_empty(
+        batch, count
+    )
+
+
+@_fake("gather_patches_backward")
+def _(
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    patch_size: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    return grad.new_empty(len(grad), grad.shape[2] // patch_size**2, height, width)
+
+
+@_fake("gather_attention")
+def _(
+    qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None, importance: bool
+) -> tuple[Tensor, Tensor]:
+    batch, count, _, heads, width = qkv.shape
+    count = count if token_index is None else token_index.shape[1]
+    return qkv.new_empty(batch, count, heads * width), qkv.new_empty(
+        batch, count if importance else 0
+    )
+
+
+@_fake("gather_attention_backward")
+def _(grad: Tensor, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+@_fake("total_variation")
+def _(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
+    return images.new_empty(3, len(grid.NEIGHBOURS))
+
+
+@_fake("total_variation_backward")
+def _(
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    active: Tensor | None,
+    patch_size: int,
+    sums: Tensor,
+) -> Tensor:
+    return images.new_empty(images.shape)
+
+
+@_fake("batch_norm_matching")
+def _(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(running_mean), torch.empty_like(running_var)
+
+
+@_fake("batch_norm_matching_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("adam_clamp_")
+def _(*_: object) -> None:
+    """The op writes only into its arguments."""

@@ -1,0 +1,69 @@
+"""Total variation of a batch of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smi_fast.ops._checks import expect, expect_index, expect_patches
+from smi_fast.ops.backends import AUTO, Backend, choose
+
+
+def total_variation(
+    images: Tensor, active: Tensor | None = None, *, patch_size: int = 1, backend: str = AUTO
+) -> tuple[Tensor, Tensor]:
+    """Total variation of a batch over horizontal, vertical and both diagonal neighbours.
+
+    With the four differences ``d`` of neighbouring pixels of the whole batch equal to::
+
+        l1 = sum(d.abs().mean() for d in differences)
+        l2 = sum(torch.linalg.vector_norm(d) for d in differences)
+
+    as DeepInversion (arXiv 1912.08795) and SMI (arXiv 2510.27186) use it. With ``active``, only
+    differences count that have at least one pixel in an active patch: the others are constant while
+    the background is frozen.
+
+    Args:
+        images: [B, C, H, W].
+        active: int64 [B, K], distinct patches of the grid; None counts every difference.
+        patch_size: side of a patch in pixels; needed with ``active`` only.
+        backend: see :mod:`smi_fast.ops.backends`.
+
+    Returns:
+        l1 and l2, scalars of the images' data type.
+
+    Raises:
+        ValueError: wrong shape, data type or device.
+        BackendUnavailable: the backend can't run here.
+    """
+    expect(images.dim() == 4, "images [B, C, H, W]", images)
+    if active is not None:
+        expect_patches(images, patch_size)
+        expect_index("active", active, images)
+    chosen = choose("total_variation", images.device, images.dtype, backend)
+    l1, l2 = _TotalVariation.apply(images, active, patch_size, chosen)
+    return l1, l2
+
+
+class _TotalVariation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, active: Tensor | None, patch_size: int, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        parts = backend.functions.total_variation(images, active, patch_size)
+        ctx.save_for_backward(images, active, parts)
+        ctx.patch_size, ctx.backend = patch_size, backend
+        sums, norms, counts = parts
+        return (sums / counts.clamp(min=1)).sum(), norms.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_l1: Tensor, grad_l2: Tensor) -> tuple[Tensor | None, ...]:
+        images, active, parts = ctx.saved_tensors
+        gradient = ctx.backend.functions.total_variation_backward(
+            grad_l1, grad_l2, images, active, ctx.patch_size, parts
+        )
+        return gradient, None, None, None

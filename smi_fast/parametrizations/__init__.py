@@ -1,0 +1,6 @@
+"""Parametrizations: what the optimiser moves, and how images come from it."""
+
+from smi_fast.parametrizations.base import Parametrization
+from smi_fast.parametrizations.pixels import Pixels
+
+__all__ = ["Parametrization", "Pixels"]

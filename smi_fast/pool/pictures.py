@@ -1,0 +1,107 @@
+"""Pictures of a pool: what was inverted, and how the loss fell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from smi_fast.pool.pool import Pool, write_atomically
+
+# A sheet is to be looked at: a thousand classes of fifty images would fit no screen, and no memory.
+MOST_CLASSES, MOST_PER_CLASS = 40, 8
+SMALLEST_TILE = 112
+GAP = 12
+NAME_SIZE, CONFIDENCE_SIZE = 18, 13
+STOP_COLOUR = "#d62728"
+
+
+def contact_sheet(pool: str | Path, path: str | Path) -> None:
+    """Draws a pool, a row per class: each image whole and, right of it, its kept patches.
+
+    The teacher's confidence stands below. Of a large pool the first images of the first classes are
+    drawn, and the title says how many.
+
+    Args:
+        pool: the folder of a pool. Its records have a ``label``, and may have a ``class_name`` and
+            a ``confidence`` in [0, 1].
+        path: the PNG to write.
+
+    Raises:
+        ValueError: the pool is empty.
+        OSError: an image can't be read, or the sheet can't be written.
+    """
+    records = Pool(pool).records
+    if not records:
+        raise ValueError(f"expected a pool of images, got an empty one in {pool}")
+    classes: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        classes.setdefault(record["label"], []).append(record)
+    rows = [classes[label][:MOST_PER_CLASS] for label in sorted(classes)[:MOST_CLASSES]]
+    names = [str(row[0].get("class_name", row[0]["label"])) for row in rows]
+    title = (
+        f"{sum(map(len, rows))} of {len(records)} images, {len(rows)} of {len(classes)} classes: "
+        "whole, and kept patches"
+    )
+
+    def read(name: str) -> Image.Image:
+        with Image.open(Path(pool) / name) as image:
+            scale = -(-SMALLEST_TILE // min(image.size))
+            return image.resize(
+                (image.width * scale, image.height * scale), Image.Resampling.NEAREST
+            )
+
+    large, small = ImageFont.load_default(NAME_SIZE), ImageFont.load_default(CONFIDENCE_SIZE)
+    width, height = read(rows[0][0]["image"]).size
+    left = round(max(map(large.getlength, names))) + 2 * GAP
+    top = NAME_SIZE + 2 * GAP
+    across, down = 2 * width + GAP, height + CONFIDENCE_SIZE + GAP
+    right = max(left + across * max(map(len, rows)), round(large.getlength(title)) + 2 * GAP)
+    sheet = Image.new("RGB", (right, top + down * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), title, "black", large)
+    for y, name, row in zip(range(top, sheet.height, down), names, rows, strict=True):
+        draw.text((GAP, y + height // 2), name, "black", large, anchor="lm")
+        for x, record in zip(range(left, right, across), row, strict=False):
+            sheet.paste(read(record["image"]), (x, y))
+            sheet.paste(read(record["masked"]), (x + width, y))
+            if "confidence" in record:
+                draw.text((x, y + height), f"{record['confidence']:.3f}", "black", small)
+    write_atomically(path, partial(sheet.save, format="PNG"))
+
+
+def loss_curves(
+    history: Mapping[str, Sequence[float]], stops: Sequence[int], path: str | Path
+) -> None:
+    """Draws each term of the objective over the iterations, with a vertical line at each stop.
+
+    The scale is logarithmic unless a value is negative; it leaves zeros out.
+
+    Args:
+        history: the values of each term by its name, one per iteration.
+        stops: the iterations at which patches were dropped.
+        path: the PNG to write.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    # Takes half a second; a Figure of its own draws with Agg, and leaves pyplot's state alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in history.items():
+        axes.plot(values, label=name.replace("_", " "))
+    for stop in stops:
+        axes.axvline(
+            stop, color=STOP_COLOUR, linestyle=":", label="stop" if stop == stops[0] else None
+        )
+    values = [value for curve in history.values() for value in curve]
+    if min(values, default=0) >= 0 and max(values, default=0) > 0:
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set(title="Loss of the inversion", xlabel="iteration", ylabel="value before its weight")
+    axes.legend()
+    write_atomically(path, partial(figure.savefig, format="png", dpi=120))

@@ -1,0 +1,124 @@
+"""The contract of a schedule: when patches stop, and which ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What a schedule knows at a stop.
+
+    Attributes:
+        iteration: from 0; the stop is taken before this iteration.
+        kept: int64 [B, K], the patches kept until now, ascending.
+        importance: [B, K], score of each of them, from the iteration before, without jitter.
+        grid: patches per side, (rows, columns).
+    """
+
+    iteration: int
+    kept: Tensor
+    importance: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a schedule answers at a stop.
+
+    Attributes:
+        kept: int64 [B, K'], the patches that stay, ascending.
+        finished: int64 [B, F], patches that leave as a finished sparse image, ascending; None for
+            none. Patches in neither set are dropped.
+    """
+
+    kept: Tensor
+    finished: Tensor | None = None
+
+
+class Schedule(Protocol):
+    """Decides at which iterations patches stop, and which of them stay.
+
+    The loop asks :meth:`select` once at each stop and checks the answer with :func:`check`.
+    """
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Iterations of the stops, ascending from 1."""
+
+    def counts(self, patches: int) -> tuple[int, ...]:
+        """How many patches stay after each stop, of an image that has ``patches``.
+
+        Raises:
+            ValueError: a stop would leave no patch.
+        """
+
+    def select(self, stop: Stop) -> Selection:
+        """Which patches stay after a stop: as many as :meth:`counts` promises."""
+
+
+class WrongSelection(ValueError):
+    """A schedule answered something else than it promised."""
+
+
+def check(selection: Selection, stop: Stop, count: int) -> Selection:
+    """The selection, when it is a valid answer at a stop.
+
+    Args:
+        selection: the schedule's answer.
+        stop: what it was asked.
+        count: how many patches it promised to keep.
+
+    Raises:
+        WrongSelection: another count; patches that weren't kept, repeat, or don't ascend; or a
+            patch that both stays and leaves.
+    """
+    _check_set("kept", selection.kept, stop, count)
+    if selection.finished is not None:
+        _check_set("finished", selection.finished, stop, None)
+        together = torch.cat([selection.kept, selection.finished], dim=1).sort(dim=1).values
+        if bool((together.diff(dim=1) == 0).any()):
+            raise WrongSelection(
+                f"expected finished patches that don't stay, the schedule at {stop.iteration} "
+                "answered some that do"
+            )
+    return selection
+
+
+def _check_set(name: str, patches: Tensor, stop: Stop, count: int | None) -> None:
+    at, batch = stop.iteration, len(stop.kept)
+    fits = patches.dim() == 2 and len(patches) == batch and patches.dtype == torch.int64
+    if not fits or (count is not None and patches.shape[1] != count):
+        size = "F" if count is None else count
+        raise WrongSelection(
+            f"expected {name} int64 [{batch}, {size}] from the schedule at {at}, "
+            f"got {patches.dtype} {list(patches.shape)}"
+        )
+    if patches.device != stop.kept.device:
+        raise WrongSelection(
+            f"expected {name} on {stop.kept.device} from the schedule at {at}, got {patches.device}"
+        )
+    if bool((patches.diff(dim=1) <= 0).any()):
+        raise WrongSelection(
+            f"expected {name} distinct and ascending from the schedule at {at}, "
+            f"got {patches.tolist()}"
+        )
+    total = stop.grid[0] * stop.grid[1]
+    # Out of range patches would index past the mask, so they count as the patch after the last.
+    inside = torch.where((patches >= 0) & (patches < total), patches, total)
+    was_kept = torch.zeros(batch, total + 1, dtype=torch.bool, device=patches.device)
+    was_kept.scatter_(1, stop.kept, True)
+    if not bool(was_kept.gather(1, inside).all()):
+        raise WrongSelection(
+            f"expected {name} among the patches kept so far from the schedule at {at}, "
+            f"got {patches.tolist()}"
+        )
+
+
+def still_iterations(schedule: Schedule) -> frozenset[int]:
+    """Iterations without jitter: each stop, and the one before, which scores importance."""
+    return frozenset(t - before for t in schedule.at for before in (0, 1))

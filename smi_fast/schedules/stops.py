@@ -1,0 +1,76 @@
+"""Sparse Model Inversion's schedule: drop the least important patches at a few iterations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from smi_fast.schedules.base import Selection, Stop
+
+
+@dataclass(frozen=True)
+class StopSchedule:
+    """Drops the least important patches at a few iterations (SMI, arXiv 2510.27186).
+
+    >>> StopSchedule(at=(50, 100), drop=(0.3, 0.3)).counts(196)
+    (137, 95)
+
+    Args:
+        at: iterations of the stops, ascending, from 1. The published ones are for 4000 iterations.
+        drop: share of the kept patches that each stop drops, in [0, 1): of K patches
+            ``int(K * (1 - share))`` stay.
+
+    Raises:
+        ValueError: stops that don't ascend from 1, shares out of range, or not one share per stop.
+    """
+
+    at: tuple[int, ...] = (50, 100, 200, 300)
+    drop: tuple[float, ...] = (0.3, 0.3, 0.3, 0.3)
+
+    def __post_init__(self) -> None:
+        at, drop = tuple(self.at), tuple(self.drop)
+        object.__setattr__(self, "at", at)
+        object.__setattr__(self, "drop", drop)
+        if len(at) != len(drop):
+            raise ValueError(
+                f"expected a share to drop for each stop, got {len(at)} stops, {drop=}"
+            )
+        if list(at) != sorted(set(at)) or min(at, default=1) < 1:
+            raise ValueError(f"expected stops that ascend from 1 or later, got {at}")
+        if any(not 0 <= share < 1 for share in drop):
+            raise ValueError(f"expected shares to drop in [0, 1), got {drop}")
+
+    @classmethod
+    def scaled(cls, iterations: int) -> StopSchedule:
+        """The published stops at the same fractions of a run of another length than 4000.
+
+        Raises:
+            ValueError: too few iterations to keep the stops apart.
+        """
+        published = cls()
+        return cls(tuple(round(t * iterations / 4000) for t in published.at), published.drop)
+
+    @property
+    def remaining(self) -> float:
+        """Share of the patches left after the last stop, before rounding."""
+        return math.prod(1.0 - share for share in self.drop)
+
+    def counts(self, patches: int) -> tuple[int, ...]:
+        counts = []
+        for stop, share in zip(self.at, self.drop, strict=True):
+            before, patches = patches, _staying(patches, share)
+            if patches < 1:
+                raise ValueError(f"the stop at {stop} drops all of {before} patches")
+            counts.append(patches)
+        return tuple(counts)
+
+    def select(self, stop: Stop) -> Selection:
+        share = self.drop[self.at.index(stop.iteration)]
+        count = _staying(stop.kept.shape[1], share)
+        top = stop.importance.topk(count, dim=1).indices
+        return Selection(stop.kept.gather(1, top).sort(dim=1).values)
+
+
+def _staying(patches: int, share: float) -> int:
+    # The published expression, so that rounding agrees: int(10 * (1 - 0.3)) is 7, not 6.
+    return int(patches * (1.0 - share))

@@ -1,0 +1,6 @@
+"""Teachers: images in, tokens and logits out, computed for kept patches only."""
+
+from smi_fast.teacher.sparse_vit import Jitter, SparseOutput, SparseViT
+from smi_fast.teacher.support import UnsupportedTeacher
+
+__all__ = ["Jitter", "SparseOutput", "SparseViT", "UnsupportedTeacher"]

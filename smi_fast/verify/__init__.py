@@ -1,0 +1,1 @@
+"""Verification: every kernel against the reference in float64, and times on a GPU."""
