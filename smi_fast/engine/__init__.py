@@ -28,6 +28,9 @@ class Engine(Protocol):
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
 
+    def refresh(self) -> None:
+        """Forgets what was derived from the weights."""
+
     def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""
 

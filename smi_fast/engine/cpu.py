@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ _run_blocks_backward = torch.ops.smi_fast.run_blocks_backward_.default
 _last_block_rows = torch.ops.smi_fast.first_rows.default
 _last_block_rows_backward = torch.ops.smi_fast.first_rows_backward.default
 
-_version_of = attrgetter("_version")
 _CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 # MKL repacks the weights in every GEMM, up to a fifth of its time when there are few rows. Packing
@@ -59,6 +57,7 @@ class CpuEngine:
             if weight is not None
         ]
         self._state: list[object] = []
+        self._held: list[Tensor] = []
         self._runs: dict[tuple[int, int], FoldedRun] = {}
         self._last: dict[int, LastBlock] = {}
 
@@ -84,15 +83,23 @@ class CpuEngine:
             self._last[rows] = LastBlock(self._blocks[-1], rows)
         return self._last[rows](tokens)
 
+    def refresh(self) -> None:
+        """Forgets what was folded."""
+        self._state, self._held, self._runs, self._last = [], [], {}, {}
+
     def _follow_weights(self) -> None:
         """Forgets what was folded from other weights: the owner of the teacher may change them."""
         found = (module._parameters[name] for module, name in self._names)
         weights = [weight for weight in found if weight is not None]
-        # A flat list of numbers is cheap to compare, and this runs in every pass. The data type is
-        # part of it because a cast keeps identity and version.
-        state = [weights[0].dtype, *map(id, weights), *map(_version_of, weights)]
+        # A flat list of numbers is cheap to compare, and this runs in every pass.
+        state: list[object] = [weights[0].dtype]
+        state += [weight.data_ptr() for weight in weights]
+        state += [weight._version for weight in weights]
         if self._state != state:
-            self._state, self._runs, self._last = state, {}, {}
+            self.refresh()
+            self._state = state
+            # These views keep the memory of replaced weights, so that no other gets its address.
+            self._held = [weight.detach() for weight in weights]
 
 
 class FoldedRun:

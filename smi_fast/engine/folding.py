@@ -5,26 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.layers import LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# LayerNorm's affine part is folded only from these, since a subclass may compute something else.
+_LAYER_NORMS = (nn.LayerNorm, LayerNorm)
+_IDLE_OR_SCALE = (nn.Identity, LayerScale)
 
 
 def foldable(block: Block) -> bool:
-    """Whether a block has nothing but linear layers, LayerNorm, GELU and maybe LayerScale."""
+    """Whether a block has nothing but linear layers, LayerNorm, GELU and maybe LayerScale.
+
+    Subclasses don't count as these, because their own forward would be ignored.
+    """
     attention, mlp = block.attn, block.mlp
     norms = (block.norm1, block.norm2)
-    plain = (attention.q_norm, attention.k_norm, attention.norm, getattr(mlp, "norm", None))
+    if type(mlp) is not Mlp or getattr(attention, "gate", None) is not None:
+        return False
+    plain = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
+    idle = (attention.proj_drop, mlp.drop1, mlp.drop2)
     return (
-        all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
-        and all(isinstance(module, nn.Identity) for module in plain)
-        and getattr(attention, "gate", None) is None
-        and type(mlp) is Mlp
-        and isinstance(mlp.fc1, nn.Linear)
+        all(type(norm) in _LAYER_NORMS and norm.bias is not None for norm in norms)
+        and all(type(module) is nn.Identity for module in plain)
+        and all(type(module) in (nn.Dropout, nn.Identity) for module in idle)
+        and all(_is_plain(linear) for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
         and type(mlp.act) is nn.GELU
         and mlp.act.approximate == "none"
-        and all(isinstance(m, (nn.Identity, LayerScale)) for m in (block.ls1, block.ls2))
+        and all(type(scale) in _IDLE_OR_SCALE for scale in (block.ls1, block.ls2))
     )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is a Linear, or a parametrized one, whose weight is the effective one."""
+    kind = type(linear)
+    if kind is not nn.Linear and not (
+        parametrize.is_parametrized(linear) and kind.__bases__ == (nn.Linear,)
+    ):
+        return False
+    return type(linear.weight) in (Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ class SparseInverter:
     ) -> InversionState:
         """The state before the first iteration, from the same arguments as :meth:`invert`."""
         settings, teacher = self.settings, self.teacher
+        teacher.refresh()
         targets = check_targets(targets, teacher)
         batch = len(targets)
         parameters = first_parameters(settings.parametrization, init, batch, generator)

@@ -46,6 +46,11 @@ class Blocks:
         self._backend = backend
         self._engines = engine.candidates(blocks)
 
+    def refresh(self) -> None:
+        """Forgets what engines derived from the weights."""
+        for candidate in self._engines:
+            candidate.refresh()
+
     def __call__(
         self, x: Tensor, taps: dict[int, dict[str, str]], importance: bool
     ) -> BlocksOutput:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -16,9 +17,53 @@ def frozen_copy(module: Module) -> Module:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()
     }
     memo.update((id(b), b.detach()) for b in module.buffers())
-    frozen = copy.deepcopy(module, memo).eval()
-    for part in frozen.modules():
-        for name, value in vars(part).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                value.clear()
-    return frozen
+    for part in module.modules():
+        # A hook may hold a graph, which can't be copied: an empty table takes the place of each.
+        tables = (value for name, value in vars(part).items() if name.endswith("_hooks"))
+        memo.update((id(table), type(table)()) for table in tables if isinstance(table, dict))
+    return copy.deepcopy(module, memo).eval()
+
+
+class SharedWeights:
+    """Keeps a frozen copy on the weights of the module that it was made of.
+
+    In-place changes are shared by themselves. This follows weights that were *replaced*: by
+    assignment, through ``.data``, by ``load_state_dict(assign=True)``, or by a cast or move of the
+    original. A copy that was itself cast or moved has weights of its own from then on.
+
+    Args:
+        original: the module that was copied.
+        copied: its :func:`frozen_copy`.
+    """
+
+    def __init__(self, original: nn.Module, copied: nn.Module) -> None:
+        pairs = list(zip(original.modules(), copied.modules(), strict=True))
+        # Each module's own table of parameters: reading it costs less than an attribute.
+        self._tables = [
+            (theirs._parameters, ours._parameters, name)
+            for theirs, ours in pairs
+            for name, weight in theirs._parameters.items()
+            if weight is not None
+        ]
+        # These views keep the memory of replaced weights, so that no new weight gets its address.
+        self._shared = [self._view(theirs[name]) for theirs, _, name in self._tables]
+        self._addresses = [view.data_ptr() for view in self._shared]
+
+    @staticmethod
+    def _view(weight: Tensor | None) -> Tensor:
+        assert weight is not None
+        return weight.detach()
+
+    def follow(self) -> None:
+        """Points the copy at every weight of the original that was replaced."""
+        found = [theirs[name].data_ptr() for theirs, _, name in self._tables]  # type: ignore[union-attr]
+        if found == self._addresses:
+            return
+        with torch.no_grad():
+            for index, (theirs, ours, name) in enumerate(self._tables):
+                own = ours[name]
+                assert own is not None
+                if own.data_ptr() == self._addresses[index] != found[index]:
+                    own.data = self._view(theirs[name])
+                self._shared[index] = self._view(theirs[name])
+        self._addresses = found

@@ -17,6 +17,8 @@ from smi_fast.ops.backends import AUTO, check_name
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
+from smi_fast.teacher.frozen import SharedWeights
+from smi_fast.teacher.probe import probe as compare
 from smi_fast.teacher.support import check_teacher, freeze
 from smi_fast.teacher.taps import parse
 
@@ -55,6 +57,8 @@ class SparseViT(nn.Module):
             tokens, LayerScale, q/k norm, pre-norm, token, average, maximum or map pooling. One that
             the published code has patched is taken as the model it was.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
+        probe: whether to compare logits and pixel gradients of one image with the teacher's own,
+            which costs a forward and a backward pass of each.
 
     Attributes:
         channels: of an image.
@@ -68,7 +72,7 @@ class SparseViT(nn.Module):
         BackendUnavailable: there is no such backend.
     """
 
-    def __init__(self, teacher: nn.Module, *, backend: str = AUTO) -> None:
+    def __init__(self, teacher: nn.Module, *, backend: str = AUTO, probe: bool = True) -> None:
         super().__init__()
         vit = check_teacher(teacher)
         self.backend = check_name(backend)
@@ -76,16 +80,14 @@ class SparseViT(nn.Module):
         self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.patch_size = int(vit.patch_embed.patch_size[0])
-        self.num_classes = int(vit.num_classes)
+        self.num_classes = int(getattr(vit.head, "out_features", vit.num_classes))
         self.vit = freeze(vit)
-        prefix, positions = _embeddings(self.vit)
-        self._prefix: Tensor
-        self._positions: Tensor | None
-        self.register_buffer("_prefix", prefix, persistent=False)
-        self.register_buffer("_positions", positions, persistent=False)
+        self._weights = SharedWeights(vit, self.vit)
         self._blocks = Blocks(
             self.vit.blocks, self.num_prefix_tokens, _rows_read(vit), self.backend
         )
+        if probe and self.device.type != "meta":
+            compare(vit, self)
 
     @property
     def num_patches(self) -> int:
@@ -116,6 +118,16 @@ class SparseViT(nn.Module):
     def _weight(self) -> Tensor:
         weight: Tensor = self.vit.patch_embed.proj.weight
         return weight
+
+    def refresh(self) -> None:
+        """Computes everything anew that was derived from weights.
+
+        Replaced weights, optimiser steps and ``load_state_dict`` are noticed without it. Only
+        changes that torch doesn't count need it: fused optimisers, and in-place writes to
+        ``weight.data``. :meth:`SparseInverter.invert <smi_fast.SparseInverter.invert>` calls it.
+        """
+        self._weights.follow()
+        self._blocks.refresh()
 
     def train(self, mode: bool = True) -> SparseViT:
         """Stays in eval mode: a frozen teacher has no other."""
@@ -157,6 +169,8 @@ class SparseViT(nn.Module):
                 doesn't exist.
         """
         self._check_images(images)
+        if not torch.compiler.is_compiling():
+            self._weights.follow()
         if kept is None:
             kept = self.every_patch(len(images))
         shift, flip = jitter if jitter is not None else ((0, 0), False)
@@ -186,9 +200,10 @@ class SparseViT(nn.Module):
     def _embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         embed = self.vit.patch_embed
         x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
-        if self._positions is not None:
-            x = x + self._positions[positions]
-        x = torch.cat([self._prefix.expand(len(x), -1, -1), x], dim=1)
+        prefix, table = _embeddings(self.vit)
+        if table is not None:
+            x = x + table[positions]
+        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         embedded: Tensor = self.vit.norm_pre(x)
         return embedded
 
@@ -203,8 +218,10 @@ def _rows_read(vit: VisionTransformer) -> int | None:
 def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
     """Prefix tokens [1, prefix, D] with positions added, and the positions [rows·columns, D]."""
     tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
-    width = vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)
-    prefix = torch.cat([width, *(token for token in tokens if token is not None)], dim=1)
+    found = [token for token in tokens if token is not None]
+    if not found:
+        found = [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)]
+    prefix = torch.cat(found, dim=1) if len(found) > 1 else found[0]
     if vit.pos_embed is None:
         return prefix, None
     if vit.no_embed_class:

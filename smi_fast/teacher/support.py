@@ -1,22 +1,55 @@
-"""Which teachers are computed exactly, and the frozen copy that one is computed with."""
+"""Which teachers are computed exactly: what their modules must be.
+
+These checks read the modules and name the one that is refused. What a reading can't tell is for
+:mod:`smi_fast.teacher.probe`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, SwiGLU
+import torch
+from timm.layers import (
+    AttentionPoolLatent,
+    DropPath,
+    GluMlp,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    SwiGLU,
+)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
+from torch.nn.utils import parametrize
 
 from smi_fast.teacher.frozen import frozen_copy
 
-# Functions that the published code (arXiv 2510.27186) binds over a timm model's methods. What they
-# change, the kept tokens and the attention maps, is what SparseViT does itself.
+# Functions that the published code (arXiv 2510.27186) binds over a timm model's methods. They keep
+# tokens and return attention maps, which SparseViT does itself. The probe runs them.
 _PUBLISHED_PATCHES = frozenset(
     {"vit_forward", "vit_forward_features", "vit_block_forward", "vit_attention_forward"}
 )
 _OVERRIDABLE = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+_POOLS = ("token", "avg", "avgmax", "max")
+# Modules that do nothing in eval mode, and that SparseViT therefore leaves out.
+_IDLE = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
+_SKIPPED_OF_TEACHER = ("pos_drop", "patch_drop")
+_SKIPPED_OF_BLOCK = ("drop_path1", "drop_path2")
+_SKIPPED_OF_ATTENTION = ("attn_drop", "proj_drop")
+# Where the teacher is inside of something else, by the attribute that has it.
+_WRAPPERS = {
+    "_orig_mod": "pass teacher._orig_mod, the module before torch.compile",
+    "timm_model": "pass teacher.timm_model",
+    "trunk": "pass teacher.trunk",
+    "visual": "pass its image tower, in open_clip teacher.visual.trunk",
+    "merge_and_unload": "pass teacher.merge_and_unload()",
+    "module": "pass teacher.module",
+}
+_MERGE = (
+    "merge an adapter into the weights first (peft: teacher = teacher.merge_and_unload()), or "
+    "convert a quantised teacher back to floating point"
+)
 
 
 class UnsupportedTeacher(TypeError):
@@ -25,47 +58,79 @@ class UnsupportedTeacher(TypeError):
 
 def freeze(vit: VisionTransformer) -> VisionTransformer:
     """A frozen copy over the same weights, without patched methods."""
-    frozen = frozen_copy(vit)
+    frozen = copy_of(vit)
     for module in frozen.modules():
         for name in _OVERRIDABLE:
-            if callable(vars(module).get(name)):
-                delattr(module, name)
+            vars(module).pop(name, None)
     return frozen
 
 
+def copy_of(vit: VisionTransformer) -> VisionTransformer:
+    """A frozen copy over the same weights.
+
+    Raises:
+        UnsupportedTeacher: something in it can't be copied.
+    """
+    try:
+        return frozen_copy(vit)
+    except RuntimeError as error:
+        raise UnsupportedTeacher(
+            f"the teacher can't be copied ({error}): remove weight_norm or pruning from it first"
+        ) from error
+
+
 def check_teacher(teacher: nn.Module) -> VisionTransformer:
-    """The teacher, when everything in it is computed exactly by :class:`smi_fast.SparseViT`."""
+    """The teacher, when each of its modules is one that SparseViT computes exactly.
+
+    Raises:
+        UnsupportedTeacher: it isn't; the message names the module.
+    """
     if not isinstance(teacher, VisionTransformer):
+        hints = (hint for name, hint in _WRAPPERS.items() if hasattr(teacher, name))
         raise UnsupportedTeacher(
             "expected a timm VisionTransformer, got "
             f"{type(teacher).__module__}.{type(teacher).__name__}"
+            + "".join(f"; {hint}" for hint in list(hints)[:1])
         )
+    for name, module in teacher.named_modules():
+        _refuse_hooks(name or "the teacher", module)
+        _refuse_patches(name or "the teacher", module)
     _refuse_own_methods("the teacher", teacher, VisionTransformer, VisionTransformerDistilled)
+    _check_idle("", teacher, _SKIPPED_OF_TEACHER)
     _check_patch_embed(teacher.patch_embed)
     if len(teacher.blocks) == 0:
         raise UnsupportedTeacher("expected at least one block, got none")
     for index, block in enumerate(teacher.blocks):
-        name = f"blocks.{index}"
-        _expect_type(name, block, Block)
-        _expect_type(f"{name}.attn", block.attn, Attention)
-        _expect_type(f"{name}.mlp", block.mlp, Mlp, GluMlp, SwiGLU)
-        _refuse_own_methods(name, block, Block)
-        _refuse_own_methods(f"{name}.attn", block.attn, Attention)
-        width = len(block.attn.qkv.weight) // 3 // block.attn.num_heads
-        if abs(block.attn.scale - width**-0.5) > 1e-9:
-            raise UnsupportedTeacher(
-                f"expected {name}.attn to scale by 1/sqrt({width}), got {block.attn.scale:.4g}"
-            )
+        _check_block(f"blocks.{index}", block)
     if teacher.attn_pool is not None:
         _expect_type("attn_pool", teacher.attn_pool, AttentionPoolLatent)
         if teacher.attn_pool.pos_embed is not None:
             raise UnsupportedTeacher("attn_pool has positions of its own, kept patches don't")
-    if teacher.attn_pool is None and teacher.global_pool not in ("token", "avg", "avgmax", "max"):
+    elif teacher.global_pool not in _POOLS:
         raise UnsupportedTeacher(
             "expected a pooling that gives one row an image, got "
             f"global_pool={teacher.global_pool!r}"
         )
     return teacher
+
+
+def _check_block(name: str, block: Any) -> None:
+    _expect_type(name, block, Block)
+    _expect_type(f"{name}.attn", block.attn, Attention)
+    _expect_type(f"{name}.mlp", block.mlp, Mlp, GluMlp, SwiGLU)
+    _check_idle(f"{name}.", block, _SKIPPED_OF_BLOCK)
+    _check_idle(f"{name}.attn.", block.attn, _SKIPPED_OF_ATTENTION)
+    # Parts of this layer are computed from its weight, so a subclass could compute something else.
+    qkv = block.attn.qkv
+    if not is_exactly(qkv, nn.Linear) or not _plain_weight(qkv):
+        raise UnsupportedTeacher(
+            f"expected {name}.attn.qkv to be a plain Linear, got {_describe(qkv)}: {_MERGE}"
+        )
+    width = len(qkv.weight) // 3 // block.attn.num_heads
+    if abs(block.attn.scale - width**-0.5) > 1e-9:
+        raise UnsupportedTeacher(
+            f"expected {name}.attn to scale by 1/sqrt({width}), got {block.attn.scale:.4g}"
+        )
 
 
 def _check_patch_embed(embed: Any) -> None:
@@ -74,8 +139,48 @@ def _check_patch_embed(embed: Any) -> None:
     if high != wide:
         raise UnsupportedTeacher(f"expected square patches, got patch_embed of {high} x {wide}")
     proj = embed.proj
+    if not is_exactly(proj, nn.Conv2d) or not _plain_weight(proj):
+        raise UnsupportedTeacher(
+            f"expected patch_embed.proj to be a plain Conv2d, got {_describe(proj)}: {_MERGE}"
+        )
     if proj.stride != proj.kernel_size or any(proj.padding) or proj.groups != 1:
         raise UnsupportedTeacher("expected patch_embed.proj to read each patch once, got overlaps")
+    if embed.img_size is None:
+        raise UnsupportedTeacher("expected a patch_embed with an image size, got one without")
+    if any(side % high for side in embed.img_size):
+        raise UnsupportedTeacher(
+            f"expected an image size that the patch size {high} divides, got {embed.img_size}"
+        )
+
+
+def is_exactly(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a module is of one of these types and no subclass, apart from a parametrized one.
+
+    The weight of a parametrized module (torch.nn.utils.parametrize) is its effective one.
+    """
+    kind = type(module)
+    return kind in types or (parametrize.is_parametrized(module) and kind.__bases__[0] in types)
+
+
+def _plain_weight(module: Any) -> bool:
+    return type(module.weight) in (torch.Tensor, nn.Parameter)
+
+
+def _describe(module: Any) -> str:
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    weight = getattr(module, "weight", None)
+    if kind.startswith("torch.nn.modules.") and isinstance(weight, torch.Tensor):
+        return f"{type(module).__name__} with a weight of type {type(weight).__name__}"
+    return kind
+
+
+def _check_idle(prefix: str, module: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if type(getattr(module, name)) not in _IDLE:
+            raise UnsupportedTeacher(
+                f"expected {prefix}{name} to do nothing in eval mode, "
+                f"got {_describe(getattr(module, name))}"
+            )
 
 
 def _expect_type(name: str, module: nn.Module, *types: type[nn.Module]) -> None:
@@ -84,12 +189,33 @@ def _expect_type(name: str, module: nn.Module, *types: type[nn.Module]) -> None:
         raise UnsupportedTeacher(f"expected {name} to be {expected}, got {type(module).__name__}")
 
 
-def _refuse_own_methods(name: str, module: nn.Module, *known: type[nn.Module]) -> None:
-    """Methods that a subclass or a patch has changed would be left out without a word."""
+def _refuse_hooks(name: str, module: nn.Module) -> None:
+    """A hook may change what passes through, and the copy that is computed has none."""
+    for table, hooks in vars(module).items():
+        if table.endswith(("forward_hooks", "pre_hooks", "backward_hooks")) and hooks:
+            if "state_dict" in table:
+                continue
+            hook = type(next(iter(hooks.values()))).__name__
+            raise UnsupportedTeacher(
+                f"{name} has a hook ({hook}), which would be ignored: remove it before wrapping "
+                "(weight_norm and pruning have functions for that), and read the inside by taps"
+            )
+
+
+def _refuse_patches(name: str, module: nn.Module) -> None:
     for method in _OVERRIDABLE:
         patch = vars(module).get(method)
         if patch is not None and getattr(patch, "__name__", "") not in _PUBLISHED_PATCHES:
             raise UnsupportedTeacher(f"{name} has its {method} replaced: its own would be ignored")
+
+
+def _refuse_own_methods(name: str, module: nn.Module, *known: type[nn.Module]) -> None:
+    for method in _OVERRIDABLE:
         owner = next((base for base in type(module).__mro__ if method in vars(base)), None)
         if owner is not None and owner not in known and owner is not nn.Module:
             raise UnsupportedTeacher(f"{name} is a {owner.__name__} with a {method} of its own")
+
+
+def is_patched(vit: VisionTransformer) -> bool:
+    """Whether the published code has patched the teacher, so that it takes indices too."""
+    return "forward" in vars(vit)
