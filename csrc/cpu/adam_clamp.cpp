@@ -21,7 +21,7 @@ struct AdamStep {
 }  // namespace smi_fast
 
 #define SMI_KERNEL "adam_clamp_kernel.h"
-#include "per_isa.h"
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {

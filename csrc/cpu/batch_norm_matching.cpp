@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "results.h"
+#include "recycled_memory.h"
 
 namespace smi_fast {
 
@@ -19,7 +19,7 @@ struct Moments {
 }  // namespace smi_fast
 
 #define SMI_KERNEL "batch_norm_matching_kernel.h"
-#include "per_isa.h"
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {

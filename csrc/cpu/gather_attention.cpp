@@ -3,8 +3,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "results.h"
-#include "steps.h"
+#include "engine_steps_api.h"
+#include "recycled_memory.h"
 
 namespace smi_fast {
 
@@ -30,7 +30,7 @@ struct Head {
 }  // namespace smi_fast
 
 #define SMI_KERNEL "gather_attention_kernel.h"
-#include "per_isa.h"
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {

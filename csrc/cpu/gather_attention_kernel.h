@@ -6,7 +6,7 @@
 // however long the sequence is.
 
 #include "exp_kernel.h"
-#include "multiply_kernel.h"
+#include "small_matmul_kernel.h"
 
 constexpr int64_t kBlock = 48;  // queries: three vectors, or a multiple, of every instruction set
 

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "results.h"
+#include "recycled_memory.h"
 
 namespace smi_fast {
 namespace {

@@ -1,5 +1,5 @@
 // Vectors of the instruction set whose namespace this is included in; compilers give them
-// operators. Without an include guard on purpose, see per_isa.h.
+// operators. Without an include guard on purpose, see isa_dispatch.h.
 
 template <typename T, int kBytes = kVectorBytes>
 struct VecOf {

@@ -2,7 +2,7 @@
 #include <numeric>
 #include <utility>
 
-#include "results.h"
+#include "recycled_memory.h"
 #include "total_variation_cells.h"
 
 namespace smi_fast {
@@ -27,7 +27,7 @@ struct Slopes {
 }  // namespace smi_fast
 
 #define SMI_KERNEL "total_variation_kernel.h"
-#include "per_isa.h"
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {

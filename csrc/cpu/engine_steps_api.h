@@ -9,7 +9,7 @@
 
 namespace smi_fast {
 
-// See vit_block.cpp, gather_attention.cpp and attend_rows.cpp.
+// See engine_steps.cpp, gather_attention.cpp and engine_row_attention.cpp.
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd);
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,

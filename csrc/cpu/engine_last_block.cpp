@@ -1,7 +1,7 @@
 // The first rows of what a frozen block makes of its tokens, when nothing else is read; see
 // smi_fast/engine.py.
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
 namespace smi_fast {
 namespace {

@@ -1,4 +1,4 @@
-// What a frozen block does between its matrix products, row by row; see vit_block.cpp.
+// What a frozen block does between its matrix products, row by row; see engine_steps.cpp.
 
 #include "exp_kernel.h"
 

@@ -3,10 +3,10 @@
 
 #include <cmath>
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
-#define SMI_KERNEL "vit_block_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL "engine_steps_kernel.h"
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {

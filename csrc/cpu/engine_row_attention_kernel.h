@@ -1,4 +1,4 @@
-// Attention of a few queries of one head among all its keys; see attend_rows.cpp.
+// Attention of a few queries of one head among all its keys; see engine_row_attention.cpp.
 
 template <typename T>
 T dot(const T* a, const T* b, int64_t width) {

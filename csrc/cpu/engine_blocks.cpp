@@ -1,7 +1,7 @@
 // Blocks of a frozen Vision Transformer, one after the other: the order of their steps, each of
 // which is an op of its own. See smi_fast/engine.py, which makes the lists that come in here.
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
 // Only where torch has MKL, which Python asks before it packs a matrix.
 extern "C" __attribute__((weak)) AOTITorchError

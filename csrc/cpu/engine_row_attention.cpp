@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
 namespace smi_fast {
 
@@ -20,8 +20,8 @@ struct KeysAndValues {
 
 }  // namespace smi_fast
 
-#define SMI_KERNEL "attend_rows_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL "engine_row_attention_kernel.h"
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {

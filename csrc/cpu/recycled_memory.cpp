@@ -1,4 +1,4 @@
-#include "results.h"
+#include "recycled_memory.h"
 
 #include <map>
 #include <mutex>
