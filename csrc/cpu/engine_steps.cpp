@@ -1,17 +1,18 @@
-// The steps of a frozen Vision Transformer block that are no matrix product, in place and into
-// memory that smi_fast/engine.py owns. Every tensor holds contiguous rows.
+// The non-GEMM steps of a frozen Vision Transformer block. They work in place or write to buffers
+// that smi_fast.engine owns. Every tensor is contiguous.
 
 #include <cmath>
 
 #include "engine_steps_api.h"
 
-#define SMI_KERNEL "engine_steps_kernel.h"
+#define SMI_KERNEL_HEADER "engine_steps_kernel.h"
+#define SMI_KERNEL_NAMESPACE engine_steps
 #include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {
 
-// The data of a tensor of so many elements.
+// The data of a contiguous tensor of `count` elements.
 template <typename T>
 T* data_of(const Tensor& tensor, int64_t count) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "expected ", count,
