@@ -26,7 +26,7 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
                     double eps, Tensor normalized, Tensor rstd) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   STD_TORCH_CHECK(added.has_value() == bias.has_value(),
-                  "expected both added and bias, or neither");
+                  "expected added and bias together, or neither");
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = SMI_BEST(add_normalize<T>);
