@@ -18,7 +18,7 @@ TORCH_FLOOR = (2, 10)  # the oldest torch whose stable ABI the kernels use
 PYTHON_TAG = "cp310"  # the oldest Python that the one wheel serves
 
 # Vectors of sums need -fopenmp-simd, of square roots -fno-math-errno. No instruction set is named
-# here, because it is chosen when the library runs (csrc/cpu/per_isa.h).
+# here, because it is chosen when the library runs (csrc/cpu/isa_dispatch.h).
 CXX = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-ffp-contract=fast")
 CXX += ("-fvisibility=hidden", "-Wall", "-Wextra")
 NVCC = ("-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden")

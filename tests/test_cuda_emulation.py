@@ -186,7 +186,7 @@ def test_limit_of_tokens_is_known_before_the_launch(
 ) -> None:
     for width in range(8, 129, 8):
         most = backends.most_tokens(width, dtype.itemsize, gradient, 227 * 1024)
-        assert most == backend.max_kept_tokens(dtype, width, gradient)
+        assert most == backend.max_tokens(dtype, width, gradient)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

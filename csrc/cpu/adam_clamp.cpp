@@ -4,7 +4,7 @@
 
 namespace smi_fast {
 
-// The scalars of one step of Adam, rounded once.
+// Scalars of one Adam step, computed in double and rounded once.
 template <typename T>
 struct AdamStep {
   T to_mean, keep_square, to_square, rate, root, eps;
@@ -20,8 +20,9 @@ struct AdamStep {
 
 }  // namespace smi_fast
 
-#define SMI_KERNEL "adam_clamp_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL_HEADER "adam_clamp_kernel.h"
+#define SMI_KERNEL_NAMESPACE adam_clamp
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {
@@ -57,7 +58,7 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
   };
   for_each_task(batch * count, channels * patch_size * patch_size, [&](int64_t i) {
     for (int64_t channel = 0; channel < channels; ++channel) {
-      // Rows of a patch lie too far apart for the processor to foresee them.
+      // Rows of a patch lie too far apart for the hardware prefetcher.
       const int64_t at = start(i, channel);
       const int64_t next = channel + 1 < channels  ? start(i, channel + 1)
                            : i + 1 < batch * count ? start(i + 1, 0)
@@ -73,7 +74,8 @@ void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_a
                  const Tensor& high, const std::optional<Tensor>& kept_any, int64_t patch_size) {
   std::optional<Tensor> kept;
   if (kept_any) {
-    kept = checked_kept(*kept_any, (images.size(2) / patch_size) * (images.size(3) / patch_size));
+    kept = checked_indices("kept", *kept_any,
+                           (images.size(2) / patch_size) * (images.size(3) / patch_size));
   }
   const Tensor p = as_contiguous(images), m = as_contiguous(exp_avg), v = as_contiguous(exp_avg_sq);
   with_type_of(images, [&](auto zero) {

@@ -1,5 +1,5 @@
-// One Adam step and clamp on a rectangle of one channel, while another one `next` elements further
-// is fetched, unless that is zero; see adam_clamp.cpp.
+// One Adam step and clamp on a rectangle of one channel; see adam_clamp.cpp. Meanwhile the
+// rectangle `next` elements further is prefetched, unless `next` is zero.
 
 template <typename T>
 void adam_clamp(T* images, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t rows, int64_t columns,
@@ -20,7 +20,7 @@ void adam_clamp(T* images, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t row
       m[x] += step.to_mean * (g[x] - m[x]);
       v[x] = step.keep_square * v[x] + step.to_square * g[x] * g[x];
       const T moved = p[x] - step.rate * m[x] / (std::sqrt(v[x]) * step.root + step.eps);
-      // Comparisons in this order let a nan through, to be found by whoever checks the loss.
+      // Comparisons in this order pass a NaN on, so that a check of the loss finds it.
       const T raised = moved < low ? low : moved;
       p[x] = raised > high ? high : raised;
     }

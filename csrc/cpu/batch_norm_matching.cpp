@@ -1,10 +1,11 @@
 #include <cmath>
 
-#include "results.h"
+#include "recycled_memory.h"
 
 namespace smi_fast {
 
-// Mean and sum of squared deviations of a sample; joined as in Chan, Golub and LeVeque, 1979.
+// Count, mean and sum of squared deviations of a sample. Two samples are merged as in Chan, Golub
+// and LeVeque, 1979.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
 
@@ -18,13 +19,14 @@ struct Moments {
 
 }  // namespace smi_fast
 
-#define SMI_KERNEL "batch_norm_matching_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL_HEADER "batch_norm_matching_kernel.h"
+#define SMI_KERNEL_NAMESPACE batch_norm_matching
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {
 
-// weight / √(running_var + eps) of each channel.
+// weight / √(running_var + eps) for each channel.
 template <typename T>
 std::vector<T> scales(const Tensor& weight_any, const Tensor& running_var_any, double eps) {
   const Tensor weight = as_contiguous(weight_any), running_var = as_contiguous(running_var_any);
@@ -50,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_matching(const Tensor& x_any,
   const Tensor var = torch::stable::new_empty(x, {channels});
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = SMI_BEST(normalize<T>);
+    const auto kernel = SMI_BEST(normalize_plane<T>);
     const std::vector<T> scale = scales<T>(weight, running_var, eps);
     const T* x_data = x.const_data_ptr<T>();             // [B, C, H, W]
     const T* shift = bias.const_data_ptr<T>();           // [C]
@@ -58,15 +60,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_matching(const Tensor& x_any,
     T* y_data = y.mutable_data_ptr<T>();                 // [B, C, H, W]
     T* mean_data = mean.mutable_data_ptr<T>();           // [C]
     T* var_data = var.mutable_data_ptr<T>();             // [C]
-    std::vector<Moments> of_planes(batch * channels);
+    std::vector<Moments> plane_moments(batch * channels);
     for_each_task(batch * channels, plane, [&](int64_t i) {
       const int64_t c = i % channels;
       const T offset = shift[c] - centre[c] * scale[c];
-      of_planes[i] = kernel(x_data + i * plane, y_data + i * plane, plane, scale[c], offset);
+      plane_moments[i] = kernel(x_data + i * plane, y_data + i * plane, plane, scale[c], offset);
     });
     for (int64_t c = 0; c < channels; ++c) {
       Moments total;
-      for (int64_t b = 0; b < batch; ++b) total.add(of_planes[b * channels + c]);
+      for (int64_t b = 0; b < batch; ++b) total.add(plane_moments[b * channels + c]);
       mean_data[c] = static_cast<T>(total.mean);
       var_data[c] = static_cast<T>(total.squares / total.count);
     }
@@ -83,7 +85,7 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
   const Tensor result = new_result(x, sizes_of(x));
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = SMI_BEST(normalize_backward<T>);
+    const auto kernel = SMI_BEST(normalize_plane_backward<T>);
     const std::vector<T> scale = scales<T>(weight, running_var, eps);
     const T* grad_data = grad.const_data_ptr<T>();      // [B, C, H, W]
     const T* x_data = x.const_data_ptr<T>();            // [B, C, H, W]

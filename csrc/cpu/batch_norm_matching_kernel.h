@@ -1,13 +1,15 @@
-// One plane of BatchNorm with its moments, and its gradient; see batch_norm_matching.cpp.
+// BatchNorm of one plane with the moments of its input, and the gradient; see
+// batch_norm_matching.cpp.
 
-// y = x·scale + offset. A block is read twice, the second time from cache: its moments are taken
-// around its own mean, so that the variance stays accurate however large the mean is.
+// Writes y = x·scale + offset and returns the moments of x. Each block of x is read twice, the
+// second time from cache. Its squares are taken around its own mean, which keeps the variance
+// accurate for any mean.
 template <typename T>
-Moments normalize(const T* __restrict x, T* __restrict y, int64_t size, T scale, T offset) {
-  constexpr int64_t kBlock = 256;  // short enough for sums in T
+Moments normalize_plane(const T* __restrict x, T* __restrict y, int64_t size, T scale, T offset) {
+  constexpr int64_t kSumBlock = 256;  // small enough for sums in T
   Moments moments;
-  for (int64_t start = 0; start < size; start += kBlock) {
-    const int64_t count = std::min(kBlock, size - start);
+  for (int64_t start = 0; start < size; start += kSumBlock) {
+    const int64_t count = std::min(kSumBlock, size - start);
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = start; i < start + count; ++i) sum += x[i];
@@ -28,7 +30,7 @@ Moments normalize(const T* __restrict x, T* __restrict y, int64_t size, T scale,
 
 // dx = grad·scale + offset + slope·x
 template <typename T>
-void normalize_backward(const T* __restrict grad, const T* __restrict x, T* __restrict dx,
-                        int64_t size, T scale, T offset, T slope) {
+void normalize_plane_backward(const T* __restrict grad, const T* __restrict x, T* __restrict dx,
+                              int64_t size, T scale, T offset, T slope) {
   for (int64_t i = 0; i < size; ++i) dx[i] = grad[i] * scale + offset + slope * x[i];
 }

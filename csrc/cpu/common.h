@@ -1,8 +1,8 @@
-// What the CPU ops share: tensors in, tasks out.
+// Helpers of all CPU ops: contiguous, checked tensors and parallel tasks.
 
 #pragma once
 
-// Torch's headers aren't ours to tidy.
+// Torch's own headers cause this warning.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ namespace smi_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements below which a task isn't worth a thread.
+// The fewest elements that are worth a thread.
 constexpr int64_t kGrain = 16384;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,7 +32,7 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Runs a generic lambda with a zero of the tensor's type.
+// Calls `run` with a zero of the tensor's element type.
 template <typename Run>
 auto with_type_of(const Tensor& tensor, const Run& run) {
   const ScalarType type = tensor.scalar_type();
@@ -41,7 +41,7 @@ auto with_type_of(const Tensor& tensor, const Run& run) {
   return type == ScalarType::Float ? run(float{}) : run(double{});
 }
 
-// Asks for the cache lines of a run of elements.
+// Prefetches the cache lines of `count` consecutive elements.
 template <typename T>
 inline void prefetch(const T* run, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -49,7 +49,8 @@ inline void prefetch(const T* run, int64_t count) {
   __builtin_prefetch(run + count - 1);
 }
 
-// Runs run(i) for each of `count` tasks of `size` elements.
+// Calls run(i) for each i < count. Tasks of `size` elements run in parallel if they are large
+// enough.
 template <typename Run>
 void for_each_task(int64_t count, int64_t size, const Run& run) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
@@ -58,13 +59,15 @@ void for_each_task(int64_t count, int64_t size, const Run& run) {
   });
 }
 
-// The kept indices as a contiguous tensor, all of them in [0, total).
-inline Tensor checked_kept(const Tensor& kept, int64_t total) {
-  const Tensor result = as_contiguous(kept);
+// Returns the indices [B, K] as a contiguous tensor. Throws if one of them isn't in [0, total);
+// `name` is the op's argument.
+inline Tensor checked_indices(const char* name, const Tensor& indices, int64_t total) {
+  const Tensor result = as_contiguous(indices);
   const int64_t* values = result.const_data_ptr<int64_t>();  // [B, K]
   for (int64_t i = 0; i < result.numel(); ++i) {
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] < total, "expected kept in [0, ", total, "), got ",
-                    values[i], " at [", i / kept.size(1), ", ", i % kept.size(1), "]");
+    STD_TORCH_CHECK(values[i] >= 0 && values[i] < total, "expected ", name, " in [0, ", total,
+                    "), got ", values[i], " at [", i / indices.size(1), ", ", i % indices.size(1),
+                    "]");
   }
   return result;
 }

@@ -1,11 +1,12 @@
-// e^x for x <= 0, across vector lanes, within about one unit in the last place.
+// e^x for x <= 0 across vector lanes, accurate to about one unit in the last place.
 
 template <typename T>
 struct ExpConstants;
 
-// ln 2 comes in two parts, the first so short that its multiples are exact; adding `round` to a
-// small number leaves its nearest integer in the low bits, biased as an exponent is; e^lowest is
-// still a normal number.
+// - ln 2 = ln2_high + ln2_low. ln2_high has so few bits that its multiples by n are exact.
+// - Adding `round` to a small number leaves its nearest integer in the low bits of the sum, already
+//   with the bias of an exponent.
+// - e^lowest is still a normal number.
 template <>
 struct ExpConstants<float> {
   static constexpr float log2_e = 0x1.715476p+0f;
@@ -24,7 +25,8 @@ struct ExpConstants<double> {
 
 constexpr double factorial(int k) { return k < 2 ? 1.0 : k * factorial(k - 1); }
 
-// e^x = 2^n e^r with |r| <= ln 2 / 2, where the Taylor series is short; zero below `lowest`.
+// e^x = 2^n e^r with |r| <= ln 2 / 2, where a short Taylor series suffices. The result is zero
+// below `lowest`.
 template <typename T>
 inline Vec<T> exp_of_negative(const Vec<T>& x) {
   using Constants = ExpConstants<T>;

@@ -1,14 +1,16 @@
 // Attention of one (image, head) and its gradient; see gather_attention.cpp.
 //
-// Probabilities are held transposed, pᵀ[j, i] with the queries i across vector lanes: softmax then
-// needs no sum across lanes, each product below is a scalar times a row, and queries that only fill
-// up a vector are columns that nothing reads. Queries come in blocks, so that pᵀ stays in cache
-// however long the sequence is.
+// Probabilities are stored transposed, as pᵀ[j, i] of key j and query i, with queries across vector
+// lanes:
+// - Softmax needs no sum across lanes.
+// - Each GEMM below multiplies rows by scalars.
+// - Queries that only fill up the last vector are columns that are never read.
+// Queries are processed in blocks, so that pᵀ stays in cache for sequences of any length.
 
 #include "exp_kernel.h"
-#include "multiply_kernel.h"
+#include "small_matmul_kernel.h"
 
-constexpr int64_t kBlock = 48;  // queries: three vectors, or a multiple, of every instruction set
+constexpr int64_t kQueryBlock = 48;  // queries; a multiple of three vectors of each instruction set
 
 template <typename V, typename T, int... kLane>
 inline V pick(const V& a, const V& b) {
@@ -19,7 +21,7 @@ inline V pick(const V& a, const V& b) {
 #endif
 }
 
-// Exchanges the off-diagonal blocks of side kSide between two rows of a square that far apart.
+// Swaps the off-diagonal blocks of side kSide between rows i and i + kSide of a square.
 template <typename T, int kSide, int... kLane>
 inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
   constexpr int kLanes = sizeof...(kLane);
@@ -37,9 +39,9 @@ inline void transpose_square(Vec<T>* rows) {
   if constexpr (kSide > 1) transpose_square<T, kSide / 2>(rows);
 }
 
-// to [width, kBlock] = (the rows of `from` that `index` names, or all of them in order, + bias) ·
-// scale, transposed, zeros beyond `count` of them; `copy` [count, width], unless null, gets them
-// before the scale.
+// Writes ((rows + bias) · scale)ᵀ to `to` [width, kQueryBlock]. The `count` rows are those of
+// `from` that `index` names, or the first ones if it is null. Columns that fill up the last vector
+// become zero. Unless `copy` [count, width] is null, it gets rows + bias.
 template <typename T>
 void transpose(const Rows<const T>& from, const int64_t* index, int64_t count, int64_t width,
                const T* bias, T scale, T* to, T* copy) {
@@ -55,13 +57,13 @@ void transpose(const Rows<const T>& from, const int64_t* index, int64_t count, i
         square[i] = biased * scale;
       }
       transpose_square<T>(square);
-      for (int i = 0; i < lanes<T>(); ++i) store(to + (c + i) * kBlock + r, square[i]);
+      for (int i = 0; i < lanes<T>(); ++i) store(to + (c + i) * kQueryBlock + r, square[i]);
     }
   }
 }
 
-// Softmax over the keys of so many vectors of columns of pᵀ [keys, kBlock], in place. Together,
-// since each of their maxima and sums has to wait for the one before.
+// Softmax over the keys of kVecs vectors of columns of pᵀ [keys, kQueryBlock], in place. Each step
+// of a running maximum or sum waits for the step before, so several vectors are interleaved.
 template <typename T, int kVecs>
 inline void softmax_columns(T* p, int64_t keys) {
   using V = Vec<T>;
@@ -74,17 +76,17 @@ inline void softmax_columns(T* p, int64_t keys) {
   for (int64_t j = 1; j < keys; ++j) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      const V score = load<V>(p + j * kBlock + v * lanes<T>());
+      const V score = load<V>(p + j * kQueryBlock + v * lanes<T>());
       highest[v] = score > highest[v] ? score : highest[v];
     }
   }
   for (int64_t j = 0; j < keys; ++j) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      T* at = p + j * kBlock + v * lanes<T>();
-      const V weight = exp_of_negative<T>(load<V>(at) - highest[v]);
-      store(at, weight);
-      sum[v] += weight;
+      T* at = p + j * kQueryBlock + v * lanes<T>();
+      const V exponential = exp_of_negative<T>(load<V>(at) - highest[v]);
+      store(at, exponential);
+      sum[v] += exponential;
     }
   }
 #pragma GCC unroll 8
@@ -92,7 +94,7 @@ inline void softmax_columns(T* p, int64_t keys) {
   for (int64_t j = 0; j < keys; ++j) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      T* at = p + j * kBlock + v * lanes<T>();
+      T* at = p + j * kQueryBlock + v * lanes<T>();
       store(at, load<V>(at) * sum[v]);
     }
   }
@@ -105,45 +107,45 @@ void softmax(T* p, int64_t keys, int64_t columns) {
   for (; i < columns; i += lanes<T>()) softmax_columns<T, 1>(p + i, keys);
 }
 
-// d_p = scale · p ∘ (d_p − Σ_j p ∘ d_p), the gradient of the scores before softmax and scale.
+// d_p = scale · p ∘ (d_p − Σ_j p ∘ d_p), the gradient of the scores before scale and softmax.
 template <typename T>
 void softmax_backward(const T* p, T* d_p, int64_t keys, int64_t columns, T scale) {
   using V = Vec<T>;
   for (int64_t i = 0; i < columns; i += lanes<T>()) {
     V sum{};
     for (int64_t j = 0; j < keys; ++j) {
-      sum += load<V>(p + j * kBlock + i) * load<V>(d_p + j * kBlock + i);
+      sum += load<V>(p + j * kQueryBlock + i) * load<V>(d_p + j * kQueryBlock + i);
     }
     for (int64_t j = 0; j < keys; ++j) {
-      const int64_t at = j * kBlock + i;
+      const int64_t at = j * kQueryBlock + i;
       store(d_p + at, load<V>(p + at) * ((load<V>(d_p + at) - sum) * scale));
     }
   }
 }
 
-// The working memory of one task, carved out of a buffer of vectors.
+// Scratch memory of one task, cut from one buffer.
 template <typename T>
 struct Workspace {
-  int64_t width;               // whole vectors
+  int64_t width;               // of a head, rounded up to whole vectors
   T *k, *v, *d_k, *d_v;        // [length, width]
-  T *q, *q_t, *d_q, *d_out_t;  // [kBlock, width], or transposed
-  T *p, *d_p;                  // [length, kBlock]
+  T *q, *q_t, *d_q, *d_out_t;  // [kQueryBlock, width], or transposed
+  T *p, *d_p;                  // [length, kQueryBlock]
 
   Workspace(const Head<T>& head, T* buffer) : width(round_up(head.width, lanes<T>())) {
     for (T** rows : {&k, &v, &d_k, &d_v}) {
       *rows = std::exchange(buffer, buffer + head.length * width);
     }
     for (T** rows : {&q, &q_t, &d_q, &d_out_t}) {
-      *rows = std::exchange(buffer, buffer + kBlock * width);
+      *rows = std::exchange(buffer, buffer + kQueryBlock * width);
     }
-    for (T** rows : {&p, &d_p}) *rows = std::exchange(buffer, buffer + head.length * kBlock);
+    for (T** rows : {&p, &d_p}) *rows = std::exchange(buffer, buffer + head.length * kQueryBlock);
   }
 };
 
-// The rows of q, k or v, parts 0, 1 and 2, in qkv or its gradient, whether kept or not.
+// All rows of q, k or v (part 0, 1 or 2) in qkv or in its gradient.
 template <typename T, typename Element>
-Rows<Element> part_of(const Head<T>& head, int64_t part, Element* qkv) {
-  return {qkv + part * head.part, head.row};
+Rows<Element> part_rows(const Head<T>& head, int64_t part, Element* qkv) {
+  return {qkv + part * head.part_stride, head.row_stride};
 }
 
 template <typename V, typename T>
@@ -151,23 +153,23 @@ inline void copy_vectors(const T* from, int64_t width, T* to) {
   for (int64_t c = 0; c < width; c += lanes<T>()) store(to + c, load<V>(from + c));
 }
 
-// The kept rows of k or v, next to each other: in `to` [length, width], unless they are already.
+// The selected rows of k or v, contiguous: copied to `to` [length, width] unless they already are.
 template <typename T>
 Rows<const T> gather(const Head<T>& head, int64_t part, int64_t width, T* to) {
-  if (head.row == width && !head.kept) return part_of(head, part, head.qkv);
+  if (head.row_stride == width && !head.token_index) return part_rows(head, part, head.qkv);
   for (int64_t i = 0; i < head.length; ++i) {
     copy_vectors<Vec<T>>(head.qkv + head.offset(part, i), width, to + i * width);
   }
   return {to, width};
 }
 
-// The same, but left where they are if every row is kept.
+// The selected rows of k or v. They stay in qkv, with its stride, unless token_index selects them.
 template <typename T>
 Rows<const T> rows_of(const Head<T>& head, int64_t part, int64_t width, T* to) {
-  return head.kept ? gather(head, part, width, to) : part_of(head, part, head.qkv);
+  return head.token_index ? gather(head, part, width, to) : part_rows(head, part, head.qkv);
 }
 
-// The kept rows of a part of d_qkv from `begin` on = from [count, width].
+// Copies `from` [count, width] to the selected rows of one part of d_qkv, from row `begin` on.
 template <typename T>
 void scatter(const Head<T>& head, int64_t part, int64_t begin, int64_t count, int64_t width,
              const T* from, T* d_qkv) {
@@ -176,67 +178,70 @@ void scatter(const Head<T>& head, int64_t part, int64_t begin, int64_t count, in
   }
 }
 
-// pᵀ [keys, kBlock] of the queries from `begin` on, which are left in `q` unless it is null.
+// Writes pᵀ [keys, kQueryBlock] of the queries from `begin` on to w.p. Unless `q` is null, it gets
+// these queries with their bias, not yet scaled.
 template <typename T>
 void probabilities(const Head<T>& head, const Rows<const T>& k, int64_t begin, int64_t queries,
                    const Workspace<T>& w, T* q) {
-  const Rows<const T> rows = part_of(head, 0, head.qkv).tail(head.kept ? 0 : begin, 0);
-  transpose(rows, head.kept ? head.kept + begin : nullptr, queries, w.width, head.q_bias,
-            head.scale, w.q_t, q);
-  multiply<T>({k.data, k.stride, 1}, {w.q_t, kBlock}, {w.p, kBlock}, head.length, queries,
-              head.width);
+  const Rows<const T> rows = part_rows(head, 0, head.qkv).tail(head.token_index ? 0 : begin, 0);
+  transpose(rows, head.token_index ? head.token_index + begin : nullptr, queries, w.width,
+            head.q_bias, head.scale, w.q_t, q);
+  matmul<T>({k.data, k.stride, 1}, {w.q_t, kQueryBlock}, {w.p, kQueryBlock}, head.length, queries,
+            head.width);
   softmax(w.p, head.length, queries);
 }
 
-// attend() of rows that are whole vectors, as attend_backward_whole() is of attend_backward().
+// attend() for a width that is a multiple of the vector length.
 template <typename T>
 void attend_whole(const Head<T>& head, T* buffer, T* out, T* importance) {
   const Workspace<T> w(head, buffer);
   const Rows<const T> k = rows_of(head, 1, w.width, w.k), v = gather(head, 2, w.width, w.v);
-  for (int64_t begin = 0; begin < head.length; begin += kBlock) {
-    const int64_t queries = std::min(kBlock, head.length - begin);
+  for (int64_t begin = 0; begin < head.length; begin += kQueryBlock) {
+    const int64_t queries = std::min(kQueryBlock, head.length - begin);
     probabilities<T>(head, k, begin, queries, w, nullptr);
     if (importance && begin == 0) {
-      for (int64_t j = 0; j < head.length; ++j) importance[j] = w.p[j * kBlock];
+      for (int64_t j = 0; j < head.length; ++j) importance[j] = w.p[j * kQueryBlock];
     }
-    multiply<T>({w.p, 1, kBlock}, v, {out + begin * head.out_row, head.out_row}, queries, w.width,
-                head.length);
+    matmul<T>({w.p, 1, kQueryBlock}, v, {out + begin * head.out_stride, head.out_stride}, queries,
+              w.width, head.length);
   }
 }
 
+// attend_backward() for a width that is a multiple of the vector length.
 // dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)) / √D, dQ = dS K, dK = dSᵀ Q.
 template <typename T>
 void attend_backward_whole(const Head<T>& head, T* buffer, const T* d_out, T* d_qkv) {
   const Workspace<T> w(head, buffer);
   const Rows<const T> k = gather(head, 1, w.width, w.k), v = rows_of(head, 2, w.width, w.v);
-  for (int64_t begin = 0; begin < head.length; begin += kBlock) {
-    const int64_t queries = std::min(kBlock, head.length - begin);
+  for (int64_t begin = 0; begin < head.length; begin += kQueryBlock) {
+    const int64_t queries = std::min(kQueryBlock, head.length - begin);
     probabilities(head, k, begin, queries, w, w.q);
-    const Rows<const T> d_rows{d_out + begin * head.out_row, head.out_row};
+    const Rows<const T> d_rows{d_out + begin * head.out_stride, head.out_stride};
     transpose<T>(d_rows, nullptr, queries, w.width, nullptr, 1, w.d_out_t, nullptr);
-    multiply<T>({v.data, v.stride, 1}, {w.d_out_t, kBlock}, {w.d_p, kBlock}, head.length, queries,
-                head.width);
+    matmul<T>({v.data, v.stride, 1}, {w.d_out_t, kQueryBlock}, {w.d_p, kQueryBlock}, head.length,
+              queries, head.width);
     softmax_backward(w.p, w.d_p, head.length, queries, head.scale);
-    // Sums over blocks stay together until the last one, where they can go straight to their rows.
-    const bool ends = begin + queries == head.length && !head.kept;
+    // dK and dV are summed in scratch memory. The last block writes the sums to d_qkv directly,
+    // unless token_index scatters their rows.
+    const bool ends = begin + queries == head.length && !head.token_index;
     const Rows<T> d_k{w.d_k, w.width}, d_v{w.d_v, w.width};
-    multiply<T>({w.p, kBlock, 1}, d_rows, ends ? part_of(head, 2, d_qkv) : d_v, head.length,
-                w.width, queries, {begin ? w.d_v : nullptr, w.width});
-    multiply<T>({w.d_p, kBlock, 1}, {w.q, w.width}, ends ? part_of(head, 1, d_qkv) : d_k,
-                head.length, w.width, queries, {begin ? w.d_k : nullptr, w.width});
+    matmul<T>({w.p, kQueryBlock, 1}, d_rows, ends ? part_rows(head, 2, d_qkv) : d_v, head.length,
+              w.width, queries, {begin ? w.d_v : nullptr, w.width});
+    matmul<T>({w.d_p, kQueryBlock, 1}, {w.q, w.width}, ends ? part_rows(head, 1, d_qkv) : d_k,
+              head.length, w.width, queries, {begin ? w.d_k : nullptr, w.width});
     const Rows<T> d_q =
-        head.kept ? Rows<T>{w.d_q, w.width} : part_of(head, 0, d_qkv).tail(begin, 0);
-    multiply<T>({w.d_p, 1, kBlock}, k, d_q, queries, w.width, head.length);
-    if (head.kept) scatter(head, 0, begin, queries, w.width, w.d_q, d_qkv);
+        head.token_index ? Rows<T>{w.d_q, w.width} : part_rows(head, 0, d_qkv).tail(begin, 0);
+    matmul<T>({w.d_p, 1, kQueryBlock}, k, d_q, queries, w.width, head.length);
+    if (head.token_index) scatter(head, 0, begin, queries, w.width, w.d_q, d_qkv);
   }
-  if (head.kept) {
+  if (head.token_index) {
     scatter(head, 1, 0, head.length, w.width, w.d_k, d_qkv);
     scatter(head, 2, 0, head.length, w.width, w.d_v, d_qkv);
   }
 }
 
-// A head whose rows are no whole vectors, copied into rows that are: q_bias, q, k and v, room for
-// their gradients and for out or its own; then the working memory.
+// A copy of a head, with its width rounded up to whole vectors. `memory` holds q_bias, then q, k
+// and v, then their gradients, then the output or its gradient. The rest of it is scratch memory.
 template <typename T>
 struct PaddedHead {
   Head<T> head;
@@ -254,35 +259,39 @@ struct PaddedHead {
     }
     if (from.q_bias) head.q_bias = std::copy_n(from.q_bias, from.width, memory) - from.width;
     head.qkv = qkv;
-    head.kept = nullptr;
-    head.row = head.out_row = width;
-    head.part = part;
+    head.token_index = nullptr;
+    head.row_stride = head.out_stride = width;
+    head.part_stride = part;
   }
 };
 
+// Elements of the buffer that attend() and attend_backward() need.
 template <typename T>
 int64_t workspace_size(int64_t length, int64_t head_width) {
   const int64_t width = round_up(head_width, lanes<T>());
   const int64_t padded = head_width == width ? 0 : (7 * length + 1) * width;
-  return padded + 4 * (length + kBlock) * width + 2 * length * kBlock;
+  return padded + 4 * (length + kQueryBlock) * width + 2 * length * kQueryBlock;
 }
 
+// Writes out [length, D]. Unless `importance` [length] is null, it gets the probabilities of the
+// first token.
 template <typename T>
 void attend(const Head<T>& head, T* buffer, T* out, T* importance) {
   if (head.width % lanes<T>() == 0) return attend_whole(head, buffer, out, importance);
   const PaddedHead<T> own(head, buffer);
   attend_whole(own.head, own.buffer, own.out, importance);
   for (int64_t i = 0; i < head.length; ++i) {
-    std::copy_n(own.out + i * own.head.out_row, head.width, out + i * head.out_row);
+    std::copy_n(own.out + i * own.head.out_stride, head.width, out + i * head.out_stride);
   }
 }
 
+// Writes the gradients of the selected rows of q, k and v to d_qkv, given d_out [length, D].
 template <typename T>
 void attend_backward(const Head<T>& head, T* buffer, const T* d_out, T* d_qkv) {
   if (head.width % lanes<T>() == 0) return attend_backward_whole(head, buffer, d_out, d_qkv);
   const PaddedHead<T> own(head, buffer);
   for (int64_t i = 0; i < head.length; ++i) {
-    std::copy_n(d_out + i * head.out_row, head.width, own.out + i * own.head.out_row);
+    std::copy_n(d_out + i * head.out_stride, head.width, own.out + i * own.head.out_stride);
   }
   attend_backward_whole(own.head, own.buffer, own.out, own.d_qkv);
   for (int64_t part = 0; part < 3; ++part) {

@@ -1,42 +1,45 @@
 #include <cstring>
 
-#include "results.h"
+#include "recycled_memory.h"
 
 namespace smi_fast {
 namespace {
 
 // Elements that are copied at a time.
-constexpr int64_t kBlock = 8;
+constexpr int64_t kCopyBlock = 8;
 
 template <typename T>
 inline void copy_run(const T* __restrict from, int64_t count, T* __restrict to) {
   int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) std::memcpy(to + i, from + i, kBlock * sizeof(T));
+  for (; i + kCopyBlock <= count; i += kCopyBlock)
+    std::memcpy(to + i, from + i, kCopyBlock * sizeof(T));
   for (; i < count; ++i) to[i] = from[i];
 }
 
 template <typename T>
 inline void copy_mirrored(const T* __restrict from, int64_t count, T* __restrict to) {
   int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    for (int64_t j = 0; j < kBlock; ++j) to[i + j] = from[count - 1 - i - j];
+  for (; i + kCopyBlock <= count; i += kCopyBlock) {
+    for (int64_t j = 0; j < kCopyBlock; ++j) to[i + j] = from[count - 1 - i - j];
   }
   for (; i < count; ++i) to[i] = from[count - 1 - i];
 }
 
 int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
 
-// A shift in whole patches, rounded to the nearest, half upwards.
+// A shift in pixels, as whole patches: rounded to the nearest, half upwards.
 int64_t nearest_cells(int64_t shift, int64_t size) {
   return (2 * shift + size - modulo(2 * shift + size, 2 * size)) / (2 * size);
 }
 
-// The corner of the window of an image that a kept patch shows under jitter, and its new cell.
+// The window of an image that a kept patch shows under jitter: its corner, and the cell it lands
+// on.
 struct Window {
   int64_t top, left, cell;
 };
 
-// Pixels of a patch's rows that lie side by side in an image, from its pixel `x` of a row on.
+// A stretch of a patch's rows that is contiguous in rows of the image: `count` pixels from column x
+// of the image on, which go to column `offset` of the patch on.
 struct Run {
   int64_t x, patch, offset, count;
 };
@@ -48,7 +51,7 @@ class Windows {
           int64_t width, int64_t size)
       : height_(height), width_(width), size_(size), flip_(*flip.const_data_ptr<bool>()) {
     const int64_t columns = width / size;
-    const Tensor kept = checked_kept(kept_any, rows() * columns);
+    const Tensor kept = checked_indices("kept", kept_any, rows() * columns);
     if (kept.numel() == 0) return;
     const int64_t* patches = kept.const_data_ptr<int64_t>();  // [B, K]
     const int64_t* pixels = shift.const_data_ptr<int64_t>();  // [2]
@@ -69,13 +72,14 @@ class Windows {
   int64_t rows() const { return height_ / size_; }
   const Window& operator[](int64_t patch) const { return windows_[patch]; }
 
-  // The image's first row of the windows in a row of the shifted grid.
+  // The image row where this row of the shifted grid starts.
   int64_t top(int64_t grid_row) const { return wrapped(top_ + grid_row * size_, height_); }
 
-  // The image's row `y` rows below another one.
+  // The image row that is y rows below `row`, with wraparound.
   int64_t below(int64_t row, int64_t y) const { return wrapped(row + y, height_); }
 
-  // The runs of a window, two if it wraps around the image; a flip mirrors its rows.
+  // Calls visit with each run of a window, of which there are two if it wraps around the image. A
+  // flip mirrors its rows.
   template <typename Visit>
   void for_each_run(int64_t patch, const Visit& visit) const {
     const int64_t left = windows_[patch].left, first = std::min(size_, width_ - left);
@@ -83,7 +87,8 @@ class Windows {
     if (first < size_) visit(Run{0, patch, flip_ ? 0 : first, size_ - first});
   }
 
-  // The runs of some patches in a row of the shifted grid, from left to right.
+  // The runs of the patches from `first` to `last` that lie in one row of the shifted grid, from
+  // left to right.
   std::vector<Run> runs(int64_t first, int64_t last, int64_t grid_row) const {
     std::vector<Run> found;
     for (int64_t i = first; i < last; ++i) {
@@ -128,7 +133,8 @@ std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor
     T* patch_data = patches.mutable_data_ptr<T>();     // [B, K, C, P, P]
     for_each_task(batch * count, length, [&](int64_t i) {
       position_data[i] = windows[i].cell;
-      // Rows of a window lie too far apart for the processor to foresee the next window's.
+      // Rows of a window lie too far apart for the hardware prefetcher, so the next window's are
+      // prefetched here.
       const int64_t next = std::min(i + 1, batch * count - 1);
       const int64_t ahead = std::min(patch_size, width - windows[next].left);
       T* out = patch_data + i * length;
@@ -160,7 +166,7 @@ Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept, const
     using T = decltype(zero);
     const T* grad_data = grad.const_data_ptr<T>();  // [B, K, C, P, P]
     T* image_data = images.mutable_data_ptr<T>();   // [B, C, H, W]
-    // Every pixel is written once, row by row: what lies between windows is zero.
+    // Each pixel is written once, row by row. Pixels between windows become zero.
     for_each_task(batch * rows, channels * patch_size * width, [&](int64_t i) {
       const int64_t image = i / rows, grid_row = i % rows;
       const std::vector<Run> runs = windows.runs(image * count, (image + 1) * count, grid_row);

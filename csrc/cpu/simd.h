@@ -1,5 +1,5 @@
-// Vectors of the instruction set whose namespace this is included in; compilers give them
-// operators. Without an include guard on purpose, see per_isa.h.
+// Vector types of the instruction set in whose namespace this file is included. The compiler
+// defines their operators. There is no include guard on purpose; see isa_dispatch.h.
 
 template <typename T, int kBytes = kVectorBytes>
 struct VecOf {

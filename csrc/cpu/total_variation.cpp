@@ -2,12 +2,12 @@
 #include <numeric>
 #include <utility>
 
-#include "results.h"
+#include "recycled_memory.h"
 #include "total_variation_cells.h"
 
 namespace smi_fast {
 
-// Of one kind of difference.
+// Sums over the differences in one direction.
 struct Sums {
   double absolute = 0, squares = 0, count = 0;
 
@@ -18,7 +18,7 @@ struct Sums {
   }
 };
 
-// What a difference's sign and value are multiplied with in the gradient.
+// Factors of the gradient of a difference d, which is d · per_norm + sign(d) · per_count.
 template <typename T>
 struct Slopes {
   T per_norm, per_count;
@@ -26,13 +26,15 @@ struct Slopes {
 
 }  // namespace smi_fast
 
-#define SMI_KERNEL "total_variation_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL_HEADER "total_variation_kernel.h"
+#define SMI_KERNEL_NAMESPACE total_variation
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {
 
-// The tasks of an op: for each plane all kept patches, or one band of rows after the other.
+// The tasks of one call. With `kept`, a task is all kept patches of one plane. Otherwise it is one
+// band of rows of one plane.
 class Tasks {
  public:
   Tasks(const Tensor& images, const std::optional<Tensor>& kept, int64_t patch_size)
@@ -41,23 +43,23 @@ class Tasks {
     if (kept) {
       grid_ = {height, width, patch_size, patch_size};
       const int64_t cells = grid_.rows * grid_.columns, count = kept->size(1);
-      const Tensor checked = checked_kept(*kept, cells);
+      const Tensor checked = checked_indices("kept", *kept, cells);
       const int64_t* values = checked.const_data_ptr<int64_t>();  // [B, K]
       cells_.assign(values, values + checked.numel());
-      kept_.assign(kept->size(0) * cells, 0);
-      for (int64_t i = 0; i < checked.numel(); ++i) kept_[i / count * cells + values[i]] = 1;
+      is_kept_.assign(kept->size(0) * cells, 0);
+      for (int64_t i = 0; i < checked.numel(); ++i) is_kept_[i / count * cells + values[i]] = 1;
       cells_per_task_ = cells_per_image_ = count;
       kept_per_image_ = cells;
       band_rows_ = height;
     } else {
-      // A band and its gradient stay in the first cache.
+      // A band and its gradient fit in the L1 cache.
       constexpr int64_t kBandPixels = 4096;
       band_rows_ = std::max<int64_t>(1, kBandPixels / std::max<int64_t>(1, width));
       grid_ = {height, width, band_rows_, std::max<int64_t>(1, width)};
       bands_ = grid_.rows;
       cells_.resize(bands_);
       std::iota(cells_.begin(), cells_.end(), 0);
-      kept_.assign(bands_, 1);
+      is_kept_.assign(bands_, 1);
     }
     count_ = images.numel() ? images.size(0) * channels_ * bands_ : 0;
   }
@@ -66,16 +68,16 @@ class Tasks {
   int64_t count() const { return count_; }
   int64_t pixels() const { return std::min(band_rows_, grid_.height) * grid_.width; }
 
-  // Elements before the plane of a task.
+  // Offset of the task's plane.
   int64_t plane(int64_t task) const { return task / bands_ * grid_.height * grid_.width; }
 
   Cells cells(int64_t task) const {
     const int64_t image = task / bands_ / channels_;
     return {cells_.data() + image * cells_per_image_ + task % bands_ * cells_per_task_,
-            cells_per_task_, kept_.data() + image * kept_per_image_};
+            cells_per_task_, is_kept_.data() + image * kept_per_image_};
   }
 
-  // The rows of the plane whose gradient a task writes.
+  // The rows of the plane whose gradient the task writes.
   Rectangle band(int64_t task) const {
     const int64_t top = task % bands_ * band_rows_;
     return {top, 0, std::min(top + band_rows_, grid_.height), grid_.width};
@@ -85,45 +87,45 @@ class Tasks {
   Grid grid_{0, 0, 1, 1};
   int64_t channels_, count_, band_rows_, bands_ = 1;
   int64_t cells_per_task_ = 1, cells_per_image_ = 0, kept_per_image_ = 0;
-  std::vector<int64_t> cells_;  // [B, K], or [bands] for all images
-  std::vector<uint8_t> kept_;   // [B, cells], or [bands] for all images
+  std::vector<int64_t> cells_;    // [B, K], or [bands] for all images
+  std::vector<uint8_t> is_kept_;  // [B, cells], or [bands] for all images
 };
 
 Tensor total_variation(const Tensor& images_any, const std::optional<Tensor>& kept,
                        int64_t patch_size) {
   const Tensor images = as_contiguous(images_any);
   const Tasks tasks(images, kept, patch_size);
-  const Tensor parts = torch::stable::new_empty(images, {3, kKinds});
+  const Tensor sums = torch::stable::new_empty(images, {3, kKinds});
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = SMI_BEST(sum_differences<T>);
     const T* pixels = images.const_data_ptr<T>();  // [B, C, H, W]
-    std::vector<Sums> of_tasks(tasks.count() * kKinds);
+    std::vector<Sums> task_sums(tasks.count() * kKinds);
     for_each_task(tasks.count(), tasks.pixels(), [&](int64_t i) {
-      kernel(pixels + tasks.plane(i), tasks.grid(), tasks.cells(i), &of_tasks[i * kKinds]);
+      kernel(pixels + tasks.plane(i), tasks.grid(), tasks.cells(i), &task_sums[i * kKinds]);
     });
-    T* out = parts.mutable_data_ptr<T>();  // [3, 4]
+    T* out = sums.mutable_data_ptr<T>();  // [3, 4]
     for (int kind = 0; kind < kKinds; ++kind) {
       Sums total;
-      for (int64_t i = 0; i < tasks.count(); ++i) total.add(of_tasks[i * kKinds + kind]);
+      for (int64_t i = 0; i < tasks.count(); ++i) total.add(task_sums[i * kKinds + kind]);
       out[kind] = static_cast<T>(total.absolute);
       out[kKinds + kind] = static_cast<T>(std::sqrt(total.squares));
       out[2 * kKinds + kind] = static_cast<T>(total.count);
     }
   });
-  return parts;
+  return sums;
 }
 
 Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
                                 const Tensor& images_any, const std::optional<Tensor>& kept,
-                                int64_t patch_size, const Tensor& parts_any) {
-  const Tensor images = as_contiguous(images_any), parts = as_contiguous(parts_any);
+                                int64_t patch_size, const Tensor& sums_any) {
+  const Tensor images = as_contiguous(images_any), sums = as_contiguous(sums_any);
   const Tasks tasks(images, kept, patch_size);
   const Tensor result = new_result(images, sizes_of(images));
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
     const T* pixels = images.const_data_ptr<T>();  // [B, C, H, W]
-    const T* norms = parts.const_data_ptr<T>() + kKinds;
+    const T* norms = sums.const_data_ptr<T>() + kKinds;
     const T* counts = norms + kKinds;
     Slopes<T> slopes[kKinds];
     for (int kind = 0; kind < kKinds; ++kind) {

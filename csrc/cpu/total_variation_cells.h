@@ -1,4 +1,4 @@
-// Which differences of neighbouring pixels count, as rectangles of pixels.
+// The differences of neighbouring pixels that count, as rectangles of pixels.
 
 #pragma once
 
@@ -8,11 +8,12 @@
 
 namespace smi_fast {
 
+// The offset of a pixel's neighbour.
 struct Neighbour {
   int64_t down, right;
 };
 
-// The four differences, each from one of its pixels to the other.
+// The four kinds of difference: to the right, down, and along the two diagonals.
 constexpr int kKinds = 4;
 constexpr Neighbour kNeighbours[kKinds] = {{0, 1}, {1, 0}, {1, 1}, {1, -1}};
 
@@ -23,7 +24,7 @@ struct Rectangle {
 
   bool empty() const { return top >= bottom || left >= right; }
 
-  // The pixels whose neighbour is in this rectangle.
+  // The pixels whose neighbour lies in this rectangle.
   Rectangle seen_from(const Neighbour& neighbour) const {
     return {top - neighbour.down, left - neighbour.right, bottom - neighbour.down,
             right - neighbour.right};
@@ -35,10 +36,10 @@ struct Rectangle {
   }
 };
 
-// A plane of pixels cut into cells, the last row of which may be lower.
+// A plane of pixels, divided into cells. Those of the last row may be lower than the others.
 struct Grid {
   int64_t height, width, cell_height, cell_width;
-  // Held, for divisions are slow.
+  // Stored, because divisions are slow.
   int64_t rows = (height + cell_height - 1) / cell_height, columns = width / cell_width;
 
   int64_t elements(const Neighbour& neighbour) const {
@@ -54,15 +55,15 @@ struct Grid {
   Rectangle inside() const { return {0, 1, height - 1, width - 1}; }
 };
 
-// Some kept cells of a grid, and of all cells whether they are kept.
+// Kept cells of a grid.
 struct Cells {
-  const int64_t* indices;
+  const int64_t* indices;  // [count], the kept cells of one task
   int64_t count;
-  const uint8_t* kept;
+  const uint8_t* is_kept;  // [cells of the grid], 1 if kept, else 0
 };
 
-// Calls visit with rectangles that cover, once each, the pixels next to a cell, in cells that
-// aren't kept, whose neighbour is in it.
+// A pixel of a cell that isn't kept may have its neighbour in the kept cell `index`. Calls visit
+// with rectangles that cover each such pixel once.
 template <typename Visit>
 inline void for_each_border(const Grid& grid, const Cells& cells, int64_t index,
                             const Neighbour& neighbour, const Visit& visit) {
@@ -72,7 +73,7 @@ inline void for_each_border(const Grid& grid, const Cells& cells, int64_t index,
     for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
       const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
       if (r < 0 || r >= grid.rows || c < 0 || c >= grid.columns) continue;
-      if (cells.kept[r * grid.columns + c]) continue;
+      if (cells.is_kept[r * grid.columns + c]) continue;
       const Rectangle pixels = grid.cell(r, c).within(looking);
       if (!pixels.empty()) visit(pixels);
     }

@@ -1,6 +1,6 @@
-// Sums over the differences of one plane, and their gradient; see total_variation.cpp.
+// Sums over the differences of one plane, and the gradient of its pixels; see total_variation.cpp.
 
-// Half of AVX-512: rows of a patch are short, and this is bound by memory anyway.
+// Half a vector of AVX-512: rows of a patch are short, and memory bandwidth is the limit anyway.
 constexpr int kPixelBytes = kVectorBytes < 32 ? kVectorBytes : 32;
 
 template <typename T>
@@ -8,7 +8,7 @@ struct PixelVec {
   using Type = Vec<T, kPixelBytes>;
   static constexpr int kLanes = kPixelBytes / sizeof(T);
 
-  // Lanes before `count` become zero.
+  // Sets the first `count` lanes to zero.
   static Type without_first(const Type& vector, int64_t count) {
     Type lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<T>(i);
@@ -21,6 +21,7 @@ struct PixelVec {
   }
 };
 
+// Adds up the differences of pairs of pixels in one direction.
 template <typename T>
 class PairSums {
  public:
@@ -33,7 +34,8 @@ class PairSums {
     count_ += count;
   }
 
-  // Adds the differences between the pixels of a rectangle and those `neighbour` elements further.
+  // Adds the differences between the pixels of a rectangle and the pixels `neighbour` elements
+  // further.
   void add(const T* plane, int64_t width, const Rectangle& pixels, int64_t neighbour) {
     const int64_t columns = pixels.right - pixels.left;
     V absolute{}, squares{};
@@ -79,8 +81,8 @@ class PairSums {
   int64_t count_ = 0;
 };
 
-// Adds the differences of the pixels of a rectangle, at least a vector wide, that have all four
-// neighbours, and meanwhile fetches rows `next` elements further.
+// Adds all differences of the pixels of a rectangle that is at least a vector wide and whose pixels
+// have all four neighbours. Meanwhile the rows `next` elements further are prefetched.
 template <typename T>
 void add_inside(const T* plane, const Grid& grid, const Rectangle& pixels, int64_t next,
                 PairSums<T>* pairs) {
@@ -107,7 +109,8 @@ void add_inside(const T* plane, const Grid& grid, const Rectangle& pixels, int64
   }
 }
 
-// Adds the differences of a cell's pixels.
+// Adds all differences of a cell's pixels. Those of pixels that have all four neighbours are added
+// together, the others direction by direction.
 template <typename T>
 void add_cell(const T* plane, const Grid& grid, const Rectangle& cell, int64_t next,
               PairSums<T>* pairs) {
@@ -148,8 +151,8 @@ void sum_differences(const T* plane, const Grid& grid, const Cells& cells, Sums*
   for (int kind = 0; kind < kKinds; ++kind) sums[kind] = pairs[kind].total();
 }
 
-// d |d| = sign(d) and d ‖d‖ = d / ‖d‖, each times the incoming gradient; signs only where they
-// count.
+// The gradient of a difference d: d |d| = sign(d) and d ‖d‖ = d / ‖d‖, each times the incoming
+// gradient. Without kSigns the first one is zero.
 template <bool kSigns, typename V, typename T>
 inline V slope(const V& difference, const Slopes<T>& slopes) {
   if constexpr (!kSigns) return difference * slopes.per_norm;
@@ -165,16 +168,17 @@ inline T scalar_slope(T difference, const Slopes<T>& slopes) {
   return difference * slopes.per_norm + sign * slopes.per_count;
 }
 
-// Elements of three rows of pixels, each with the pixels around it.
+// Size of the scratch memory of write_gradient(): three rows of pixels, each with the pixels beside
+// it.
 template <typename T>
 int64_t rows_size(int64_t columns) {
   return 3 * (columns + 2 * lanes<T>() + 1);
 }
 
-// Writes the gradient of a cell's pixels. A difference is odd in its two pixels, so the neighbour's
-// share is the same slope seen from there: every pixel looks in all eight directions. What these
-// find outside the plane doesn't count. Where vectors would read that, or more than a cell and the
-// pixels around it, the rows above, here and below are held in `rows`.
+// Writes the gradient of a cell's pixels. A difference changes its sign if its two pixels are
+// swapped, so each pixel sums the slopes of its differences to all eight neighbours. Neighbours
+// outside the plane don't count. Three rows (above, here, below) are copied to `rows` if vectors
+// would read outside the plane, or more than one pixel beside the cell.
 template <bool kSigns, typename T>
 void write_gradient(const T* plane, const Grid& grid, const Rectangle& cell,
                     const Slopes<T>* slopes, T* rows, T* result) {
@@ -239,22 +243,23 @@ void write_gradient(const T* plane, const Grid& grid, const Rectangle& cell,
   }
 }
 
-// What of the gradient of pixels comes from the other side of a border: slopes straight across it,
-// and to the pixels one step back and ahead of there.
+// Slopes of the differences across a border: straight across, and diagonally to the pixels one step
+// back and one step ahead.
 template <typename T>
 struct Across {
   Slopes<T> straight, back, ahead;
 };
 
-// Adds to the gradient of a side of a neighbouring cell, pixels `step` apart, what comes from the
-// pixels of this cell, `across` away.
+// Adds to the gradient of one side of a neighbouring cell, `count` pixels that are `step` elements
+// apart. Their differences are to pixels of this cell, `across` elements away.
 template <bool kSigns, typename T>
 void add_side(const T* pixels, int64_t count, int64_t step, int64_t across, const Across<T>& slopes,
               T* result) {
   using V = typename PixelVec<T>::Type;
   constexpr int64_t kLanes = PixelVec<T>::kLanes;
   int64_t i = 0;
-  // A row this long has others above or below it: what is read beside the cell is in the plane.
+  // A cell with rows this long has several rows, so the loads beside the cell stay inside the
+  // plane.
   for (; step == 1 && i + kLanes <= count; i += kLanes) {
     const V pixel = load<V>(pixels + i);
     const T* there = pixels + i + across;
@@ -275,7 +280,7 @@ void add_side(const T* pixels, int64_t count, int64_t step, int64_t across, cons
   }
 }
 
-// Adds the gradient of the pixels around a cell, in cells that aren't kept.
+// Adds the gradient of the pixels around a kept cell that lie in cells that aren't kept.
 template <bool kSigns, typename T>
 void add_surroundings(const T* plane, const Grid& grid, const Cells& cells, int64_t index,
                       const Slopes<T>* slopes, T* result) {
@@ -287,7 +292,7 @@ void add_surroundings(const T* plane, const Grid& grid, const Cells& cells, int6
     for (int64_t right = -1; right <= 1; ++right) {
       const int64_t r = row + down, c = column + right;
       if (r < 0 || r >= grid.rows || c < 0 || c >= grid.columns) continue;
-      if (cells.kept[r * grid.columns + c]) continue;
+      if (cells.is_kept[r * grid.columns + c]) continue;
       const int64_t y = down < 0 ? cell.top - 1 : down > 0 ? cell.bottom : cell.top;
       const int64_t x = right < 0 ? cell.left - 1 : right > 0 ? cell.right : cell.left;
       const int64_t at = y * width + x, across = -down * width - right;

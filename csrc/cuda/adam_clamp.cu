@@ -1,4 +1,4 @@
-// One step of Adam and a clamp, in place, in one pass: smi_fast.reference.adam_clamp_.
+// One Adam step and a clamp, in place, in one pass; specified by adam_clamp_ in reference.py.
 #include <cmath>
 
 #include "common.cuh"
@@ -10,13 +10,13 @@ constexpr int kThreads = 256;
 constexpr float kEps = 1e-8f;
 
 struct Rates {
-  float first, second;  // 1 - beta
+  float first, second;  // 1 - beta1, 1 - beta2
   float decay;          // beta2
   float lr;
-  float log_first, log_second;  // of beta
+  float log_first, log_second;  // log(beta1), log(beta2)
 };
 
-// What the number of the step decides.
+// Bias corrections of step t.
 struct Corrections {
   float step;    // lr / (1 - beta1^t)
   float second;  // sqrt(1 - beta2^t)
@@ -38,7 +38,8 @@ struct Pixels {
   const T* __restrict__ high;  // [C]
 };
 
-// Moments m and v, then pixel -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+// Updates the moments m and v, then the pixel:
+// pixel -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 template <typename T>
 __device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates,
                            const Corrections& corrections, int64_t i, int64_t channel) {
@@ -49,14 +50,14 @@ __device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates,
   float value = to_float(pixels.images[i]);
   value -= corrections.step * mean / (sqrtf(square) / corrections.second + kEps);
   const float low = to_float(pixels.low[channel]), high = to_float(pixels.high[channel]);
-  // Unlike fminf and fmaxf, comparisons let a NaN through.
+  // Unlike fminf and fmaxf, comparisons pass a NaN on.
   value = value < low ? low : value > high ? high : value;
   pixels.images[i] = from_float<T>(value);
   pixels.exp_avg[i] = from_float<T>(mean);
   pixels.exp_avg_sq[i] = from_float<T>(square);
 }
 
-// blockIdx.x is the plane of a channel.
+// blockIdx.x is the plane of one channel of one image.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _adam_clamp_planes(Pixels<T> pixels, Rates rates,

@@ -1,4 +1,5 @@
-// BatchNorm in eval mode and the statistics of its input: smi_fast.reference.batch_norm_matching.
+// BatchNorm in eval mode and the statistics of its input; specified by batch_norm_matching in
+// reference.py.
 #include "common.cuh"
 
 namespace smi_fast {
@@ -7,18 +8,18 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kElementsPerBlock = 8192;
 
-// Calls visit(offset in [B, C, H*W]) for each element of channel blockIdx.y that this block has.
+// Calls visit(i) for each of this block's elements of channel blockIdx.y, with its offset i in x.
 template <typename F>
 __device__ void for_each_element(const NormShape& shape, F visit) {
   const auto pixels = static_cast<uint32_t>(shape.pixels);
   const auto count = static_cast<uint32_t>(shape.images * shape.pixels);
-  // Below 2^31 and a stride below 2^14, so the sum doesn't wrap around.
+  // count < 2^31 and the stride is at most 2^14, so i doesn't wrap around.
   for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
     visit((i / pixels * shape.channels + blockIdx.y) * shape.pixels + i % pixels);
   }
 }
 
-// x is read once. Sums of x - running_mean keep their digits when the mean is far from zero.
+// Reads x once. Sums of x - running_mean keep their digits if the mean is far from zero.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _batch_norm_matching_fwd(const T* __restrict__ x,             // [B, C, H*W]
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   if (thread < 2) partials[(channel * gridDim.x + blockIdx.x) * 2 + thread] = total;
 }
 
+// Adds the partial sums of each channel in order, one thread per channel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _batch_norm_statistics(const double* __restrict__ partials,  // [C, splits, 2]
@@ -66,7 +68,8 @@ __global__ void __launch_bounds__(kThreads)
   var[channel] = from_float<T>(static_cast<float>(squares / count - centered * centered));
 }
 
-// dx = dy * w / sqrt(running_var + eps) + offset + slope * x, the last two from the statistics.
+// dx = dy * w / sqrt(running_var + eps) + offset + slope * x, where offset and slope come from the
+// gradient of the statistics.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _batch_norm_matching_bwd(const T* __restrict__ grad,         // [B, C, H*W]
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Blocks per channel: depends on the shape only, and so does the order of the sums.
+// The number of blocks per channel depends on the shape only, and so does the order of the sums.
 dim3 grid_for(const NormShape& shape) {
   int64_t splits = divide_up(shape.images * shape.pixels, kElementsPerBlock);
   if (splits > kNormSplits) splits = kNormSplits;
@@ -106,15 +109,16 @@ cudaError_t launch_batch_norm_matching_fwd(Type type, const void* x, const void*
   const dim3 grid = grid_for(shape);
   return with_type(type, [&](auto element) {
     using T = decltype(element);
-    const auto of = [](const void* pointer) { return static_cast<const T*>(pointer); };
-    const cudaError_t error = launch(_batch_norm_matching_fwd<T>, grid, {kThreads}, 0, stream,
-                                     of(x), of(running_mean), of(running_var), of(weight), of(bias),
-                                     static_cast<float>(eps), partials, static_cast<T*>(y), shape);
+    const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
+    const cudaError_t error =
+        launch(_batch_norm_matching_fwd<T>, grid, {kThreads}, 0, stream, typed(x),
+               typed(running_mean), typed(running_var), typed(weight), typed(bias),
+               static_cast<float>(eps), partials, static_cast<T*>(y), shape);
     if (error != cudaSuccess) return error;
     return launch(_batch_norm_statistics<T>,
                   {static_cast<unsigned>(divide_up(shape.channels, kThreads))}, {kThreads}, 0,
-                  stream, partials, of(running_mean), static_cast<T*>(mean), static_cast<T*>(var),
-                  static_cast<int>(grid.x), shape);
+                  stream, partials, typed(running_mean), static_cast<T*>(mean),
+                  static_cast<T*>(var), static_cast<int>(grid.x), shape);
   });
 }
 
@@ -124,10 +128,10 @@ cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad, const vo
                                            NormShape shape, cudaStream_t stream) {
   return with_type(type, [&](auto element) {
     using T = decltype(element);
-    const auto of = [](const void* pointer) { return static_cast<const T*>(pointer); };
-    return launch(_batch_norm_matching_bwd<T>, grid_for(shape), {kThreads}, 0, stream, of(grad),
-                  of(x), of(running_var), of(weight), static_cast<float>(eps), of(offset),
-                  of(slope), static_cast<T*>(grad_x), shape);
+    const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
+    return launch(_batch_norm_matching_bwd<T>, grid_for(shape), {kThreads}, 0, stream, typed(grad),
+                  typed(x), typed(running_var), typed(weight), static_cast<float>(eps),
+                  typed(offset), typed(slope), static_cast<T*>(grad_x), shape);
   });
 }
 

@@ -1,6 +1,7 @@
-// From tensors to launchers: allocates, checks what the kernels can't do, and registers the ops.
+// The ops on tensors: they allocate results, check the limits of the kernels, and call the
+// launchers.
 
-// Torch's headers aren't ours to tidy.
+// Torch's own headers cause this warning.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #include <torch/csrc/stable/accelerator.h>
@@ -42,7 +43,7 @@ Type type_of(const Tensor& tensor) {
   }
 }
 
-// Contiguous, and where copies of 16 bytes may start.
+// The tensor, contiguous and aligned for copies of 16 bytes.
 Tensor ready(const Tensor& tensor) {
   const Tensor dense = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   const bool aligned = reinterpret_cast<uintptr_t>(dense.data_ptr()) % kCopyBytes == 0;
@@ -51,7 +52,8 @@ Tensor ready(const Tensor& tensor) {
 
 Optional ready(const Optional& tensor) { return tensor ? Optional(ready(*tensor)) : std::nullopt; }
 
-// Null is for a tensor that wasn't given; one without elements has a null pointer too.
+// Address of the indices, or null if they aren't given. An empty tensor has a null pointer too, so
+// it gets another address.
 const int64_t* indices(const Optional& tensor) {
   static constexpr int64_t kNone = 0;
   if (!tensor) return nullptr;
@@ -107,53 +109,54 @@ Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept_any,
   return images;
 }
 
-AttentionShape attention_shape(const Tensor& qkv, const Optional& kept, bool backward) {
-  const AttentionShape shape{qkv.size(0), qkv.size(1), kept ? kept->size(1) : qkv.size(1),
-                             qkv.size(3), qkv.size(4)};
+AttentionShape attention_shape(const Tensor& qkv, const Optional& token_index, bool backward) {
+  const AttentionShape shape{qkv.size(0), qkv.size(1),
+                             token_index ? token_index->size(1) : qkv.size(1), qkv.size(3),
+                             qkv.size(4)};
   check_blocks(shape.images * shape.heads);
   STD_TORCH_CHECK(shape.width > 0 && shape.width % 8 == 0 && shape.width <= kMaxWidth,
-                  "expected heads of a width that is a multiple of 8 up to ", kMaxWidth, ", got ",
+                  "expected a head width that is a multiple of 8 up to ", kMaxWidth, ", got ",
                   shape.width);
   int64_t most = 0;
-  STD_CUDA_CHECK(max_kept_tokens(type_of(qkv), shape.width, backward, &most));
-  STD_TORCH_CHECK(shape.kept <= most, "expected at most ", most, " kept tokens of width ",
-                  shape.width, " in ", torch::headeronly::toString(qkv.scalar_type()),
-                  backward ? " for the gradient" : "",
-                  " (what the shared memory of this GPU holds), got ", shape.kept);
+  STD_CUDA_CHECK(max_tokens(type_of(qkv), shape.width, backward, &most));
+  STD_TORCH_CHECK(shape.tokens <= most, "expected at most ", most, " tokens of width ", shape.width,
+                  " in ", torch::headeronly::toString(qkv.scalar_type()),
+                  backward ? " for the gradient" : "", " in the shared memory of this GPU, got ",
+                  shape.tokens);
   return shape;
 }
 
-std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any, const Optional& kept_any,
+std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any, const Optional& token_index_any,
                                             const Optional& lengths_any, bool importance) {
   const DeviceGuard guard(qkv_any.get_device_index());
   const Tensor qkv = ready(qkv_any);
-  const Optional kept = ready(kept_any), lengths = ready(lengths_any);
-  const AttentionShape shape = attention_shape(qkv, kept, false);
-  Tensor out = new_empty(qkv, {shape.images, shape.kept, shape.heads * shape.width});
-  Tensor row = new_empty(qkv, {shape.images, importance ? shape.kept : 0});
+  const Optional token_index = ready(token_index_any), lengths = ready(lengths_any);
+  const AttentionShape shape = attention_shape(qkv, token_index, false);
+  Tensor out = new_empty(qkv, {shape.images, shape.tokens, shape.heads * shape.width});
+  Tensor row = new_empty(qkv, {shape.images, importance ? shape.tokens : 0});
   Tensor scratch =
-      new_empty(qkv, {shape.images, shape.heads, importance ? shape.kept : 0}, ScalarType::Float);
+      new_empty(qkv, {shape.images, shape.heads, importance ? shape.tokens : 0}, ScalarType::Float);
   STD_CUDA_CHECK(launch_gather_attention_fwd(
-      type_of(qkv), qkv.const_data_ptr(), indices(kept), indices(lengths), out.mutable_data_ptr(),
-      scratch.mutable_data_ptr<float>(), importance ? row.mutable_data_ptr() : nullptr, shape,
-      current_stream(qkv)));
+      type_of(qkv), qkv.const_data_ptr(), indices(token_index), indices(lengths),
+      out.mutable_data_ptr(), scratch.mutable_data_ptr<float>(),
+      importance ? row.mutable_data_ptr() : nullptr, shape, current_stream(qkv)));
   return {out, row};
 }
 
 Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
-                                 const Optional& kept_any, const Optional& lengths_any) {
+                                 const Optional& token_index_any, const Optional& lengths_any) {
   const DeviceGuard guard(qkv_any.get_device_index());
   const Tensor grad = ready(grad_any), qkv = ready(qkv_any);
-  const Optional kept = ready(kept_any), lengths = ready(lengths_any);
-  const AttentionShape shape = attention_shape(qkv, kept, true);
+  const Optional token_index = ready(token_index_any), lengths = ready(lengths_any);
+  const AttentionShape shape = attention_shape(qkv, token_index, true);
   Tensor result = torch::stable::empty_like(qkv);
   STD_CUDA_CHECK(launch_gather_attention_bwd(
-      type_of(qkv), grad.const_data_ptr(), qkv.const_data_ptr(), indices(kept), indices(lengths),
-      result.mutable_data_ptr(), shape, current_stream(qkv)));
+      type_of(qkv), grad.const_data_ptr(), qkv.const_data_ptr(), indices(token_index),
+      indices(lengths), result.mutable_data_ptr(), shape, current_stream(qkv)));
   return result;
 }
 
-// Scratch of a byte for each patch of the grids.
+// Scratch memory of one byte for each patch of the images.
 Tensor patch_mask(const Tensor& images, const Optional& kept, int64_t patch_size) {
   const int64_t patches = kept ? images.size(2) / patch_size * (images.size(3) / patch_size) : 0;
   return new_empty(images, {images.size(0), patches}, ScalarType::Byte);
@@ -164,26 +167,26 @@ Tensor total_variation(const Tensor& images_any, const Optional& kept_any, int64
   const Tensor images = ready(images_any);
   const Optional kept = ready(kept_any);
   Tensor mask = patch_mask(images, kept, patch_size);
-  Tensor partials = new_empty(images, {kVariationBlocks, kVariationParts}, ScalarType::Double);
-  Tensor parts = new_empty(images, {3, 4});
+  Tensor partials = new_empty(images, {kVariationBlocks, kVariationSums}, ScalarType::Double);
+  Tensor sums = new_empty(images, {3, 4});
   STD_CUDA_CHECK(launch_total_variation_fwd(
       type_of(images), images.const_data_ptr(), indices(kept), mask.mutable_data_ptr<uint8_t>(),
-      partials.mutable_data_ptr<double>(), parts.mutable_data_ptr(),
+      partials.mutable_data_ptr<double>(), sums.mutable_data_ptr(),
       image_shape(images, kept, patch_size), current_stream(images)));
-  return parts;
+  return sums;
 }
 
 Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
                                 const Tensor& images_any, const Optional& kept_any,
-                                int64_t patch_size, const Tensor& parts_any) {
+                                int64_t patch_size, const Tensor& sums_any) {
   const DeviceGuard guard(images_any.get_device_index());
-  const Tensor images = ready(images_any), parts = ready(parts_any);
+  const Tensor images = ready(images_any), sums = ready(sums_any);
   const Optional kept = ready(kept_any);
   Tensor mask = patch_mask(images, kept, patch_size);
   Tensor result = torch::stable::empty_like(images);
   STD_CUDA_CHECK(launch_total_variation_bwd(
       type_of(images), grad_l1.const_data_ptr(), grad_l2.const_data_ptr(), images.const_data_ptr(),
-      indices(kept), mask.mutable_data_ptr<uint8_t>(), parts.const_data_ptr(),
+      indices(kept), mask.mutable_data_ptr<uint8_t>(), sums.const_data_ptr(),
       result.mutable_data_ptr(), image_shape(images, kept, patch_size), current_stream(images)));
   return result;
 }
@@ -230,7 +233,7 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
   return result;
 }
 
-// A strided tensor is changed in a dense copy and written back.
+// A strided tensor is copied to a dense one, changed there, and written back.
 void adam_clamp_(Tensor images_any, const Tensor& grad_any, Tensor exp_avg_any,
                  Tensor exp_avg_sq_any, const Tensor& step, double lr, double beta1, double beta2,
                  const Tensor& low_any, const Tensor& high_any, const Optional& kept_any,

@@ -1,4 +1,4 @@
-// What several kernels share: conversions, sums over a block, and the launch itself.
+// Helpers of several kernels: conversions, sums over a block, and the launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,8 +41,8 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// Sums COUNT values over a block of WARPS warps, in an order that never changes. Thread i < COUNT
-// returns sum i; the others nothing of use. Once per kernel.
+// Sums COUNT values over a block of WARPS warps, always in the same order. Thread i < COUNT returns
+// sum i, and the others zero. A kernel may call it only once.
 template <int COUNT, int WARPS>
 __device__ double block_sum(const double (&values)[COUNT], int thread) {
   __shared__ double warps[WARPS][COUNT];
@@ -61,7 +61,7 @@ __device__ double block_sum(const double (&values)[COUNT], int thread) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// An empty grid is no work rather than an error.
+// Launches a kernel. An empty grid is no error: there is no work.
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes,
                    cudaStream_t stream, A... arguments) {
@@ -74,7 +74,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_b
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
-// Calls launcher(T{}) for the type T that is meant.
+// Calls launcher(T{}) with the element type T that `type` stands for.
 template <typename F>
 cudaError_t with_type(Type type, F launcher) {
   switch (type) {

@@ -1,5 +1,5 @@
-// What attention and its gradient share: the rows of one (image, head) in shared memory, softmax
-// over tiles of scores, and the launch.
+// Code of attention and its gradient: the rows of one (image, head) in shared memory, softmax over
+// tiles of scores, and the launch.
 #pragma once
 
 #include <cmath>
@@ -11,16 +11,16 @@ namespace smi_fast {
 
 constexpr int kMaxWarps = 8;
 
-// The kept tokens of the (image, head) that is this block's.
+// The tokens of this block's (image, head).
 struct Tokens {
   int64_t image, head;
-  int count, tiles;  // tokens that count, and tiles of 16 that cover them
+  int count, tiles;  // valid tokens, and tiles of 16 that cover them
   float scale;       // of scores, 1 / sqrt(D)
 
   __device__ Tokens(const int64_t* lengths, const AttentionShape& shape)
       : image(blockIdx.x / static_cast<unsigned>(shape.heads)),
         head(blockIdx.x % static_cast<unsigned>(shape.heads)),
-        count(static_cast<int>(shape.kept)),
+        count(static_cast<int>(shape.tokens)),
         scale(rsqrtf(static_cast<float>(shape.width))) {
     if (lengths != nullptr && lengths[image] < count) {
       count = lengths[image] < 0 ? 0 : static_cast<int>(lengths[image]);
@@ -32,23 +32,23 @@ struct Tokens {
 __device__ inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warps() { return static_cast<int>(blockDim.x) / kWarp; }
 
-// Starts to copy rows to shared memory; what lies beyond the tokens or the width becomes zero.
+// Starts to copy rows to shared memory. Padding rows and columns become zero.
 template <typename T, int WIDTH>
 __device__ void load_rows(T* to,          // [16 * tiles, WIDTH]
                           const T* from,  // [rows, ...], stride elements apart
                           int64_t stride,
-                          const int64_t* kept,  // [count] or null: all rows in order
+                          const int64_t* token_index,  // [count] or null: all rows in order
                           int64_t rows, int width, const Tokens& tokens) {
   constexpr int kUnit = 16 / sizeof(T), kUnits = WIDTH / kUnit;
   for (int i = threadIdx.x; i < tokens.tiles * kTile * kUnits; i += blockDim.x) {
     const int row = i / kUnits, column = i % kUnits * kUnit;
     T* target = to + row * kStride<T, WIDTH> + column;
     const bool padding = row >= tokens.count || column >= width;
-    const int64_t source = padding ? -1 : kept == nullptr ? row : kept[row];
+    const int64_t source = padding ? -1 : token_index == nullptr ? row : token_index[row];
     if (source >= 0 && source < rows) {
       copy_async_16(target, from + source * stride + column);
     } else {
-      // All bits set is a NaN: a token that doesn't exist must not pass for one.
+      // All bits set is a NaN, so that a missing token can't pass for a real one.
       const unsigned bits = padding ? 0u : ~0u;
       *reinterpret_cast<uint4*>(target) = make_uint4(bits, bits, bits, bits);
     }
@@ -65,10 +65,10 @@ __device__ inline float quad_max(float value) {
   return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
 }
 
-// Column, within 16, of element e of part n of a tile.
+// Column of element e of tile[n], counted from the first column of the tile.
 __device__ inline int column_of(int n, int e) { return 8 * n + tile_column() + e % 2; }
 
-// The greatest score, times scale, of rows r and r + 8 of a tile of queries.
+// The greatest scores, times scale, of rows r and r + 8 of a tile of queries.
 template <typename T, int WIDTH>
 __device__ void row_maxima(float (&greatest)[2], const T* queries, const T* keys,
                            const Tokens& tokens, float scale) {
@@ -89,7 +89,7 @@ __device__ void row_maxima(float (&greatest)[2], const T* queries, const T* keys
   greatest[1] = quad_max(greatest[1]);
 }
 
-// scores := 2^(scale scores - offset of the row), zero for keys beyond the tokens.
+// scores := 2^(scale scores - offset of the row), and zero for keys beyond the valid tokens.
 __device__ inline void exponentials(SquareTile& scores, const float (&offsets)[2], float scale,
                                     int first_key, int count) {
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ inline void exponentials(SquareTile& scores, const float (&offsets)[2
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Calls launcher with the width, as a type, that kernels are compiled for and that holds this one.
+// Calls launcher with the smallest compiled width that is at least `width`, as a type.
 template <typename F>
 cudaError_t with_width(int64_t width, F launcher) {
   if (width <= 0 || width % 8 != 0) return cudaErrorInvalidValue;
@@ -115,18 +115,19 @@ cudaError_t with_width(int64_t width, F launcher) {
   return cudaErrorInvalidValue;
 }
 
-// Shared memory for a tile of tokens: Q, K and V, backward also dO and two floats per row.
+// Bytes of shared memory for a tile of tokens: Q, K and V; backward also dO and two floats per row.
 template <typename T, int WIDTH>
 constexpr int64_t tile_bytes(bool backward) {
   const int64_t row = kStride<T, WIDTH> * int64_t{sizeof(T)};
   return kTile * (backward ? 4 * row + 2 * int64_t{sizeof(float)} : 3 * row);
 }
 
-// One block per (image, head), with as few warps as keep all equally busy.
+// Launches one block per (image, head). It has the fewest warps that take all tiles in as few
+// rounds as kMaxWarps warps would.
 template <typename T, int WIDTH, typename... P, typename... A>
 cudaError_t launch_attention(void (*kernel)(P...), bool backward, const AttentionShape& shape,
                              cudaStream_t stream, A... arguments) {
-  const int64_t tiles = divide_up(shape.kept, kTile);
+  const int64_t tiles = divide_up(shape.tokens, kTile);
   const int64_t threads = kWarp * divide_up(tiles, divide_up(tiles, kMaxWarps));
   const int64_t bytes = tiles * tile_bytes<T, WIDTH>(backward);
   const cudaError_t error = cudaFuncSetAttribute(

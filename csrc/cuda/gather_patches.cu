@@ -1,4 +1,5 @@
-// Kept patches of jittered images, read as displaced windows: smi_fast.reference.gather_patches.
+// Kept patches of jittered images, read as displaced windows; specified by gather_patches in
+// reference.py.
 #include "common.cuh"
 
 namespace smi_fast {
@@ -6,15 +7,16 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A shift by whole images changes nothing, so that 32 bits do from here on.
+// The shift within one image. A shift by whole images changes nothing, and the rest fits in 32
+// bits.
 __device__ int wrap(int64_t shift, int64_t size) {
   const int64_t rest = shift % size;
   return static_cast<int>(rest < 0 ? rest + size : rest);
 }
 
-// Where the pixels of a kept patch come from, and the cell that shows them.
+// The window of an image that a kept patch shows, and the cell that it lands on.
 struct Window {
-  int position;  // of the cell; -1 for a patch outside of the grid
+  int position;  // of the cell; -1 for a patch outside the grid
   int top, left;
   bool mirrored;
 
@@ -25,7 +27,7 @@ struct Window {
     const int rows = height / side, columns = width / side;
     if (patch < 0 || patch >= rows * columns) return;
     const int down = wrap(shift[0], height), right = wrap(shift[1], width);
-    // Whole patches in the shift: to the nearest, half upwards.
+    // The shift counts as whole patches, rounded to the nearest, half upwards.
     const int row = (static_cast<int>(patch) / columns + (2 * down + side) / (2 * side)) % rows;
     const int column =
         (static_cast<int>(patch) % columns + (2 * right + side) / (2 * side)) % columns;
@@ -60,8 +62,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = blockIdx.x, plane = shape.height * shape.width;
   const int elements = static_cast<int>(shape.channels * shape.patch * shape.patch);
   const Window window(kept[token], shift, *flip, shape);
-  const int64_t of_image = blockIdx.x / static_cast<unsigned>(shape.kept);
-  const T* image = images + of_image * shape.channels * plane;
+  const int64_t image_index = blockIdx.x / static_cast<unsigned>(shape.kept);
+  const T* image = images + image_index * shape.channels * plane;
   for (int i = threadIdx.x; i < elements; i += kThreads) {
     // All bits set is a NaN in every floating point type.
     patches[token * elements + i] =
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) positions[token] = window.position;
 }
 
-// Windows of one image never overlap: each pixel has at most one writer.
+// Windows of one image never overlap, so each pixel has at most one writer.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _gather_patches_bwd(const T* __restrict__ grad,         // [B, K, C*P*P]
@@ -83,8 +85,8 @@ __global__ void __launch_bounds__(kThreads)
   const int elements = static_cast<int>(shape.channels * shape.patch * shape.patch);
   const Window window(kept[token], shift, *flip, shape);
   if (window.position < 0) return;
-  const int64_t of_image = blockIdx.x / static_cast<unsigned>(shape.kept);
-  T* image = grad_images + of_image * shape.channels * plane;
+  const int64_t image_index = blockIdx.x / static_cast<unsigned>(shape.kept);
+  T* image = grad_images + image_index * shape.channels * plane;
   for (int i = threadIdx.x; i < elements; i += kThreads) {
     image[window.pixel(i, shape)] = grad[token * elements + i];
   }

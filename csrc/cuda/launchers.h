@@ -1,7 +1,10 @@
-// What the bindings, or any other program with device pointers at hand, call. No header of torch.
+// The interface of the CUDA kernels, for the bindings or any program that has device pointers. It
+// needs no header of torch.
 //
-// Every tensor is contiguous; pointers that a launcher doesn't need may be null. Launchers only
-// enqueue work on the stream. Results are the same bits in every run: nothing adds atomically.
+// - Every tensor is contiguous.
+// - A pointer may be null if the call doesn't need it.
+// - Launchers only enqueue work on the stream.
+// - Results are bitwise reproducible, because no kernel adds atomically.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,22 +17,22 @@ enum class Type { kFloat, kHalf, kBFloat16 };
 
 constexpr int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 
-// Kept tokens: K of the N rows of each of B images.
+// Attention among K of the N rows of each of B images.
 struct AttentionShape {
-  int64_t images, rows, kept, heads, width;  // B, N, K, H, D
+  int64_t images, rows, tokens, heads, width;  // B, N, K, H, D
 };
 
-// Images and the patches kept of them. Without `kept`, K and P don't matter.
+// Images, and K kept patches of P x P pixels of each. Without `kept`, K and P are ignored.
 struct ImageShape {
   int64_t images, channels, height, width;  // B, C, H, W
   int64_t kept, patch;                      // K, P
 };
 
-// `kept` outside of [0, N) reads as a row of NaN, and no gradient is written for it. Widths are
+// An index outside [0, N) reads as a row of NaN, and no gradient is written for it. Widths are
 // multiples of 8 up to kMaxWidth.
 constexpr int64_t kMaxWidth = 128;
 cudaError_t launch_gather_attention_fwd(Type type, const void* qkv,  // [B, N, 3, H, D]
-                                        const int64_t* kept,         // [B, K] or null: K = N
+                                        const int64_t* token_index,  // [B, K] or null: K = N
                                         const int64_t* lengths,      // [B] or null
                                         void* out,                   // [B, K, H*D]
                                         float* head_importance,      // scratch [B, H, K]
@@ -37,15 +40,15 @@ cudaError_t launch_gather_attention_fwd(Type type, const void* qkv,  // [B, N, 3
                                         AttentionShape shape, cudaStream_t stream);
 cudaError_t launch_gather_attention_bwd(Type type, const void* grad,  // [B, K, H*D]
                                         const void* qkv,              // [B, N, 3, H, D]
-                                        const int64_t* kept,          // [B, K] or null: K = N
+                                        const int64_t* token_index,   // [B, K] or null: K = N
                                         const int64_t* lengths,       // [B] or null
                                         void* grad_qkv,               // [B, N, 3, H, D]
                                         AttentionShape shape, cudaStream_t stream);
-// How many tokens' rows fit into the shared memory of a block of the current device.
-cudaError_t max_kept_tokens(Type type, int64_t width, bool backward, int64_t* tokens);
+// The most tokens whose rows fit in the shared memory of one block of the current device.
+cudaError_t max_tokens(Type type, int64_t width, bool backward, int64_t* tokens);
 
-// A patch outside of the grid reads as NaN at position -1, and its gradient is dropped. Elements
-// are copied as they are, whatever type has this size: 2, 4 or 8 bytes.
+// A patch outside the grid reads as NaN at position -1, and its gradient is dropped. Elements of
+// any type are copied as they are. Their size is 2, 4 or 8 bytes.
 cudaError_t launch_gather_patches_fwd(int64_t element_bytes, const void* images,  // [B, C, H, W]
                                       const int64_t* kept,                        // [B, K]
                                       const int64_t* shift,                       // [2]
@@ -60,24 +63,24 @@ cudaError_t launch_gather_patches_bwd(int64_t element_bytes, const void* grad,  
                                       void* grad_images,                        // [B, C, H, W]
                                       ImageShape shape, cudaStream_t stream);
 
-// A patch outside of the grid counts as not kept. B*C*H < 2^31.
-constexpr int64_t kVariationBlocks = 1024, kVariationParts = 12;
+// A patch outside the grid counts as not kept. B*C*H < 2^31.
+constexpr int64_t kVariationBlocks = 1024, kVariationSums = 12;
 cudaError_t launch_total_variation_fwd(Type type, const void* images,  // [B, C, H, W]
                                        const int64_t* kept,            // [B, K] or null
                                        uint8_t* mask,     // scratch [B, H/P * W/P], with kept
                                        double* partials,  // scratch [kVariationBlocks, 12]
-                                       void* parts,       // [3, 4]
+                                       void* sums,        // [3, 4]
                                        ImageShape shape, cudaStream_t stream);
 cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1,  // []
                                        const void* grad_l2,             // []
                                        const void* images,              // [B, C, H, W]
                                        const int64_t* kept,             // [B, K] or null
                                        uint8_t* mask,      // scratch [B, H/P * W/P], with kept
-                                       const void* parts,  // [3, 4]
+                                       const void* sums,   // [3, 4]
                                        void* grad_images,  // [B, C, H, W]
                                        ImageShape shape, cudaStream_t stream);
 
-// H and W are joined: pixels = H*W, and B*pixels < 2^31.
+// pixels = H*W, and B*pixels < 2^31.
 struct NormShape {
   int64_t images, channels, pixels;
 };
@@ -101,7 +104,7 @@ cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad,     // [
                                            void* grad_x,                    // [B, C, H*W]
                                            NormShape shape, cudaStream_t stream);
 
-// A patch outside of the grid is passed over.
+// A patch outside the grid is ignored.
 struct AdamStep {
   const int64_t* step;  // [], on the device
   double lr, beta1, beta2;

@@ -1,4 +1,4 @@
-// Makes the library importable, so that Python finds and loads it; the ops register themselves.
+// Makes the library importable, so that Python can find and load it. The ops register themselves.
 
 #include <Python.h>
 

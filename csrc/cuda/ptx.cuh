@@ -1,4 +1,4 @@
-// Instructions that C++ has no name for. The emulation brings its own meaning of each.
+// PTX instructions that C++ has no name for. The emulation defines each of them for the host.
 #pragma once
 
 #ifndef __CUDACC__
@@ -19,19 +19,19 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes from global to shared memory without passing through registers.
+// Starts a copy of 16 bytes from global to shared memory that bypasses registers.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                : "memory");
 }
 
-// Waits for the copies of this thread; a barrier makes those of the others visible.
+// Waits for the copies of this thread. Those of other threads are visible after a barrier.
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Loads four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i
-// / 8. Element pair (r, c), (r, c + 1) of a matrix goes to lane 4 r + c / 2.
+// Loads four 8x8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m.
+// Elements (r, c) and (r, c + 1) of a matrix go to lane 4 r + c / 2.
 __device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row
                : "memory");
 }
 
-// The same, each matrix transposed on the way.
+// Loads four matrices like load_matrices() and transposes each of them.
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -47,7 +47,8 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], cons
                : "memory");
 }
 
-// d += a b: a is 16x16, b 16x8 and d 16x8, spread over a warp as the PTX manual says (m16n8k16).
+// d += a b, where a is 16x16, b 16x8 and d 16x8. The PTX manual says how m16n8k16 spreads them over
+// a warp.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0,
                                              unsigned b1);
@@ -64,7 +65,7 @@ SMI_FAST_MULTIPLY_ADD(__half, "f16")
 SMI_FAST_MULTIPLY_ADD(__nv_bfloat16, "bf16")
 #undef SMI_FAST_MULTIPLY_ADD
 
-// Two floats rounded to a pair of 16-bit elements, the first one in the low half.
+// Rounds two floats to a pair of 16-bit elements, with `low` in the low half.
 template <typename T>
 __device__ __forceinline__ unsigned pack(float low, float high);
 template <>

@@ -1,4 +1,5 @@
-// Differences of neighbouring pixels, summed in two stages: smi_fast.reference.total_variation.
+// Differences of neighbouring pixels, summed in two stages; specified by total_variation in
+// reference.py.
 #include "common.cuh"
 
 namespace smi_fast {
@@ -6,11 +7,11 @@ namespace {
 
 constexpr int kWarps = 8, kOffsets = 4;
 
-// The four neighbours: right, below, and on both diagonals below.
+// Offsets of the four neighbours: right, below, below right and below left.
 __host__ __device__ constexpr int down(int k) { return k > 0; }
 __host__ __device__ constexpr int right(int k) { return k == 1 ? 0 : k == 3 ? -1 : 1; }
 
-// One image plane and which of its pixels are in kept patches.
+// One image plane, and which of its patches are kept.
 template <typename T>
 struct Plane {
   const T* pixels;      // [H, W]
@@ -35,7 +36,7 @@ struct Plane {
     return patch == 0 || mask[y / patch * (width / patch) + x / patch] != 0;
   }
 
-  // Whether there is such a pixel, and a difference to it counts.
+  // Whether pixel (y, x) exists and a difference to it counts.
   __device__ bool counts(int y, int x, bool other_is_kept) const {
     return y >= 0 && y < height && x >= 0 && x < width && (other_is_kept || kept(y, x));
   }
@@ -49,7 +50,7 @@ __global__ void _mark_patches(const int64_t* __restrict__ kept,  // [B, K]
   mask[i / kept_per_image * patches + kept[i]] = 1;
 }
 
-// A warp walks along rows of pixels; there are fewer than 2^31 of them.
+// A warp walks along rows of pixels, of which there are fewer than 2^31.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     _total_variation_fwd(const T* __restrict__ images,      // [B, C, H, W]
@@ -58,8 +59,9 @@ __global__ void __launch_bounds__(kWarp* kWarps)
                          ImageShape shape) {
   const auto height = static_cast<unsigned>(shape.height);
   const auto rows = static_cast<unsigned>(shape.images * shape.channels) * height;
-  // A thread adds few enough pixels for float; threads and blocks are added in double.
-  float sums[kOffsets] = {}, squares[kOffsets] = {};
+  // A thread adds so few pixels that float suffices. Sums of threads and blocks are added in
+  // double.
+  float absolutes[kOffsets] = {}, squares[kOffsets] = {};
   int counts[kOffsets] = {};
   for (unsigned row = blockIdx.x * kWarps + threadIdx.y; row < rows; row += gridDim.x * kWarps) {
     const Plane<T> plane(images, mask, row / height, shape);
@@ -70,54 +72,54 @@ __global__ void __launch_bounds__(kWarp* kWarps)
       for (int k = 0; k < kOffsets; ++k) {
         if (!plane.counts(y + down(k), x + right(k), kept)) continue;
         const float difference = plane.at(y, x) - plane.at(y + down(k), x + right(k));
-        sums[k] += fabsf(difference);
+        absolutes[k] += fabsf(difference);
         squares[k] += difference * difference;
         ++counts[k];
       }
     }
   }
-  double parts[kVariationParts];
+  double sums[kVariationSums];
 #pragma unroll
   for (int k = 0; k < kOffsets; ++k) {
-    parts[k] = sums[k];
-    parts[kOffsets + k] = squares[k];
-    parts[2 * kOffsets + k] = counts[k];
+    sums[k] = absolutes[k];
+    sums[kOffsets + k] = squares[k];
+    sums[2 * kOffsets + k] = counts[k];
   }
   const int thread = static_cast<int>(threadIdx.y * kWarp + threadIdx.x);
-  const double total = block_sum<kVariationParts, kWarps>(parts, thread);
-  if (thread < kVariationParts) partials[int64_t{blockIdx.x} * kVariationParts + thread] = total;
+  const double total = block_sum<kVariationSums, kWarps>(sums, thread);
+  if (thread < kVariationSums) partials[int64_t{blockIdx.x} * kVariationSums + thread] = total;
 }
 
-// Warp i adds part i of all blocks.
+// Warp i adds sum i of all blocks.
 template <typename T>
-__global__ void __launch_bounds__(kWarp* kVariationParts)
+__global__ void __launch_bounds__(kWarp* kVariationSums)
     _total_variation_sum(const double* __restrict__ partials,  // [blocks, 12]
-                         T* __restrict__ parts,                // [3, 4]
+                         T* __restrict__ sums,                 // [3, 4]
                          int blocks) {
-  const int part = threadIdx.y;
+  const int i = threadIdx.y;
   double total = 0.0;
   for (int block = threadIdx.x; block < blocks; block += kWarp) {
-    total += partials[int64_t{block} * kVariationParts + part];
+    total += partials[int64_t{block} * kVariationSums + i];
   }
   total = warp_sum(total);
-  const bool norm = part / kOffsets == 1;
-  if (threadIdx.x == 0) parts[part] = from_float<T>(static_cast<float>(norm ? sqrt(total) : total));
+  const bool norm = i / kOffsets == 1;
+  if (threadIdx.x == 0) sums[i] = from_float<T>(static_cast<float>(norm ? sqrt(total) : total));
 }
 
-// Each pixel gathers from its eight neighbours.
+// Each pixel gathers its gradient from its eight neighbours.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     _total_variation_bwd(const T* __restrict__ grad_l1,     // []
                          const T* __restrict__ grad_l2,     // []
                          const T* __restrict__ images,      // [B, C, H, W]
                          const uint8_t* __restrict__ mask,  // [B, H/P * W/P] or null
-                         const T* __restrict__ parts,       // [3, 4]
+                         const T* __restrict__ sums,        // [3, 4]
                          T* __restrict__ grad_images,       // [B, C, H, W]
                          ImageShape shape) {
-  // d l1 / dd = sign(d) / count and d l2 / dd = d / norm; zero where the divisor is.
+  // d l1 / dd = sign(d) / count and d l2 / dd = d / norm. They are zero if the divisor is zero.
   __shared__ float per_norm[kOffsets], per_count[kOffsets];
   if (const unsigned k = threadIdx.x; threadIdx.y == 0 && k < kOffsets) {
-    const float norm = to_float(parts[kOffsets + k]), count = to_float(parts[2 * kOffsets + k]);
+    const float norm = to_float(sums[kOffsets + k]), count = to_float(sums[2 * kOffsets + k]);
     per_norm[k] = norm > 0.0f ? to_float(*grad_l2) / norm : 0.0f;
     per_count[k] = count > 0.0f ? to_float(*grad_l1) / count : 0.0f;
   }
@@ -137,7 +139,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
       float gradient = 0.0f;
 #pragma unroll
       for (int k = 0; k < kOffsets; ++k) {
-        // The slope is odd: the difference that ends here gives the same as one that starts here.
+        // The slope is an odd function, so a difference counts the same whichever pixel it starts
+        // from.
         for (int side = -1; side <= 1; side += 2) {
           const int other_y = y + side * down(k), other_x = x + side * right(k);
           if (!plane.counts(other_y, other_x, kept)) continue;
@@ -168,7 +171,7 @@ cudaError_t mark_patches(const int64_t* kept, uint8_t* mask, const ImageShape& s
 }  // namespace
 
 cudaError_t launch_total_variation_fwd(Type type, const void* images, const int64_t* kept,
-                                       uint8_t* mask, double* partials, void* parts,
+                                       uint8_t* mask, double* partials, void* sums,
                                        ImageShape shape, cudaStream_t stream) {
   if (kept == nullptr) {
     mask = nullptr;
@@ -182,14 +185,14 @@ cudaError_t launch_total_variation_fwd(Type type, const void* images, const int6
     const cudaError_t error = launch(_total_variation_fwd<T>, {blocks}, {kWarp, kWarps}, 0, stream,
                                      static_cast<const T*>(images), mask, partials, shape);
     if (error != cudaSuccess) return error;
-    return launch(_total_variation_sum<T>, {1}, {kWarp, kVariationParts}, 0, stream, partials,
-                  static_cast<T*>(parts), static_cast<int>(blocks));
+    return launch(_total_variation_sum<T>, {1}, {kWarp, kVariationSums}, 0, stream, partials,
+                  static_cast<T*>(sums), static_cast<int>(blocks));
   });
 }
 
 cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1, const void* grad_l2,
                                        const void* images, const int64_t* kept, uint8_t* mask,
-                                       const void* parts, void* grad_images, ImageShape shape,
+                                       const void* sums, void* grad_images, ImageShape shape,
                                        cudaStream_t stream) {
   if (kept == nullptr) {
     mask = nullptr;
@@ -201,7 +204,7 @@ cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1, const voi
     using T = decltype(element);
     return launch(_total_variation_bwd<T>, {blocks_for(shape)}, {kWarp, kWarps}, 0, stream,
                   static_cast<const T*>(grad_l1), static_cast<const T*>(grad_l2),
-                  static_cast<const T*>(images), mask, static_cast<const T*>(parts),
+                  static_cast<const T*>(images), mask, static_cast<const T*>(sums),
                   static_cast<T*>(grad_images), shape);
   });
 }

@@ -1,8 +1,8 @@
-// Products of tiles of 16 rows by one warp: tensor cores for 16-bit elements, FMA for float.
+// GEMMs of tiles of 16 rows by one warp: tensor cores for 16-bit elements, FMA for float.
 //
-// A result is spread over the lanes like the d of multiply_add, for every type: with r = lane / 4
-// and c = 2 (lane % 4), elements 0, 1 of tile[n] are row r, columns 8 n + c and the next, and
-// elements 2, 3 the same of row r + 8.
+// For every type, a result is spread over the lanes like d of multiply_add. In lane 4 r + q,
+// - elements 0 and 1 of tile[n] are row r, columns 8 n + 2 q and 8 n + 2 q + 1;
+// - elements 2 and 3 are the same columns of row r + 8.
 #pragma once
 
 #include "common.cuh"
@@ -16,8 +16,8 @@ __device__ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int tile_row() { return lane() / 4; }
 __device__ inline int tile_column() { return lane() % 4 * 2; }
 
-// Rows of WIDTH elements in shared memory are an odd number of 16-byte units apart, so that units
-// of eight neighbouring rows lie in different banks.
+// Elements from one row of WIDTH elements to the next in shared memory. This is an odd number of
+// 16-byte units, so that the units of eight neighbouring rows lie in different banks.
 template <typename T, int WIDTH>
 constexpr int kStride = WIDTH + 16 / static_cast<int>(sizeof(T));
 
@@ -44,7 +44,7 @@ struct Tiles {
     }
   }
 
-  // sum += a b; rounded to T, the layout of a result is that of a left operand.
+  // sum += a b. The result `a`, rounded to T, already has the layout of a left operand.
   static __device__ void add_product(Wide& sum, const SquareTile& a, const T* b) {  // [16, WIDTH]
     const unsigned left[4] = {pack<T>(a[0][0], a[0][1]), pack<T>(a[0][2], a[0][3]),
                               pack<T>(a[1][0], a[1][1]), pack<T>(a[1][2], a[1][3])};
@@ -58,7 +58,7 @@ struct Tiles {
     }
   }
 
-  // Row r, times its factor, goes to row_at(r), or nowhere when that is null.
+  // Stores row r, times its factor, to row_at(r). A row whose address is null is left out.
   template <typename F>
   static __device__ void store(const Wide& tile, const float (&factors)[2], int width, F row_at) {
     const bool odd = lane() % 2 != 0;
@@ -71,7 +71,7 @@ struct Tiles {
         const float (&even)[4] = tile[n], (&next)[4] = tile[n + 1];
         const unsigned low = pack<T>(even[2 * half] * factor, even[2 * half + 1] * factor);
         const unsigned high = pack<T>(next[2 * half] * factor, next[2 * half + 1] * factor);
-        // Neighbouring lanes swap pairs, so that each stores four elements in a row.
+        // Neighbouring lanes swap pairs, so that each lane stores four consecutive elements.
         const unsigned other = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
         const int column = 8 * (n + odd) + lane() % 4 / 2 * 4;
         if (row == nullptr || column >= width) continue;

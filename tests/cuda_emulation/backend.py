@@ -93,10 +93,10 @@ class Emulated:
         self.kernels.gather_attention_bwd(self._type(qkv), *inputs, _at(result), shape, 0)
         return result
 
-    def max_kept_tokens(self, dtype: torch.dtype, width: int, backward: bool) -> int:
+    def max_tokens(self, dtype: torch.dtype, width: int, backward: bool) -> int:
         tokens = torch.zeros((), dtype=torch.int64)
         kind = self._type(torch.empty(0, dtype=dtype))
-        self.kernels.max_kept_tokens(kind, width, backward, _at(tokens))
+        self.kernels.max_tokens(kind, width, backward, _at(tokens))
         return int(tokens)
 
     def total_variation(self, images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor:

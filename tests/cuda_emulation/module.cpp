@@ -52,7 +52,7 @@ PYBIND11_MODULE(emulated, module) {
       .def(py::init([](uintptr_t step, double lr, double beta1, double beta2) {
         return AdamStep{reinterpret_cast<const int64_t*>(step), lr, beta1, beta2};
       }));
-  module.attr("VARIATION_SCRATCH") = kVariationBlocks * kVariationParts;
+  module.attr("VARIATION_SCRATCH") = kVariationBlocks * kVariationSums;
   module.attr("NORM_SPLITS") = kNormSplits;
   module.def("gather_patches_fwd", python(launch_gather_patches_fwd));
   module.def("gather_patches_bwd", python(launch_gather_patches_bwd));
@@ -63,5 +63,5 @@ PYBIND11_MODULE(emulated, module) {
   module.def("adam_clamp", python(launch_adam_clamp));
   module.def("gather_attention_fwd", python(launch_gather_attention_fwd));
   module.def("gather_attention_bwd", python(launch_gather_attention_bwd));
-  module.def("max_kept_tokens", python(max_kept_tokens));
+  module.def("max_tokens", python(max_tokens));
 }

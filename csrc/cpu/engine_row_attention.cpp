@@ -1,36 +1,37 @@
 #include <cmath>
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
 namespace smi_fast {
 
-// One image's keys and values in one head.
+// Keys and values of one (image, head).
 template <typename T>
 struct KeysAndValues {
-  const T* data;   // [N, 2, H, D] from the head on
-  int64_t count;   // N
-  int64_t width;   // D
-  int64_t across;  // H·D
+  const T* data;        // [N, 2, H, D], starting at this head
+  int64_t count;        // N
+  int64_t width;        // D
+  int64_t part_stride;  // H·D, from a key to its value
 
-  // Elements before key or value j, the parts 0 and 1.
-  int64_t offset(int64_t part, int64_t j) const { return (2 * j + part) * across; }
+  // Offset of key j (part 0) or value j (part 1).
+  int64_t offset(int64_t part, int64_t j) const { return (2 * j + part) * part_stride; }
   const T* key(int64_t j) const { return data + offset(0, j); }
   const T* value(int64_t j) const { return data + offset(1, j); }
 };
 
 }  // namespace smi_fast
 
-#define SMI_KERNEL "attend_rows_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL_HEADER "engine_row_attention_kernel.h"
+#define SMI_KERNEL_NAMESPACE engine_row_attention
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {
 
-// The arguments of both directions; one task for each image and head.
+// Arguments of forward and backward, split into one task for each (image, head).
 template <typename T>
-class Rows {
+class RowTasks {
  public:
-  Rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv)
+  RowTasks(const Tensor& q, const Tensor& q_bias, const Tensor& kv)
       : batch_(kv.size(0)),
         rows_(q.size(1)),
         count_(kv.size(1)),
@@ -45,20 +46,24 @@ class Rows {
   int64_t width() const { return width_; }
   T scale() const { return scale_; }
 
-  // Elements before the task's part of kv; before its row r of [B, R, H·D]; of [B, H, R, N].
+  // Offset of the task's head in kv [B, N, 2, H, D].
   int64_t kv_offset(int64_t task) const {
     return task / heads_ * count_ * 2 * heads_ * width_ + task % heads_ * width_;
   }
+  // Offset of the task's row r in [B, R, H·D].
   int64_t row_offset(int64_t task, int64_t r) const {
     return ((task / heads_ * rows_ + r) * heads_ + task % heads_) * width_;
   }
-  int64_t shares_offset(int64_t task, int64_t r) const { return (task * rows_ + r) * count_; }
+  // Offset of the task's row r in [B, H, R, N].
+  int64_t probabilities_offset(int64_t task, int64_t r) const {
+    return (task * rows_ + r) * count_;
+  }
 
   KeysAndValues<T> keys_and_values(int64_t task) const {
     return {kv_ + kv_offset(task), count_, width_, heads_ * width_};
   }
 
-  // Runs run(task, r, query), the query biased and scaled.
+  // Calls run(task, r, query) for each row r. The query has its bias and is scaled.
   template <typename Run>
   void for_each(const Run& run) const {
     for_each_task(batch_ * heads_, 4 * rows_ * count_ * width_, [&](int64_t task) {
@@ -88,27 +93,31 @@ void check(const Tensor& q, const Tensor& q_bias, const Tensor& kv) {
 
 }  // namespace
 
+// Attention of the queries q + q_bias [B, R, H·D] among kv [B, N, 2, H, D]. Returns the output
+// [B, R, H·D] and the probabilities [B, H, R, N].
 std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv) {
   check(q, q_bias, kv);
   const Tensor out = torch::stable::empty_like(q);
-  const Tensor shares = torch::stable::new_empty(q, {q.size(0), kv.size(3), q.size(1), kv.size(1)});
+  const Tensor probabilities =
+      torch::stable::new_empty(q, {q.size(0), kv.size(3), q.size(1), kv.size(1)});
   with_type_of(q, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = SMI_BEST(attend_row<T>);
-    const Rows<T> tasks(q, q_bias, kv);
-    T* to = out.mutable_data_ptr<T>();    // [B, R, H·D]
-    T* p = shares.mutable_data_ptr<T>();  // [B, H, R, N]
+    const RowTasks<T> tasks(q, q_bias, kv);
+    T* to = out.mutable_data_ptr<T>();           // [B, R, H·D]
+    T* p = probabilities.mutable_data_ptr<T>();  // [B, H, R, N]
     tasks.for_each([&](int64_t task, int64_t r, const T* query) {
-      kernel(tasks.keys_and_values(task), query, p + tasks.shares_offset(task, r),
+      kernel(tasks.keys_and_values(task), query, p + tasks.probabilities_offset(task, r),
              to + tasks.row_offset(task, r));
     });
   });
-  return {out, shares};
+  return {out, probabilities};
 }
 
+// Returns the gradients of q and kv, given that of the output.
 std::tuple<Tensor, Tensor> attend_rows_backward(const Tensor& grad_any, const Tensor& q,
                                                 const Tensor& q_bias, const Tensor& kv,
-                                                const Tensor& shares) {
+                                                const Tensor& probabilities) {
   check(q, q_bias, kv);
   const Tensor grad = as_contiguous(grad_any);
   const Tensor d_q = torch::stable::new_zeros(q, q.sizes());
@@ -116,16 +125,16 @@ std::tuple<Tensor, Tensor> attend_rows_backward(const Tensor& grad_any, const Te
   with_type_of(q, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = SMI_BEST(attend_row_backward<T>);
-    const Rows<T> tasks(q, q_bias, kv);
-    const T* d_out = grad.const_data_ptr<T>();  // [B, R, H·D]
-    const T* p = shares.const_data_ptr<T>();    // [B, H, R, N]
-    T* d_query = d_q.mutable_data_ptr<T>();     // [B, R, H·D]
-    T* d_keys = d_kv.mutable_data_ptr<T>();     // [B, N, 2, H, D]
+    const RowTasks<T> tasks(q, q_bias, kv);
+    const T* d_out = grad.const_data_ptr<T>();       // [B, R, H·D]
+    const T* p = probabilities.const_data_ptr<T>();  // [B, H, R, N]
+    T* d_query = d_q.mutable_data_ptr<T>();          // [B, R, H·D]
+    T* d_keys = d_kv.mutable_data_ptr<T>();          // [B, N, 2, H, D]
     tasks.for_each([&](int64_t task, int64_t r, const T* query) {
       const int64_t at = tasks.row_offset(task, r);
       std::vector<T> d_p(tasks.count());
-      kernel(tasks.keys_and_values(task), query, p + tasks.shares_offset(task, r), d_out + at,
-             d_p.data(), d_query + at, d_keys + tasks.kv_offset(task));
+      kernel(tasks.keys_and_values(task), query, p + tasks.probabilities_offset(task, r),
+             d_out + at, d_p.data(), d_query + at, d_keys + tasks.kv_offset(task));
       for (int64_t d = 0; d < tasks.width(); ++d) d_query[at + d] *= tasks.scale();
     });
   });

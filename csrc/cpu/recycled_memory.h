@@ -1,4 +1,4 @@
-// Memory of large results, which is given out again once the last tensor over it is gone.
+// Memory for large results, which is reused once the last tensor over it is gone.
 
 #pragma once
 
@@ -10,7 +10,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
-// A tensor [sizes] like another one, its elements undefined.
+// An uninitialized tensor of these sizes, with the dtype of `like`.
 Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes);
 
 }  // namespace smi_fast

@@ -1,10 +1,11 @@
-#include "results.h"
+#include "recycled_memory.h"
 
 #include <map>
 #include <mutex>
 #include <new>
 
-// Torch has it from 2.11 on; before that, results are allocated like any other tensor.
+// Weak, because torch defines it only from 2.11 on. Before that, results are allocated like any
+// other tensor.
 extern "C" __attribute__((weak)) AOTITorchError
 torch_from_blob(void* data, int64_t dimensions, const int64_t* sizes, const int64_t* strides,
                 int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index,
@@ -14,20 +15,20 @@ torch_from_blob(void* data, int64_t dimensions, const int64_t* sizes, const int6
 namespace smi_fast {
 namespace {
 
-// An allocator's own blocks are as good below this size. Above, it may return them to the system
-// or cut them up, and then the pages of the next result cost more than what is written to them.
+// Below this size malloc reuses blocks well. Larger ones may go back to the OS, and faulting their
+// pages in again costs more than writing the result.
 constexpr size_t kLeastBytes = size_t{1} << 20;
 constexpr size_t kMostBytesHeld = size_t{32} << 20;
 constexpr std::align_val_t kAlignment{64};
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr bool kRecycles = false;  // it would hide what is read after it was freed
+constexpr bool kRecycles = false;  // recycling would hide reads of freed memory
 #else
 constexpr bool kRecycles = true;
 #endif
 
-// Blocks that nobody uses, by their size.
-class Pool {
+// Unused blocks by their size in bytes.
+class FreeBlocks {
  public:
   void* take(size_t bytes) {
     {
@@ -45,7 +46,7 @@ class Pool {
 
   void give_back(void* data, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // Sizes change from phase to phase: those of the last one make room.
+    // Sizes change from phase to phase, so blocks of the last phase make room for this one.
     while (held_ + bytes > kMostBytesHeld && !blocks_.empty()) drop(blocks_.begin());
     if (held_ + bytes > kMostBytesHeld) return ::operator delete(data, kAlignment);
     blocks_.emplace(bytes, data);
@@ -66,9 +67,9 @@ class Pool {
   size_t held_ = 0;
 };
 
-// Never destroyed, for tensors may outlive everything that is.
-Pool& pool() {
-  static Pool& instance = *new Pool;
+// Never destroyed, because tensors may outlive static objects.
+FreeBlocks& free_blocks() {
+  static FreeBlocks& instance = *new FreeBlocks;
   return instance;
 }
 
@@ -84,12 +85,14 @@ Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) {
   }
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  void* data = pool().take(bytes);
+  void* data = free_blocks().take(bytes);
   AtenTensorHandle result = nullptr;
   TORCH_ERROR_CODE_CHECK(torch_from_blob(
       data, sizes.size(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
       &result, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* block, void* size) { pool().give_back(block, reinterpret_cast<size_t>(size)); },
+      [](void* block, void* size) {
+        free_blocks().give_back(block, reinterpret_cast<size_t>(size));
+      },
       reinterpret_cast<void*>(bytes)));
   return Tensor(result);
 }

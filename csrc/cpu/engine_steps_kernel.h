@@ -1,8 +1,8 @@
-// What a frozen block does between its matrix products, row by row; see vit_block.cpp.
+// The non-GEMM steps of a frozen block on one row; see engine_steps.cpp.
 
 #include "exp_kernel.h"
 
-// x += added + bias, unless those are null; normalized = (x − mean) · rstd, which is returned.
+// x += added + bias, unless they are null. Writes normalized = (x − mean) · rstd and returns rstd.
 template <typename T>
 T add_normalize(T* __restrict x, const T* __restrict added, const T* __restrict bias, int64_t width,
                 double eps, T* __restrict normalized) {
@@ -22,7 +22,8 @@ T add_normalize(T* __restrict x, const T* __restrict added, const T* __restrict 
   return rstd;
 }
 
-// gradient += the gradient of normalize's x, with d = that of normalized.
+// Adds the gradient of x in add_normalize(), where d is the gradient of normalized n:
+// gradient += rstd · (d − mean(d) − n · mean(d ∘ n)).
 template <typename T>
 void normalize_backward(T* __restrict gradient, const T* __restrict d,
                         const T* __restrict normalized, T rstd, int64_t width) {
@@ -39,17 +40,18 @@ void normalize_backward(T* __restrict gradient, const T* __restrict d,
 
 constexpr double kInverseRoot2Pi = 0.3989422804014327, kInverseRoot2 = 0.7071067811865476;
 
-// Φ(x) = erfc(−x/√2) / 2, across lanes to three units in the last place of float32. The series is a
-// minimax fit of erfc(z) e^{z²} in t = 1 / (1 + p z): relative error 1.4e-7 on 0 <= z <= 10.
+// Φ(x) = erfc(−x/√2) / 2 across vector lanes, accurate to three units in the last place of float32.
+// With t = 1 / (1 + p z), erfc(z) e^{z²} is approximated by t times a minimax polynomial in t. Its
+// relative error is 1.4e-7 on 0 <= z <= 10.
 inline Vec<float> normal_cdf(const Vec<float>& x, const Vec<float>& exp_of_half_square) {
   constexpr float kP = 0.3275911f * static_cast<float>(kInverseRoot2);
-  constexpr float kSeries[] = {0.18504122f, 0.18088622f,  0.20503331f, 0.027934285f,
-                               0.449015f,   -0.40176812f, 0.49450400f, -0.14064581f};
+  constexpr float kCoefficients[] = {0.18504122f, 0.18088622f,  0.20503331f, 0.027934285f,
+                                     0.449015f,   -0.40176812f, 0.49450400f, -0.14064581f};
   const Vec<float> size = x < 0.0f ? -x : x;
   const Vec<float> t = 1.0f / (1.0f + kP * size);
   Vec<float> sum{};
 #pragma GCC unroll 8
-  for (int k = 7; k >= 0; --k) sum = sum * t + kSeries[k];
+  for (int k = 7; k >= 0; --k) sum = sum * t + kCoefficients[k];
   const Vec<float> tail = 0.5f * sum * t * exp_of_half_square;
   return x < 0.0f ? tail : 1.0f - tail;
 }
@@ -60,7 +62,7 @@ inline Vec<double> normal_cdf(const Vec<double>& x, const Vec<double>&) {
   return result;
 }
 
-// A vector of out = gelu(x + bias); x becomes the derivative there.
+// Writes one vector of out = gelu(x + bias). x becomes the derivative of gelu at x + bias.
 template <typename T>
 inline void gelu_vector(T* x, const T* bias, T* out) {
   const Vec<T> sum = load<Vec<T>>(x) + load<Vec<T>>(bias);

@@ -1,7 +1,7 @@
-// The first rows of what a frozen block makes of its tokens, when nothing else is read; see
-// smi_fast/engine.py.
+// The last block, computed only for the first R rows of each image, which are all that the head
+// reads. See smi_fast.engine.
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
 namespace smi_fast {
 namespace {
@@ -12,13 +12,13 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::view;
 
-// x [rows, in] times the matrix [out, in], transposed.
-Tensor product(const Tensor& x, const Tensor& matrix) {
-  return matmul(x, torch::stable::transpose(matrix, 0, 1));
+// x [rows, in] · weightᵀ, with weight [out, in].
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  return matmul(x, torch::stable::transpose(weight, 0, 1));
 }
 
-// Runs run(a, b) for the elements that the first rows of each image in a [B·N, D] share with
-// b [B·R, D].
+// Calls run(x, y) for each element x of the first R rows of each image in a [B·N, D], where y is
+// the same element of b [B·R, D].
 template <typename Run>
 void for_each_of_first(const Tensor& a, const Tensor& b, int64_t batch, const Run& run) {
   const int64_t apart = batch ? a.numel() / batch : 0, count = batch ? b.numel() / batch : 0;
@@ -32,13 +32,14 @@ void for_each_of_first(const Tensor& a, const Tensor& b, int64_t batch, const Ru
   });
 }
 
+// A copy [B·R, D] of the first R rows of each image in x [B·N, D].
 Tensor first_of(const Tensor& x, int64_t batch, int64_t rows) {
   const Tensor first = new_empty(x, {batch * rows, x.size(1)});
   for_each_of_first(x, first, batch, [](const auto& from, auto& to) { to = from; });
   return first;
 }
 
-// to += terms, which are repeated as often as they fit.
+// Adds the terms to `to`, repeating them until its end.
 void add(const Tensor& to, const Tensor& terms) {
   const int64_t all = to.numel(), count = terms.numel();
   with_type_of(to, [&](auto zero) {
@@ -51,7 +52,7 @@ void add(const Tensor& to, const Tensor& terms) {
   });
 }
 
-// The weights, in the order in which Python lists them.
+// The weights by name, in the order of the list from smi_fast.engine.
 struct Weights {
   const Tensor &to_q, &to_kv, &proj, &fc1, &fc2, &q_bias, &proj_bias, &fc1_bias, &fc2_bias;
 
@@ -67,11 +68,13 @@ struct Weights {
         fc2_bias(w.at(8)) {}
 };
 
-// The first rows [B, R, D] after the block, their attention's shares [B, H, R, N], and what
-// backward needs beside these: LayerNorm's results and scales before attention and the MLP, q, kv,
-// and GELU's derivative.
-std::vector<Tensor> first_rows(const Tensor& tokens_any, const std::vector<Tensor>& weights,
-                               const std::vector<double>& eps, int64_t heads, int64_t rows) {
+// Returns, in this order:
+// - the first R rows [B, R, D] after the block;
+// - their attention probabilities [B, H, R, N];
+// - for backward: normalized and rstd of the LayerNorm before attention, q, kv, normalized and rstd
+//   of the LayerNorm before the MLP, and the derivative of GELU.
+std::vector<Tensor> last_block_rows(const Tensor& tokens_any, const std::vector<Tensor>& weights,
+                                    const std::vector<double>& eps, int64_t heads, int64_t rows) {
   const Weights w(weights);
   const Tensor tokens = as_contiguous(tokens_any);
   const int64_t batch = tokens.size(0), count = tokens.size(1), width = tokens.size(2);
@@ -83,28 +86,37 @@ std::vector<Tensor> first_rows(const Tensor& tokens_any, const std::vector<Tenso
   recorded("smi_fast::add_normalize_", add_normalize_, x, nothing, nothing, eps.at(0), normalized,
            rstd);
   const Tensor q =
-      view(product(first_of(normalized, batch, rows), w.to_q), {batch, rows, attention});
-  const Tensor kv = view(product(normalized, w.to_kv), {batch, count, 2, heads, attention / heads});
-  const auto [attended, shares] = recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv);
+      view(linear(first_of(normalized, batch, rows), w.to_q), {batch, rows, attention});
+  const Tensor kv = view(linear(normalized, w.to_kv), {batch, count, 2, heads, attention / heads});
+  const auto [attended, probabilities] =
+      recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv);
 
   const Tensor y = first_of(x, batch, rows);
-  const Tensor added = product(view(attended, {batch * rows, attention}), w.proj);
+  const Tensor added = linear(view(attended, {batch * rows, attention}), w.proj);
   const Tensor to_mlp = empty_like(y), mlp_rstd = new_empty(y, {batch * rows});
   recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
            std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd);
-  const Tensor derivative = product(to_mlp, w.fc1), hidden = empty_like(derivative);
+  const Tensor derivative = linear(to_mlp, w.fc1), hidden = empty_like(derivative);
   recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
-  add(y, product(hidden, w.fc2));
+  add(y, linear(hidden, w.fc2));
   add(y, w.fc2_bias);
-  return {
-      view(y, {batch, rows, width}), shares, normalized, rstd, q, kv, to_mlp, mlp_rstd, derivative};
+  return {view(y, {batch, rows, width}),
+          probabilities,
+          normalized,
+          rstd,
+          q,
+          kv,
+          to_mlp,
+          mlp_rstd,
+          derivative};
 }
 
-// The gradient of the tokens from that of their first rows after the block.
-Tensor first_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
-                           const std::vector<Tensor>& saved) {
+// Gradient [B, N, D] of the tokens, given that of their first R rows after the block. `saved` is
+// the result of last_block_rows() without its first tensor.
+Tensor last_block_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& saved) {
   const Weights w(weights);
-  const Tensor &shares = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
+  const Tensor &probabilities = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
   const Tensor &q = saved.at(3), &kv = saved.at(4), &to_mlp = saved.at(5);
   const Tensor &mlp_rstd = saved.at(6), &derivative = saved.at(7);
   const int64_t batch = kv.size(0), count = kv.size(1), width = normalized.size(1);
@@ -118,7 +130,7 @@ Tensor first_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& we
            to_mlp, mlp_rstd);
   const Tensor d_attended = view(matmul(gradient, w.proj), q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
-                                    d_attended, q, w.q_bias, kv, shares);
+                                    d_attended, q, w.q_bias, kv, probabilities);
 
   const Tensor d_normalized = matmul(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
   for_each_of_first(d_normalized, matmul(view(d_q, {-1, attention}), w.to_q), batch,
@@ -133,8 +145,8 @@ Tensor first_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& we
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
-  m.impl("first_rows", TORCH_BOX(&first_rows));
-  m.impl("first_rows_backward", TORCH_BOX(&first_rows_backward));
+  m.impl("first_rows", TORCH_BOX(&last_block_rows));
+  m.impl("first_rows_backward", TORCH_BOX(&last_block_rows_backward));
 }
 
 }  // namespace smi_fast

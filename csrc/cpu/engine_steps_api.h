@@ -1,5 +1,5 @@
-// The steps of a frozen block that are no product, for those who run many of them: without a
-// dispatcher, whose share of a short sequence's time is as large as theirs.
+// The non-GEMM steps of a block as plain functions. For short sequences the dispatcher costs as
+// much as a step, so the engine calls these functions directly.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace smi_fast {
 
-// See vit_block.cpp, gather_attention.cpp and attend_rows.cpp.
+// Defined in engine_steps.cpp, gather_attention.cpp and engine_row_attention.cpp.
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd);
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
@@ -21,9 +21,9 @@ void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bia
 std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv);
 std::tuple<Tensor, Tensor> attend_rows_backward(const Tensor& grad, const Tensor& q,
                                                 const Tensor& q_bias, const Tensor& kv,
-                                                const Tensor& shares);
+                                                const Tensor& probabilities);
 
-// Runs a step under a name that a profiler sees.
+// Runs a step inside a scope that a profiler shows under this name.
 template <typename Step, typename... Arguments>
 auto recorded(const char* name, const Step& step, Arguments&&... arguments) {
   struct Scope {

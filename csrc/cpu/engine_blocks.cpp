@@ -1,49 +1,51 @@
-// Blocks of a frozen Vision Transformer, one after the other: the order of their steps, each of
-// which is an op of its own. See smi_fast/engine.py, which makes the lists that come in here.
+// Consecutive blocks of a frozen Vision Transformer, forward and backward. Each of their non-GEMM
+// steps is also an op of its own. smi_fast.engine makes the lists of tensors that come in here.
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
-// Only where torch has MKL, which Python asks before it packs a matrix.
+// Weak, because only a torch with MKL defines it. Python checks for MKL before it packs a weight.
 extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle matrix,
-                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* product);
+aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle weight,
+                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* result);
 
 namespace smi_fast {
 namespace {
 
-// x [rows, in] times the matrix [out, in] transposed, packed for that many rows.
-Tensor packed_product(const Tensor& x, const Tensor& matrix, const Tensor& packed) {
-  AtenTensorHandle product = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__mkl_linear(x.get(), packed.get(), matrix.get(), nullptr,
-                                                    x.size(0), &product));
-  return Tensor(product);
+// x [rows, in] · weightᵀ, with weight [out, in]. `packed` is the weight, packed for this number of
+// rows.
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const Tensor& packed) {
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu__mkl_linear(x.get(), packed.get(), weight.get(), nullptr, x.size(0), &result));
+  return Tensor(result);
 }
 
-// A frozen matrix [out, in], as it is and transposed, and both packed for so many rows or none.
-struct Matrix {
+// A frozen weight [out, in] and its transpose. The packed copies of the two serve GEMMs of
+// `packed_rows` rows; without copies, packed_rows is -1.
+struct Linear {
   const Tensor *weight, *transposed, *packed, *packed_transposed;
   int64_t packed_rows;
 
-  // x [rows, in] times the transposed matrix.
-  Tensor product(const Tensor& x) const { return times(x, *transposed, *weight, packed); }
+  // x [rows, in] · weightᵀ.
+  Tensor forward(const Tensor& x) const { return gemm(x, *transposed, *weight, packed); }
 
-  // The gradient of x from that of the product [rows, out].
-  Tensor back(const Tensor& gradient) const {
-    return times(gradient, *weight, *transposed, packed_transposed);
+  // Gradient of x, given that of the output [rows, out].
+  Tensor backward(const Tensor& gradient) const {
+    return gemm(gradient, *weight, *transposed, packed_transposed);
   }
 
  private:
-  // x · right, with left = rightᵀ, which MKL knows as the matrix of a linear layer.
-  Tensor times(const Tensor& x, const Tensor& right, const Tensor& left,
-               const Tensor* packed) const {
+  // x · right. MKL computes it as a linear layer with the weight left = rightᵀ.
+  Tensor gemm(const Tensor& x, const Tensor& right, const Tensor& left,
+              const Tensor* packed) const {
     if (x.size(0) != packed_rows) return torch::stable::matmul(x, right);
-    return recorded("mkl::_mkl_linear", packed_product, x, left, *packed);
+    return recorded("mkl::_mkl_linear", packed_linear, x, left, *packed);
   }
 };
 
-// A block's matrices with their biases, that of qkv for q only; and what backward needs.
+// Weights of one block, and the buffers of its two LayerNorms. The bias of qkv is that of q alone.
 struct Block {
-  Matrix qkv, proj, fc1, fc2;
+  Linear qkv, proj, fc1, fc2;
   const Tensor *q_bias, *proj_bias, *fc1_bias, *fc2_bias;
   const Tensor *to_attention, *attention_rstd, *to_mlp, *mlp_rstd;
 };
@@ -55,26 +57,25 @@ std::vector<Block> blocks_of(const std::vector<Tensor>& weights, const std::vect
   const size_t count = weights.size() / kWeights;
   STD_TORCH_CHECK(weights.size() == count * kWeights && normalized.size() == count * kNormalized &&
                       (packed.empty() || packed.size() == count * kPacked),
-                  "expected ", kWeights, " weights, ", kNormalized,
-                  " tensors to normalize into and ", kPacked,
-                  " packed ones or none for each block");
+                  "expected ", kWeights, " weights, ", kNormalized, " LayerNorm buffers, and ",
+                  kPacked, " packed weights or none, for each block");
   std::vector<Block> blocks;
   for (size_t i = 0; i < count; ++i) {
     const Tensor* w = &weights[i * kWeights];
     const Tensor* n = &normalized[i * kNormalized];
-    const auto matrix = [&](size_t which) {
+    const auto linear = [&](size_t which) {
       const Tensor* p = packed.empty() ? nullptr : &packed[i * kPacked + 2 * which];
-      return Matrix{w + 3 * which, w + 3 * which + 1, p, p ? p + 1 : nullptr, p ? packed_rows : -1};
+      return Linear{w + 3 * which, w + 3 * which + 1, p, p ? p + 1 : nullptr, p ? packed_rows : -1};
     };
-    blocks.push_back({matrix(0), matrix(1), matrix(2), matrix(3), w + 2, w + 5, w + 8, w + 11, n,
+    blocks.push_back({linear(0), linear(1), linear(2), linear(3), w + 2, w + 5, w + 8, w + 11, n,
                       n + 1, n + 2, n + 3});
   }
   return blocks;
 }
 
-// Turns the residual stream x [rows, D] into that after the blocks, but for the last product and
-// its bias. Returns that product, after what backward needs of each block beside `normalized`:
-// qkv [B, N, 3, H, D/H] and GELU's derivative [rows, F].
+// Runs the blocks on the residual stream x [rows, D] in place. With `saves`, returns what backward
+// needs: qkv [B, N, 3, H, D/H] and the derivative of GELU [rows, F] of each block. The last tensor
+// returned is the output of the last fc2. It is not yet added to x, and neither is its bias.
 std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& packed, int64_t packed_rows,
                                 const std::vector<Tensor>& normalized,
@@ -82,7 +83,7 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
                                 bool saves) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   STD_TORCH_CHECK(!blocks.empty() && eps.size() == 2 * blocks.size(),
-                  "expected a block or more and two eps for each");
+                  "expected at least one block, and two eps for each");
   const std::vector<int64_t> qkv_shape{attended.size(0), attended.size(1), 3, attended.size(2),
                                        attended.size(3)};
   const Tensor attended_rows = torch::stable::view(
@@ -93,14 +94,14 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
   for (const Block& block : blocks) {
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, bias, own_eps[0],
              *block.to_attention, *block.attention_rstd);
-    const Tensor qkv = torch::stable::view(block.qkv.product(*block.to_attention), qkv_shape);
+    const Tensor qkv = torch::stable::view(block.qkv.forward(*block.to_attention), qkv_shape);
     recorded("smi_fast::attend_", attend_, qkv, *block.q_bias, attended);
-    added = block.proj.product(attended_rows);
+    added = block.proj.forward(attended_rows);
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, std::optional(*block.proj_bias),
              own_eps[1], *block.to_mlp, *block.mlp_rstd);
-    const Tensor derivative = block.fc1.product(*block.to_mlp);
+    const Tensor derivative = block.fc1.forward(*block.to_mlp);
     recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden);
-    added = block.fc2.product(hidden);
+    added = block.fc2.forward(hidden);
     bias = *block.fc2_bias;
     if (saves) saved.insert(saved.end(), {qkv, derivative});
     own_eps += 2;
@@ -109,7 +110,7 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
   return saved;
 }
 
-// Turns the gradient [rows, D] after the blocks into that before them.
+// Turns the gradient [rows, D] of the blocks' output into that of their input, in place.
 void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
                           const std::vector<Tensor>& packed, int64_t packed_rows,
                           const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
@@ -119,20 +120,21 @@ void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
   for (size_t i = blocks.size(); i-- > 0;) {
     const Block& block = blocks[i];
     const Tensor &qkv = saved[2 * i], &derivative = saved[2 * i + 1];
-    const Tensor d_hidden = block.fc2.back(gradient);
+    const Tensor d_hidden = block.fc2.backward(gradient);
     recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.fc1.back(d_hidden), *block.to_mlp, *block.mlp_rstd);
-    recorded("smi_fast::attend_backward_", attend_backward_, block.proj.back(gradient), qkv,
+             block.fc1.backward(d_hidden), *block.to_mlp, *block.mlp_rstd);
+    recorded("smi_fast::attend_backward_", attend_backward_, block.proj.backward(gradient), qkv,
              *block.q_bias, d_qkv);
-    recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, block.qkv.back(d_qkv),
-             *block.to_attention, *block.attention_rstd);
+    recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
+             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd);
   }
 }
 
 }  // namespace
 
-// Not for the CPU's key: among the arguments, a packed matrix has MKL-DNN's and would win.
+// CompositeExplicitAutograd, not CPU: a packed weight is an MKL-DNN tensor, whose dispatch key
+// outranks CPU.
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CompositeExplicitAutograd, m) {
   m.impl("run_blocks_", TORCH_BOX(&run_blocks_));
   m.impl("run_blocks_backward_", TORCH_BOX(&run_blocks_backward_));

@@ -1,17 +1,18 @@
-// The steps of a frozen Vision Transformer block that are no matrix product, in place and into
-// memory that smi_fast/engine.py owns. Every tensor holds contiguous rows.
+// The non-GEMM steps of a frozen Vision Transformer block. They work in place or write to buffers
+// that smi_fast.engine owns. Every tensor is contiguous.
 
 #include <cmath>
 
-#include "steps.h"
+#include "engine_steps_api.h"
 
-#define SMI_KERNEL "vit_block_kernel.h"
-#include "per_isa.h"
+#define SMI_KERNEL_HEADER "engine_steps_kernel.h"
+#define SMI_KERNEL_NAMESPACE engine_steps
+#include "isa_dispatch.h"
 
 namespace smi_fast {
 namespace {
 
-// The data of a tensor of so many elements.
+// The data of a contiguous tensor of `count` elements.
 template <typename T>
 T* data_of(const Tensor& tensor, int64_t count) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "expected ", count,
@@ -25,7 +26,7 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
                     double eps, Tensor normalized, Tensor rstd) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   STD_TORCH_CHECK(added.has_value() == bias.has_value(),
-                  "expected both added and bias, or neither");
+                  "expected added and bias together, or neither");
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = SMI_BEST(add_normalize<T>);

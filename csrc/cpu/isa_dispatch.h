@@ -1,6 +1,9 @@
-// Compiles SMI_KERNEL, the name of a kernel header, once per instruction set, each in a namespace
-// of its own. What the header needs from elsewhere must be included before: library code must not
-// be compiled for an instruction set that the machine may lack.
+// Compiles a kernel header once per instruction set. Define these macros first:
+// - SMI_KERNEL_HEADER is the name of the header.
+// - SMI_KERNEL_NAMESPACE is its namespace inside that of each instruction set. Two headers in one
+//   namespace would be dangerous: the linker merges functions of equal name and arguments.
+// Include all other headers before this one, because library code must not be compiled for an
+// instruction set that the machine may lack.
 
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +21,9 @@ namespace baseline {
 constexpr int kVectorBytes = 16;
 constexpr int kVectorRegisters = 16;
 #include "simd.h"
-#include SMI_KERNEL
+namespace SMI_KERNEL_NAMESPACE {
+#include SMI_KERNEL_HEADER
+}  // namespace SMI_KERNEL_NAMESPACE
 }  // namespace baseline
 
 #if SMI_X86_DISPATCH
@@ -28,7 +33,9 @@ namespace avx2 {
 constexpr int kVectorBytes = 32;
 constexpr int kVectorRegisters = 16;
 #include "simd.h"
-#include SMI_KERNEL
+namespace SMI_KERNEL_NAMESPACE {
+#include SMI_KERNEL_HEADER
+}  // namespace SMI_KERNEL_NAMESPACE
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -38,14 +45,16 @@ namespace avx512 {
 constexpr int kVectorBytes = 64;
 constexpr int kVectorRegisters = 32;
 #include "simd.h"
-#include SMI_KERNEL
+namespace SMI_KERNEL_NAMESPACE {
+#include SMI_KERNEL_HEADER
+}  // namespace SMI_KERNEL_NAMESPACE
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The best one here, unless torch's own variable asks for less.
+// The best instruction set of this machine, or a lesser one that ATEN_CPU_CAPABILITY asks for.
 inline Isa best_isa() {
 #if SMI_X86_DISPATCH
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -68,12 +77,12 @@ inline Isa isa() {
 
 }  // namespace smi_fast
 
-// The kernel `function` as compiled for this machine; the argument may contain commas.
+// The address of a kernel compiled for this machine. The argument may contain commas.
 #if SMI_X86_DISPATCH
-#define SMI_BEST(...)                                                   \
-  (::smi_fast::isa() == ::smi_fast::Isa::kAvx512 ? &avx512::__VA_ARGS__ \
-   : ::smi_fast::isa() == ::smi_fast::Isa::kAvx2 ? &avx2::__VA_ARGS__   \
-                                                 : &baseline::__VA_ARGS__)
+#define SMI_BEST(...)                                                                         \
+  (::smi_fast::isa() == ::smi_fast::Isa::kAvx512 ? &avx512::SMI_KERNEL_NAMESPACE::__VA_ARGS__ \
+   : ::smi_fast::isa() == ::smi_fast::Isa::kAvx2 ? &avx2::SMI_KERNEL_NAMESPACE::__VA_ARGS__   \
+                                                 : &baseline::SMI_KERNEL_NAMESPACE::__VA_ARGS__)
 #else
-#define SMI_BEST(...) (&baseline::__VA_ARGS__)
+#define SMI_BEST(...) (&baseline::SMI_KERNEL_NAMESPACE::__VA_ARGS__)
 #endif

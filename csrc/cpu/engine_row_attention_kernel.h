@@ -1,4 +1,4 @@
-// Attention of a few queries of one head among all its keys; see attend_rows.cpp.
+// Attention of one query of one head, and its gradient; see engine_row_attention.cpp.
 
 template <typename T>
 T dot(const T* a, const T* b, int64_t width) {
@@ -14,7 +14,7 @@ void add_scaled(T* __restrict to, T scale, const T* __restrict from, int64_t wid
   for (int64_t d = 0; d < width; ++d) to[d] += scale * from[d];
 }
 
-// p [N] = softmax of the keys' products with a query, out [D] = the values in these shares.
+// Writes the probabilities p [N] = softmax(K q) of a scaled query q, and out [D] = Vᵀ p.
 template <typename T>
 void attend_row(const KeysAndValues<T>& kv, const T* query, T* p, T* out) {
   for (int64_t j = 0; j < kv.count; ++j) p[j] = dot(query, kv.key(j), kv.width);
@@ -25,7 +25,9 @@ void attend_row(const KeysAndValues<T>& kv, const T* query, T* p, T* out) {
   for (int64_t j = 0; j < kv.count; ++j) add_scaled(out, p[j] /= sum, kv.value(j), kv.width);
 }
 
-// Adds to the gradients of the query, and of keys and values, what comes from one query's out.
+// Adds the gradients that come from d_out [D] of one query to d_query [D] and d_kv. d_p [N] is
+// scratch.
+// dP = V dO, dS = p ∘ (dP − p · dP), dq = Kᵀ dS, dK = dS qᵀ, dV = p dOᵀ.
 template <typename T>
 void attend_row_backward(const KeysAndValues<T>& kv, const T* query, const T* p, const T* d_out,
                          T* d_p, T* d_query, T* d_kv) {
