@@ -107,11 +107,20 @@ def test_every_element_of_a_result_is_written() -> None:
             assert torch.equal(a, b), case
 
 
+# What each op calls the indices that it is given.
+NAMES = {
+    "gather_patches": "kept",
+    "total_variation": "active",
+    "adam_clamp_": "active",
+    "gather_attention": "token_index",
+}
+
+
 @pytest.mark.parametrize("bad", [-1, 12, 2**40])
 @pytest.mark.parametrize(
     "op", ["gather_patches", "total_variation", "adam_clamp_", "gather_attention"]
 )
-def test_kept_out_of_range_is_refused_before_anything_is_written(op: str, bad: int) -> None:
+def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, bad: int) -> None:
     kept = torch.tensor([[0, 1, 2], [3, bad, 5]])
     images, qkv = torch.randn(2, 3, 12, 16), torch.randn(2, 12, 3, 2, 8)
     state = [torch.randn(2, 3, 12, 16), torch.randn(2, 3, 12, 16), torch.rand(2, 3, 12, 16), images]
@@ -128,7 +137,7 @@ def test_kept_out_of_range_is_refused_before_anything_is_written(op: str, bad: i
         "gather_attention": (qkv, kept, None, True),
         "adam_clamp_": (images, *state[:3], torch.tensor(1), 0.1, 0.5, 0.99, *bounds, kept, 4),
     }
-    message = rf"expected kept in \[0, 12\), got {bad} at \[1, 1\]"
+    message = rf"expected {NAMES[op]} in \[0, 12\), got {bad} at \[1, 1\]"
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.smi_fast, op)(*forward[op])
     if op in grads:

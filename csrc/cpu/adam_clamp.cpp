@@ -30,7 +30,7 @@ namespace {
 template <typename T>
 void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
          const AdamStep<T>& step, const Tensor& low, const Tensor& high,
-         const std::optional<Tensor>& kept, int64_t patch_size) {
+         const std::optional<Tensor>& active, int64_t patch_size) {
   const auto kernel = SMI_BEST(adam_clamp<T>);
   const int64_t batch = images.size(0), channels = images.size(1), width = images.size(3);
   const int64_t plane = images.size(2) * width;
@@ -40,7 +40,7 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
   T* v = exp_avg_sq.mutable_data_ptr<T>();      // [B, C, H, W]
   const T* lowest = low.const_data_ptr<T>();    // [C]
   const T* highest = high.const_data_ptr<T>();  // [C]
-  if (!kept) {
+  if (!active) {
     const int64_t block = std::min(kGrain, plane), blocks = plane ? ceil_div(plane, block) : 0;
     for_each_task(batch * channels * blocks, block, [&](int64_t i) {
       const int64_t channel = i / blocks % channels, start = i % blocks * block;
@@ -50,8 +50,8 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
     });
     return;
   }
-  const int64_t* patches = kept->const_data_ptr<int64_t>();  // [B, K]
-  const int64_t count = kept->size(1), columns = width / patch_size;
+  const int64_t* patches = active->const_data_ptr<int64_t>();  // [B, K]
+  const int64_t count = active->size(1), columns = width / patch_size;
   const auto start = [&](int64_t i, int64_t channel) {
     const int64_t row = patches[i] / columns, column = patches[i] % columns;
     return (i / count * channels + channel) * plane + (row * width + column) * patch_size;
@@ -71,18 +71,18 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
 
 void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
                  const Tensor& step, double lr, double beta1, double beta2, const Tensor& low,
-                 const Tensor& high, const std::optional<Tensor>& kept_any, int64_t patch_size) {
-  std::optional<Tensor> kept;
-  if (kept_any) {
-    kept = checked_indices("kept", *kept_any,
-                           (images.size(2) / patch_size) * (images.size(3) / patch_size));
+                 const Tensor& high, const std::optional<Tensor>& active_any, int64_t patch_size) {
+  std::optional<Tensor> active;
+  if (active_any) {
+    active = checked_indices("active", *active_any,
+                             (images.size(2) / patch_size) * (images.size(3) / patch_size));
   }
   const Tensor p = as_contiguous(images), m = as_contiguous(exp_avg), v = as_contiguous(exp_avg_sq);
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
     run<T>(p, as_contiguous(grad), m, v,
            AdamStep<T>(*step.const_data_ptr<int64_t>(), lr, beta1, beta2), as_contiguous(low),
-           as_contiguous(high), kept, patch_size);
+           as_contiguous(high), active, patch_size);
   });
   if (!images.is_contiguous()) torch::stable::copy_(images, p);
   if (!exp_avg.is_contiguous()) torch::stable::copy_(exp_avg, m);

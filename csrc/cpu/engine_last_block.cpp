@@ -145,8 +145,8 @@ Tensor last_block_rows_backward(const Tensor& grad_any, const std::vector<Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
-  m.impl("first_rows", TORCH_BOX(&last_block_rows));
-  m.impl("first_rows_backward", TORCH_BOX(&last_block_rows_backward));
+  m.impl("last_block_rows", TORCH_BOX(&last_block_rows));
+  m.impl("last_block_rows_backward", TORCH_BOX(&last_block_rows_backward));
 }
 
 }  // namespace smi_fast

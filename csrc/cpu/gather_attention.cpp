@@ -129,7 +129,7 @@ class Heads {
 std::optional<Tensor> checked_token_index(const std::optional<Tensor>& token_index,
                                           const Tensor& qkv) {
   if (!token_index) return std::nullopt;
-  return checked_indices("kept", *token_index, qkv.size(1));
+  return checked_indices("token_index", *token_index, qkv.size(1));
 }
 
 template <typename T>

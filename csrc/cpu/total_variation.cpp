@@ -33,21 +33,21 @@ struct Slopes {
 namespace smi_fast {
 namespace {
 
-// The tasks of one call. With `kept`, a task is all kept patches of one plane. Otherwise it is one
-// band of rows of one plane.
+// The tasks of one call. With `active`, a task is all active patches of one plane. Otherwise it is
+// one band of rows of one plane.
 class Tasks {
  public:
-  Tasks(const Tensor& images, const std::optional<Tensor>& kept, int64_t patch_size)
+  Tasks(const Tensor& images, const std::optional<Tensor>& active, int64_t patch_size)
       : channels_(images.size(1)) {
     const int64_t height = images.size(2), width = images.size(3);
-    if (kept) {
+    if (active) {
       grid_ = {height, width, patch_size, patch_size};
-      const int64_t cells = grid_.rows * grid_.columns, count = kept->size(1);
-      const Tensor checked = checked_indices("kept", *kept, cells);
+      const int64_t cells = grid_.rows * grid_.columns, count = active->size(1);
+      const Tensor checked = checked_indices("active", *active, cells);
       const int64_t* values = checked.const_data_ptr<int64_t>();  // [B, K]
       cells_.assign(values, values + checked.numel());
-      is_kept_.assign(kept->size(0) * cells, 0);
-      for (int64_t i = 0; i < checked.numel(); ++i) is_kept_[i / count * cells + values[i]] = 1;
+      is_active_.assign(active->size(0) * cells, 0);
+      for (int64_t i = 0; i < checked.numel(); ++i) is_active_[i / count * cells + values[i]] = 1;
       cells_per_task_ = cells_per_image_ = count;
       kept_per_image_ = cells;
       band_rows_ = height;
@@ -59,7 +59,7 @@ class Tasks {
       bands_ = grid_.rows;
       cells_.resize(bands_);
       std::iota(cells_.begin(), cells_.end(), 0);
-      is_kept_.assign(bands_, 1);
+      is_active_.assign(bands_, 1);
     }
     count_ = images.numel() ? images.size(0) * channels_ * bands_ : 0;
   }
@@ -74,7 +74,7 @@ class Tasks {
   Cells cells(int64_t task) const {
     const int64_t image = task / bands_ / channels_;
     return {cells_.data() + image * cells_per_image_ + task % bands_ * cells_per_task_,
-            cells_per_task_, is_kept_.data() + image * kept_per_image_};
+            cells_per_task_, is_active_.data() + image * kept_per_image_};
   }
 
   // The rows of the plane whose gradient the task writes.
@@ -88,13 +88,13 @@ class Tasks {
   int64_t channels_, count_, band_rows_, bands_ = 1;
   int64_t cells_per_task_ = 1, cells_per_image_ = 0, kept_per_image_ = 0;
   std::vector<int64_t> cells_;    // [B, K], or [bands] for all images
-  std::vector<uint8_t> is_kept_;  // [B, cells], or [bands] for all images
+  std::vector<uint8_t> is_active_;  // [B, cells], or [bands] for all images
 };
 
-Tensor total_variation(const Tensor& images_any, const std::optional<Tensor>& kept,
+Tensor total_variation(const Tensor& images_any, const std::optional<Tensor>& active,
                        int64_t patch_size) {
   const Tensor images = as_contiguous(images_any);
-  const Tasks tasks(images, kept, patch_size);
+  const Tasks tasks(images, active, patch_size);
   const Tensor sums = torch::stable::new_empty(images, {3, kKinds});
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
@@ -117,10 +117,10 @@ Tensor total_variation(const Tensor& images_any, const std::optional<Tensor>& ke
 }
 
 Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
-                                const Tensor& images_any, const std::optional<Tensor>& kept,
+                                const Tensor& images_any, const std::optional<Tensor>& active,
                                 int64_t patch_size, const Tensor& sums_any) {
   const Tensor images = as_contiguous(images_any), sums = as_contiguous(sums_any);
-  const Tasks tasks(images, kept, patch_size);
+  const Tasks tasks(images, active, patch_size);
   const Tensor result = new_result(images, sizes_of(images));
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);

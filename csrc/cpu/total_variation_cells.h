@@ -57,13 +57,13 @@ struct Grid {
 
 // Kept cells of a grid.
 struct Cells {
-  const int64_t* indices;  // [count], the kept cells of one task
+  const int64_t* indices;  // [count], the active cells of one task
   int64_t count;
-  const uint8_t* is_kept;  // [cells of the grid], 1 if kept, else 0
+  const uint8_t* is_active;  // [cells of the grid], 1 if active, else 0
 };
 
-// A pixel of a cell that isn't kept may have its neighbour in the kept cell `index`. Calls visit
-// with rectangles that cover each such pixel once.
+// A pixel of a cell that isn't active may have its neighbour in the active cell `index`. Calls
+// visit with rectangles that cover each such pixel once.
 template <typename Visit>
 inline void for_each_border(const Grid& grid, const Cells& cells, int64_t index,
                             const Neighbour& neighbour, const Visit& visit) {
@@ -73,7 +73,7 @@ inline void for_each_border(const Grid& grid, const Cells& cells, int64_t index,
     for (int64_t left = 0; left <= std::abs(neighbour.right); ++left) {
       const int64_t r = row - up * neighbour.down, c = column - left * neighbour.right;
       if (r < 0 || r >= grid.rows || c < 0 || c >= grid.columns) continue;
-      if (cells.is_kept[r * grid.columns + c]) continue;
+      if (cells.is_active[r * grid.columns + c]) continue;
       const Rectangle pixels = grid.cell(r, c).within(looking);
       if (!pixels.empty()) visit(pixels);
     }

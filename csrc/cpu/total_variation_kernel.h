@@ -280,7 +280,7 @@ void add_side(const T* pixels, int64_t count, int64_t step, int64_t across, cons
   }
 }
 
-// Adds the gradient of the pixels around a kept cell that lie in cells that aren't kept.
+// Adds the gradient of the pixels around an active cell that lie in cells that aren't active.
 template <bool kSigns, typename T>
 void add_surroundings(const T* plane, const Grid& grid, const Cells& cells, int64_t index,
                       const Slopes<T>* slopes, T* result) {
@@ -292,7 +292,7 @@ void add_surroundings(const T* plane, const Grid& grid, const Cells& cells, int6
     for (int64_t right = -1; right <= 1; ++right) {
       const int64_t r = row + down, c = column + right;
       if (r < 0 || r >= grid.rows || c < 0 || c >= grid.columns) continue;
-      if (cells.is_kept[r * grid.columns + c]) continue;
+      if (cells.is_active[r * grid.columns + c]) continue;
       const int64_t y = down < 0 ? cell.top - 1 : down > 0 ? cell.bottom : cell.top;
       const int64_t x = right < 0 ? cell.left - 1 : right > 0 ? cell.right : cell.left;
       const int64_t at = y * width + x, across = -down * width - right;

@@ -72,16 +72,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// blockIdx.x is a kept patch.
+// blockIdx.x is an active patch.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _adam_clamp_patches(Pixels<T> pixels, Rates rates,
-                        const int64_t* __restrict__ step,  // []
-                        const int64_t* __restrict__ kept,  // [B, K]
+                        const int64_t* __restrict__ step,    // []
+                        const int64_t* __restrict__ active,  // [B, K]
                         ImageShape shape) {
   const Corrections corrections = corrections_of(rates, step);
   const int side = static_cast<int>(shape.patch);
-  const int64_t image = blockIdx.x / static_cast<unsigned>(shape.kept), patch = kept[blockIdx.x];
+  const int64_t image = blockIdx.x / static_cast<unsigned>(shape.kept), patch = active[blockIdx.x];
   const int columns = static_cast<int>(shape.width) / side;
   const int rows = static_cast<int>(shape.height) / side;
   if (patch < 0 || patch >= rows * columns) return;
@@ -104,7 +104,7 @@ Rates rates_of(const AdamStep& adam) {
 
 cudaError_t launch_adam_clamp(Type type, void* images, const void* grad, void* exp_avg,
                               void* exp_avg_sq, AdamStep adam, const void* low, const void* high,
-                              const int64_t* kept, ImageShape shape, cudaStream_t stream) {
+                              const int64_t* active, ImageShape shape, cudaStream_t stream) {
   const Rates rates = rates_of(adam);
   return with_type(type, [&](auto element) {
     using T = decltype(element);
@@ -112,10 +112,10 @@ cudaError_t launch_adam_clamp(Type type, void* images, const void* grad, void* e
                            static_cast<T*>(exp_avg),   static_cast<T*>(exp_avg_sq),
                            static_cast<const T*>(low), static_cast<const T*>(high)};
     dim3 grid;
-    if (kept != nullptr) {
+    if (active != nullptr) {
       grid.x = static_cast<unsigned>(shape.images * shape.kept);
       return launch(_adam_clamp_patches<T>, grid, {kThreads}, 0, stream, pixels, rates, adam.step,
-                    kept, shape);
+                    active, shape);
     }
     const int64_t chunks = divide_up(shape.height * shape.width, 4 * kThreads);
     grid.x = static_cast<unsigned>(shape.images * shape.channels);

@@ -157,37 +157,37 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
 }
 
 // Scratch memory of one byte for each patch of the images.
-Tensor patch_mask(const Tensor& images, const Optional& kept, int64_t patch_size) {
-  const int64_t patches = kept ? images.size(2) / patch_size * (images.size(3) / patch_size) : 0;
+Tensor patch_mask(const Tensor& images, const Optional& active, int64_t patch_size) {
+  const int64_t patches = active ? images.size(2) / patch_size * (images.size(3) / patch_size) : 0;
   return new_empty(images, {images.size(0), patches}, ScalarType::Byte);
 }
 
-Tensor total_variation(const Tensor& images_any, const Optional& kept_any, int64_t patch_size) {
+Tensor total_variation(const Tensor& images_any, const Optional& active_any, int64_t patch_size) {
   const DeviceGuard guard(images_any.get_device_index());
   const Tensor images = ready(images_any);
-  const Optional kept = ready(kept_any);
-  Tensor mask = patch_mask(images, kept, patch_size);
+  const Optional active = ready(active_any);
+  Tensor mask = patch_mask(images, active, patch_size);
   Tensor partials = new_empty(images, {kVariationBlocks, kVariationSums}, ScalarType::Double);
   Tensor sums = new_empty(images, {3, 4});
   STD_CUDA_CHECK(launch_total_variation_fwd(
-      type_of(images), images.const_data_ptr(), indices(kept), mask.mutable_data_ptr<uint8_t>(),
+      type_of(images), images.const_data_ptr(), indices(active), mask.mutable_data_ptr<uint8_t>(),
       partials.mutable_data_ptr<double>(), sums.mutable_data_ptr(),
-      image_shape(images, kept, patch_size), current_stream(images)));
+      image_shape(images, active, patch_size), current_stream(images)));
   return sums;
 }
 
 Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
-                                const Tensor& images_any, const Optional& kept_any,
+                                const Tensor& images_any, const Optional& active_any,
                                 int64_t patch_size, const Tensor& sums_any) {
   const DeviceGuard guard(images_any.get_device_index());
   const Tensor images = ready(images_any), sums = ready(sums_any);
-  const Optional kept = ready(kept_any);
-  Tensor mask = patch_mask(images, kept, patch_size);
+  const Optional active = ready(active_any);
+  Tensor mask = patch_mask(images, active, patch_size);
   Tensor result = torch::stable::empty_like(images);
   STD_CUDA_CHECK(launch_total_variation_bwd(
       type_of(images), grad_l1.const_data_ptr(), grad_l2.const_data_ptr(), images.const_data_ptr(),
-      indices(kept), mask.mutable_data_ptr<uint8_t>(), sums.const_data_ptr(),
-      result.mutable_data_ptr(), image_shape(images, kept, patch_size), current_stream(images)));
+      indices(active), mask.mutable_data_ptr<uint8_t>(), sums.const_data_ptr(),
+      result.mutable_data_ptr(), image_shape(images, active, patch_size), current_stream(images)));
   return result;
 }
 
@@ -236,17 +236,17 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
 // A strided tensor is copied to a dense one, changed there, and written back.
 void adam_clamp_(Tensor images_any, const Tensor& grad_any, Tensor exp_avg_any,
                  Tensor exp_avg_sq_any, const Tensor& step, double lr, double beta1, double beta2,
-                 const Tensor& low_any, const Tensor& high_any, const Optional& kept_any,
+                 const Tensor& low_any, const Tensor& high_any, const Optional& active_any,
                  int64_t patch_size) {
   const DeviceGuard guard(images_any.get_device_index());
   const Tensor images = ready(images_any), grad = ready(grad_any), exp_avg = ready(exp_avg_any);
   const Tensor exp_avg_sq = ready(exp_avg_sq_any), low = ready(low_any), high = ready(high_any);
-  const Optional kept = ready(kept_any);
+  const Optional active = ready(active_any);
   STD_CUDA_CHECK(launch_adam_clamp(
       type_of(images), images.mutable_data_ptr(), grad.const_data_ptr(), exp_avg.mutable_data_ptr(),
       exp_avg_sq.mutable_data_ptr(), {step.const_data_ptr<int64_t>(), lr, beta1, beta2},
-      low.const_data_ptr(), high.const_data_ptr(), indices(kept),
-      image_shape(images, kept, patch_size), current_stream(images)));
+      low.const_data_ptr(), high.const_data_ptr(), indices(active),
+      image_shape(images, active, patch_size), current_stream(images)));
   const auto write_back = [](Tensor& tensor, const Tensor& changed) {
     if (tensor.data_ptr() != changed.data_ptr()) torch::stable::copy_(tensor, changed);
   };

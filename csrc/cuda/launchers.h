@@ -63,19 +63,19 @@ cudaError_t launch_gather_patches_bwd(int64_t element_bytes, const void* grad,  
                                       void* grad_images,                        // [B, C, H, W]
                                       ImageShape shape, cudaStream_t stream);
 
-// A patch outside the grid counts as not kept. B*C*H < 2^31.
+// A patch outside the grid counts as not active. B*C*H < 2^31.
 constexpr int64_t kVariationBlocks = 1024, kVariationSums = 12;
 cudaError_t launch_total_variation_fwd(Type type, const void* images,  // [B, C, H, W]
-                                       const int64_t* kept,            // [B, K] or null
-                                       uint8_t* mask,     // scratch [B, H/P * W/P], with kept
+                                       const int64_t* active,          // [B, K] or null
+                                       uint8_t* mask,     // scratch [B, H/P * W/P], with active
                                        double* partials,  // scratch [kVariationBlocks, 12]
                                        void* sums,        // [3, 4]
                                        ImageShape shape, cudaStream_t stream);
 cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1,  // []
                                        const void* grad_l2,             // []
                                        const void* images,              // [B, C, H, W]
-                                       const int64_t* kept,             // [B, K] or null
-                                       uint8_t* mask,      // scratch [B, H/P * W/P], with kept
+                                       const int64_t* active,           // [B, K] or null
+                                       uint8_t* mask,      // scratch [B, H/P * W/P], with active
                                        const void* sums,   // [3, 4]
                                        void* grad_images,  // [B, C, H, W]
                                        ImageShape shape, cudaStream_t stream);
@@ -115,7 +115,7 @@ cudaError_t launch_adam_clamp(Type type, void* images,         // [B, C, H, W], 
                               void* exp_avg_sq,                // [B, C, H, W], changed
                               AdamStep adam, const void* low,  // [C]
                               const void* high,                // [C]
-                              const int64_t* kept,             // [B, K] or null
+                              const int64_t* active,           // [B, K] or null
                               ImageShape shape, cudaStream_t stream);
 
 }  // namespace smi_fast

@@ -11,7 +11,7 @@ constexpr int kWarps = 8, kOffsets = 4;
 __host__ __device__ constexpr int down(int k) { return k > 0; }
 __host__ __device__ constexpr int right(int k) { return k == 1 ? 0 : k == 3 ? -1 : 1; }
 
-// One image plane, and which of its patches are kept.
+// One image plane, and which of its patches are active.
 template <typename T>
 struct Plane {
   const T* pixels;      // [H, W]
@@ -32,22 +32,22 @@ struct Plane {
     return to_float(pixels[static_cast<int64_t>(y) * width + x]);
   }
 
-  __device__ bool kept(int y, int x) const {
+  __device__ bool active(int y, int x) const {
     return patch == 0 || mask[y / patch * (width / patch) + x / patch] != 0;
   }
 
   // Whether pixel (y, x) exists and a difference to it counts.
-  __device__ bool counts(int y, int x, bool other_is_kept) const {
-    return y >= 0 && y < height && x >= 0 && x < width && (other_is_kept || kept(y, x));
+  __device__ bool counts(int y, int x, bool other_is_active) const {
+    return y >= 0 && y < height && x >= 0 && x < width && (other_is_active || active(y, x));
   }
 };
 
-__global__ void _mark_patches(const int64_t* __restrict__ kept,  // [B, K]
-                              uint8_t* __restrict__ mask,        // [B, H/P * W/P], zero
+__global__ void _mark_patches(const int64_t* __restrict__ active,  // [B, K]
+                              uint8_t* __restrict__ mask,          // [B, H/P * W/P], zero
                               int64_t count, int64_t kept_per_image, int64_t patches) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count || kept[i] < 0 || kept[i] >= patches) return;
-  mask[i / kept_per_image * patches + kept[i]] = 1;
+  if (i >= count || active[i] < 0 || active[i] >= patches) return;
+  mask[i / kept_per_image * patches + active[i]] = 1;
 }
 
 // A warp walks along rows of pixels, of which there are fewer than 2^31.
@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     const Plane<T> plane(images, mask, row / height, shape);
     const int y = static_cast<int>(row % height);
     for (int x = threadIdx.x; x < plane.width; x += kWarp) {
-      const bool kept = plane.kept(y, x);
+      const bool active = plane.active(y, x);
 #pragma unroll
       for (int k = 0; k < kOffsets; ++k) {
-        if (!plane.counts(y + down(k), x + right(k), kept)) continue;
+        if (!plane.counts(y + down(k), x + right(k), active)) continue;
         const float difference = plane.at(y, x) - plane.at(y + down(k), x + right(k));
         absolutes[k] += fabsf(difference);
         squares[k] += difference * difference;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     const Plane<T> plane(images, mask, row / height, shape);
     const int y = static_cast<int>(row % height);
     for (int x = threadIdx.x; x < plane.width; x += kWarp) {
-      const bool kept = plane.kept(y, x);
+      const bool active = plane.active(y, x);
       const float here = plane.at(y, x);
       float gradient = 0.0f;
 #pragma unroll
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
         // from.
         for (int side = -1; side <= 1; side += 2) {
           const int other_y = y + side * down(k), other_x = x + side * right(k);
-          if (!plane.counts(other_y, other_x, kept)) continue;
+          if (!plane.counts(other_y, other_x, active)) continue;
           gradient += slope(here - plane.at(other_y, other_x), k);
         }
       }
@@ -158,25 +158,25 @@ unsigned blocks_for(const ImageShape& shape) {
   return static_cast<unsigned>(blocks < kVariationBlocks ? blocks : kVariationBlocks);
 }
 
-cudaError_t mark_patches(const int64_t* kept, uint8_t* mask, const ImageShape& shape,
+cudaError_t mark_patches(const int64_t* active, uint8_t* mask, const ImageShape& shape,
                          cudaStream_t stream) {
   const int64_t patches = shape.height / shape.patch * (shape.width / shape.patch);
   const cudaError_t error = cudaMemsetAsync(mask, 0, shape.images * patches, stream);
   if (error != cudaSuccess) return error;
   const int64_t count = shape.images * shape.kept;
   return launch(_mark_patches, {static_cast<unsigned>(divide_up(count, 256))}, {256}, 0, stream,
-                kept, mask, count, shape.kept, patches);
+                active, mask, count, shape.kept, patches);
 }
 
 }  // namespace
 
-cudaError_t launch_total_variation_fwd(Type type, const void* images, const int64_t* kept,
+cudaError_t launch_total_variation_fwd(Type type, const void* images, const int64_t* active,
                                        uint8_t* mask, double* partials, void* sums,
                                        ImageShape shape, cudaStream_t stream) {
-  if (kept == nullptr) {
+  if (active == nullptr) {
     mask = nullptr;
     shape.patch = 0;
-  } else if (cudaError_t error = mark_patches(kept, mask, shape, stream); error != cudaSuccess) {
+  } else if (cudaError_t error = mark_patches(active, mask, shape, stream); error != cudaSuccess) {
     return error;
   }
   const unsigned blocks = blocks_for(shape);
@@ -191,13 +191,13 @@ cudaError_t launch_total_variation_fwd(Type type, const void* images, const int6
 }
 
 cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1, const void* grad_l2,
-                                       const void* images, const int64_t* kept, uint8_t* mask,
+                                       const void* images, const int64_t* active, uint8_t* mask,
                                        const void* sums, void* grad_images, ImageShape shape,
                                        cudaStream_t stream) {
-  if (kept == nullptr) {
+  if (active == nullptr) {
     mask = nullptr;
     shape.patch = 0;
-  } else if (cudaError_t error = mark_patches(kept, mask, shape, stream); error != cudaSuccess) {
+  } else if (cudaError_t error = mark_patches(active, mask, shape, stream); error != cudaSuccess) {
     return error;
   }
   return with_type(type, [&](auto element) {

@@ -24,8 +24,8 @@ from smi_fast.ops import backends
 # Overloads, not packets: looking an overload up costs as much as a call.
 _run_blocks = torch.ops.smi_fast.run_blocks_.default
 _run_blocks_backward = torch.ops.smi_fast.run_blocks_backward_.default
-_last_block_rows = torch.ops.smi_fast.first_rows.default
-_last_block_rows_backward = torch.ops.smi_fast.first_rows_backward.default
+_last_block_rows = torch.ops.smi_fast.last_block_rows.default
+_last_block_rows_backward = torch.ops.smi_fast.last_block_rows_backward.default
 
 _CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 

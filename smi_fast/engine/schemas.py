@@ -37,10 +37,10 @@ _BLOCKS = {
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv) -> ()"
     ),
-    "first_rows": (
+    "last_block_rows": (
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"
     ),
-    "first_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
+    "last_block_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
 }
 
 _library = torch.library.Library("smi_fast", "FRAGMENT")
