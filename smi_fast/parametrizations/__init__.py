@@ -1,6 +1,7 @@
 """Parametrizations: what the optimiser moves, and how images come from it."""
 
 from smi_fast.parametrizations.base import Parametrization
+from smi_fast.parametrizations.fourier import Fourier
 from smi_fast.parametrizations.pixels import Pixels
 
-__all__ = ["Parametrization", "Pixels"]
+__all__ = ["Fourier", "Parametrization", "Pixels"]

@@ -1,0 +1,105 @@
+"""Images as the sigmoid of a Fourier series whose low frequencies move fastest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smi_fast.parametrizations.base import Parametrization
+from smi_fast.teacher.space import ImageSpace
+
+# Pixels are kept this far from black and white when a given image is turned into parameters.
+MARGIN = 1e-3
+# Square root of the covariance of colours (red, green, blue) in ImageNet, as published with
+# "Feature Visualization" (Olah et al., Distill, 2017); scaled to a largest column norm of 1 below.
+COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+
+
+@dataclass(eq=False)
+class Fourier(Parametrization):
+    """Pixels are ``sigmoid(u)``, where u is the inverse Fourier transform of scaled parameters.
+
+    With z [B, C, H, W // 2 + 1] complex, stored as its real and imaginary parts, equal to::
+
+        s = frequency.clamp(min=1 / max(H, W)) ** -decay
+        u = torch.fft.irfft2(z * s / rms(s) / 2**0.5, s=(H, W), norm="ortho")
+        images = (torch.sigmoid(u) - mean) / std
+
+    where the frequency is in cycles per pixel, and rms is the root mean square over all H·W
+    frequencies. So parameters with a standard deviation of 1 give u a standard deviation of 1,
+    whatever the size of the image and the decay. An iteration of Adam moves each parameter by about
+    ``lr``, and so the contrast of u by about ``lr``: one learning rate suits every size.
+
+    Source: the scaling by frequency is that of "Feature Visualization" (Olah et al., Distill, 2017);
+    its normalisation, the quiet start and the default decay were chosen by measurement, see
+    docs/results.md.
+
+    >>> fourier = Fourier(decay=1.5)
+    >>> result = SparseInverter(teacher, parametrization=fourier, lr=0.2, iterations=10,
+    ...                         schedule=Dense()).invert([3], progress=False)
+
+    Args:
+        decay: exponent of 1/frequency, at least 0; 0 moves all frequencies alike.
+        start: standard deviation of u at the start; small ones start from nearly uniform grey.
+        colour: whether the channels of u are mixed by the covariance of natural colours, for three
+            channels.
+
+    Raises:
+        ValueError: decay below 0, start not above 0, or ``colour`` for images that don't have three
+            channels.
+    """
+
+    decay: float = 1.5
+    start: float = 0.02
+    colour: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise ValueError(f"expected decay 0 or above, got {self.decay}")
+        if not (math.isfinite(self.start) and self.start > 0):
+            raise ValueError(f"expected start above 0, got {self.start}")
+
+    def bind(self, space: ImageSpace) -> Fourier:
+        if self.colour and space.channels != 3:
+            raise ValueError(f"expected images of 3 channels with colour, got {space.channels}")
+        bound = super().bind(space)
+        bound._scale = _frequency_scale(space, self.decay)
+        bound._colours = _colours(space) if self.colour else None
+        return bound
+
+    def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
+        shape = (batch, self.space.channels, *self._scale.shape, 2)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return (noise * self.start).to(self._scale)
+
+    def images(self, parameters: Tensor) -> Tensor:
+        space = self.space
+        spectrum = torch.view_as_complex(parameters) * self._scale
+        u = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
+        if self._colours is not None:
+            u = torch.einsum("ij,bjhw->bihw", self._colours, u)
+        return space.normalize(torch.sigmoid(u))
+
+    def parameters_of(self, images: Tensor) -> Tensor:
+        u = self.space.denormalize(images.to(self._scale.dtype)).clamp(MARGIN, 1 - MARGIN).logit()
+        if self._colours is not None:
+            u = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self._colours), u)
+        return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale).contiguous()
+
+
+def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
+    """[H, W // 2 + 1], what each coefficient is multiplied by."""
+    rows = torch.fft.fftfreq(space.height, dtype=torch.float64)
+    columns = torch.fft.fftfreq(space.width, dtype=torch.float64)
+    frequency = torch.hypot(rows[:, None], columns).clamp(min=1 / max(space.height, space.width))
+    scale = frequency**-decay
+    scale = scale / scale.square().mean().sqrt() / math.sqrt(2)
+    return scale[:, : space.width // 2 + 1].to(space.mean).contiguous()
+
+
+def _colours(space: ImageSpace) -> Tensor:
+    colours = torch.tensor(COLOURS, dtype=torch.float64)
+    return (colours / colours.norm(dim=0).max()).to(space.mean)
