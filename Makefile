@@ -44,7 +44,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
 # The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.
-.venv/.installed: pyproject.toml setup.py $(wildcard csrc/*/*) | $(BIN)/pip
+.venv/.installed: pyproject.toml setup.py $(wildcard csrc/*.py csrc/*/*) | $(BIN)/pip
 	@{ command -v g++ && $(BIN)/python -c $(HAS_HEADERS); } >/dev/null 2>&1 || { \
 	    [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy g++ python3-dev; } || { \
 	    echo 'The kernels need g++ and Python.h: on Debian, apt-get install g++ python3-dev.' >&2; \
