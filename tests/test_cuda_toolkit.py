@@ -1,20 +1,21 @@
-"""What setup.py builds the CUDA kernels with, and the sentence for each reason that it can't."""
+"""Finding the CUDA toolkit, and the sentence for each reason not to build the CUDA kernels."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "csrc" / "cuda"))
-
-import toolkit  # noqa: E402
-from toolkit import Unbuildable  # noqa: E402
+SPEC = spec_from_file_location("find_cuda", ROOT / "csrc" / "find_cuda.py")
+find_cuda = module_from_spec(SPEC)
+SPEC.loader.exec_module(find_cuda)
+Unbuildable = find_cuda.Unbuildable
 
 MAJOR = "13"
 
@@ -60,9 +61,9 @@ def code_for(*targets: str) -> tuple[str, ...]:
 
 
 def test_without_a_gpu_the_default_is_built_as_far_as_nvcc_knows_it(fake: FakeNvcc) -> None:
-    assert toolkit.find().targets == code_for("80", "90", "100+")
+    assert find_cuda.find().targets == code_for("80", "90", "100+")
     fake.says(archs="75 80 90")
-    assert toolkit.find().targets == code_for("80", "90+")
+    assert find_cuda.find().targets == code_for("80", "90+")
 
 
 def test_visible_gpus_are_what_is_built_for(
@@ -71,10 +72,10 @@ def test_visible_gpus_are_what_is_built_for(
     visible = [(9, 0), (7, 5), (8, 0), (9, 0)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: visible[i])
-    assert toolkit.find().targets == code_for("80", "90")
+    assert find_cuda.find().targets == code_for("80", "90")
     visible[:] = [(7, 0), (7, 5)]
     with pytest.raises(Unbuildable, match=r"8\.0 or more, and the visible GPUs named 7\.0, 7\.5$"):
-        toolkit.find()
+        find_cuda.find()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_the_list_of_the_environment_comes_first(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    assert toolkit.find().targets == code_for("80", "90", "100+")
+    assert find_cuda.find().targets == code_for("80", "90", "100+")
 
 
 @pytest.mark.parametrize(
@@ -106,33 +107,33 @@ def test_a_list_that_can_not_be_built_is_named(
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with pytest.raises(Unbuildable, match=sentence):
-        toolkit.find()
+        find_cuda.find()
 
 
 def test_no_toolkit(tmp_path: Path, fake: FakeNvcc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(Unbuildable, match=f"there is no nvcc in {tmp_path}$"):
-        toolkit.find()
+        find_cuda.find()
 
 
 def test_toolkit_of_another_major_version(fake: FakeNvcc) -> None:
     fake.says(version=12080)
     with pytest.raises(
-        Unbuildable, match=rf"^torch .* needs CUDA 13, and {fake.nvcc} is of CUDA 12\.8"
+        Unbuildable, match=rf"^torch .* needs CUDA 13, but {fake.nvcc} belongs to CUDA 12\.8"
     ):
-        toolkit.find()
+        find_cuda.find()
 
 
 def test_torch_without_cuda(fake: FakeNvcc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(Unbuildable, match=r"^torch .* is built without CUDA$"):
-        toolkit.find()
+        find_cuda.find()
 
 
 def test_broken_toolkit(fake: FakeNvcc) -> None:
     fake.says(fails="fatal error: cuda_runtime.h: No such file or directory")
     with pytest.raises(Unbuildable, match=r"an empty file \(fatal error: cuda_runtime\.h: No such"):
-        toolkit.find()
+        find_cuda.find()
 
 
 def test_a_script_on_the_path_leads_to_the_toolkit(
@@ -145,7 +146,7 @@ def test_a_script_on_the_path_leads_to_the_toolkit(
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", os.pathsep.join([str(script.parent), os.environ["PATH"]]))
-    found = toolkit.find()
+    found = find_cuda.find()
     assert found.nvcc == str(script) and found.root == str(fake.root)
 
 

@@ -1,4 +1,7 @@
-"""Which CUDA toolkit setup.py builds with and what for, or one sentence why it can't."""
+"""Finds the CUDA toolkit and the GPU architectures to build for, or says why it can't.
+
+setup.py loads this file by its path: it is no part of the package.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,20 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-LEAST = 80  # cp.async and products of bfloat16 came with compute capability 8.0
-DEFAULT = ("8.0", "9.0", "10.0")  # where no GPU is visible
+LEAST = 80  # cp.async and the bfloat16 tensor cores need compute capability 8.0
+DEFAULT = ("8.0", "9.0", "10.0")  # compiled for where no GPU is visible
 
 
 class Unbuildable(Exception):
     """The CUDA kernels can't be built here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Toolkit:
-    """One nvcc, the root of its toolkit and its options for the GPUs to compile for."""
+class Toolkit(NamedTuple):
+    """An nvcc, the root of its toolkit, and one -gencode option for each architecture."""
 
     nvcc: str
     root: str
@@ -28,11 +30,12 @@ class Toolkit:
 
 
 def find() -> Toolkit:
-    """The toolkit of CUDA_HOME or else of the path, when it suits this torch.
+    """Finds the toolkit in CUDA_HOME, else on the path, else in /usr/local/cuda.
 
     Raises:
-        Unbuildable: there is none, it is of another major version, it doesn't work, or
-            TORCH_CUDA_ARCH_LIST or the visible GPUs leave nothing to compile for.
+        Unbuildable: torch has no CUDA; there is no nvcc, it doesn't work, or its major version is
+            not torch's; or TORCH_CUDA_ARCH_LIST or the visible GPUs name no architecture that the
+            kernels can be compiled for.
     """
     if torch.version.cuda is None:
         raise Unbuildable(f"torch {torch.__version__} is built without CUDA")
@@ -40,8 +43,8 @@ def find() -> Toolkit:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else path)
     if nvcc is None:
-        raise Unbuildable(f"there is no nvcc in {home or 'the path or /usr/local/cuda'}")
-    # An nvcc on the path may be a script or a link from elsewhere: it knows its own root.
+        raise Unbuildable(f"there is no nvcc in {home or 'PATH or /usr/local/cuda'}")
+    # An nvcc on the path may be a script or a link, so nvcc itself is asked for the root.
     command = [nvcc, "-v", "-E", "-Xcompiler=-dM", "-x", "cu", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     root = re.search(r"TOP=(.+)", said.stderr)
@@ -53,12 +56,13 @@ def find() -> Toolkit:
     if str(major) != torch.version.cuda.split(".")[0]:
         raise Unbuildable(
             f"torch {torch.__version__} needs CUDA {torch.version.cuda.split('.')[0]}, "
-            f"and {nvcc} is of CUDA {major}.{minor}"
+            f"but {nvcc} belongs to CUDA {major}.{minor}"
         )
     return Toolkit(nvcc, os.path.realpath(root[1]), _targets(nvcc))
 
 
 def _targets(nvcc: str) -> tuple[str, ...]:
+    """The -gencode options for the architectures of the environment, the GPUs or the default."""
     listed = subprocess.run(
         [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
     ).stdout
