@@ -50,7 +50,8 @@ def choose(
 ) -> Engine | None:
     """The engine that runs tokens of this device and data type, or None.
 
-    A compiler gets none: it is to see the blocks themselves.
+    A compiler gets none, because it is to see the blocks themselves; nor does autocast, which is to
+    choose the data type of each layer.
 
     Args:
         engines: the candidates, in the order of preference.
@@ -58,7 +59,7 @@ def choose(
         dtype: of the tokens.
         backend: as the ops take it; an engine of another backend is not chosen.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
         return None
     wanted = backends.resolve(backend)
     for engine in engines:

@@ -87,6 +87,11 @@ class CpuEngine:
         """Forgets what was folded."""
         self._state, self._held, self._runs, self._last = [], [], {}, {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles fold anew: packed weights are in MKL's own format."""
+        empty = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
+        return {**vars(self), **empty}
+
     def _follow_weights(self) -> None:
         """Forgets what was folded from other weights: the owner of the teacher may change them."""
         found = (module._parameters[name] for module, name in self._names)
@@ -210,14 +215,15 @@ class _RunBlocks(torch.autograd.Function):
         *saved, added = _run_blocks(x, *run.weights_for_gemm, *memory, saves)
         x += added
         x += run.blocks[-1].fc2_bias
-        ctx.run, ctx.lease, ctx.saved = run, lease, saved
+        ctx.run, ctx.lease = run, lease
+        ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         result, buffers = grad.clone(memory_format=torch.contiguous_format), ctx.lease.buffers
-        memory = (buffers.normalized, ctx.saved, buffers.d_qkv)
+        memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
         _run_blocks_backward(result.flatten(0, 1), *ctx.run.weights_for_gemm, *memory)
         return result, None, None
 

@@ -152,6 +152,18 @@ class SparseInverter:
             WrongSelection: the schedule answers something else than it promised.
             NonFiniteLoss: an objective or the gradient is infinite or not a number.
         """
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._invert(targets, init, jitter, generator, progress, callback)
+
+    def _invert(
+        self,
+        targets: Tensor | Sequence[int],
+        init: Tensor | None,
+        jitter: tuple[Tensor, Tensor] | None,
+        generator: torch.Generator | None,
+        progress: bool,
+        callback: Callback | None,
+    ) -> InversionResult:
         state = self.start(targets, init, jitter, generator)
         display = Progress(self.settings.iterations, progress)
         loop = Loop(state, frozenset(self._counts), display, callback)

@@ -71,3 +71,6 @@ def adam_clamp_(
     functions = choose("adam_clamp_", images.device, images.dtype, backend).functions
     moments = (exp_avg, exp_avg_sq)
     functions.adam_clamp_(images, grad, *moments, step, lr, *betas, low, high, active, patch_size)
+    if not torch.compiler.is_compiling():
+        # Autograd refuses a backward pass over tensors that were changed since: it must know.
+        torch.autograd.graph.increment_version([images, *moments])

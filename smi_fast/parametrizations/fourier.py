@@ -33,9 +33,8 @@ class Fourier(Parametrization):
     whatever the size of the image and the decay. An iteration of Adam moves each parameter by about
     ``lr``, and so the contrast of u by about ``lr``: one learning rate suits every size.
 
-    Source: the scaling by frequency is that of "Feature Visualization" (Olah et al., Distill, 2017);
-    its normalisation, the quiet start and the default decay were chosen by measurement, see
-    docs/results.md.
+    Source: the scaling by frequency is from "Feature Visualization" (Olah et al., Distill, 2017).
+    Its normalisation, the quiet start and the default decay were chosen by measurement.
 
     >>> fourier = Fourier(decay=1.5)
     >>> result = SparseInverter(teacher, parametrization=fourier, lr=0.2, iterations=10,

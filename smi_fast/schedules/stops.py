@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from smi_fast.schedules.base import Selection, Stop
 
 
@@ -19,6 +22,8 @@ class StopSchedule:
         at: iterations of the stops, ascending, from 1. The published ones are for 4000 iterations.
         drop: share of the kept patches that each stop drops, in [0, 1): of K patches
             ``int(K * (1 - share))`` stay.
+        compact: whether importance is first averaged over each patch's 3 x 3 neighbourhood, in
+            which stopped patches count as 0, so that patches stay which belong together.
 
     Raises:
         ValueError: stops that don't ascend from 1, shares out of range, or not one share per stop.
@@ -26,6 +31,7 @@ class StopSchedule:
 
     at: tuple[int, ...] = (50, 100, 200, 300)
     drop: tuple[float, ...] = (0.3, 0.3, 0.3, 0.3)
+    compact: bool = False
 
     def __post_init__(self) -> None:
         at, drop = tuple(self.at), tuple(self.drop)
@@ -41,14 +47,16 @@ class StopSchedule:
             raise ValueError(f"expected shares to drop in [0, 1), got {drop}")
 
     @classmethod
-    def scaled(cls, iterations: int) -> StopSchedule:
+    def scaled(cls, iterations: int, *, compact: bool = False) -> StopSchedule:
         """The published stops at the same fractions of a run of another length than 4000.
 
         Raises:
             ValueError: too few iterations to keep the stops apart.
         """
         published = cls()
-        return cls(tuple(round(t * iterations / 4000) for t in published.at), published.drop)
+        return cls(
+            tuple(round(t * iterations / 4000) for t in published.at), published.drop, compact
+        )
 
     @property
     def remaining(self) -> float:
@@ -67,10 +75,21 @@ class StopSchedule:
     def select(self, stop: Stop) -> Selection:
         share = self.drop[self.at.index(stop.iteration)]
         count = _staying(stop.kept.shape[1], share)
-        top = stop.importance.topk(count, dim=1).indices
+        importance = _averaged(stop) if self.compact else stop.importance
+        top = importance.topk(count, dim=1).indices
         return Selection(stop.kept.gather(1, top).sort(dim=1).values)
 
 
 def _staying(patches: int, share: float) -> int:
     # The published expression, so that rounding agrees: int(10 * (1 - 0.3)) is 7, not 6.
     return int(patches * (1.0 - share))
+
+
+def _averaged(stop: Stop) -> Tensor:
+    """Importance [B, K] averaged over the 3 x 3 neighbourhood of each kept patch."""
+    batch, (rows, columns) = len(stop.kept), stop.grid
+    on_grid = stop.importance.new_zeros(batch, rows * columns).scatter(
+        1, stop.kept, stop.importance
+    )
+    averaged = F.avg_pool2d(on_grid.view(batch, 1, rows, columns), 3, stride=1, padding=1)
+    return averaged.flatten(1).gather(1, stop.kept)

@@ -54,6 +54,10 @@ class SharedWeights:
         assert weight is not None
         return weight.detach()
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copied or pickled teacher has weights of its own, so there is nothing to follow."""
+        return {"_tables": [], "_shared": [], "_addresses": []}
+
     def follow(self) -> None:
         """Points the copy at every weight of the original that was replaced."""
         found = [theirs[name].data_ptr() for theirs, _, name in self._tables]  # type: ignore[union-attr]

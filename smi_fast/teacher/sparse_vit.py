@@ -129,6 +129,16 @@ class SparseViT(nn.Module):
         self._weights.follow()
         self._blocks.refresh()
 
+    def requires_grad_(self, requires_grad: bool = True) -> SparseViT:
+        """Refuses to train: no weight gradient is ever computed.
+
+        Raises:
+            ValueError: ``requires_grad`` is true.
+        """
+        if requires_grad:
+            raise ValueError("SparseViT computes no gradients of weights: train the teacher itself")
+        return self
+
     def train(self, mode: bool = True) -> SparseViT:
         """Stays in eval mode: a frozen teacher has no other."""
         return super().train(False)

@@ -92,6 +92,11 @@ def check_teacher(teacher: nn.Module) -> VisionTransformer:
             f"{type(teacher).__module__}.{type(teacher).__name__}"
             + "".join(f"; {hint}" for hint in list(hints)[:1])
         )
+    if any(weight.is_inference() for weight in teacher.parameters()):
+        raise UnsupportedTeacher(
+            "the teacher's weights were made in torch.inference_mode(), so nothing can be "
+            "differentiated through it: make or load the teacher outside of it"
+        )
     for name, module in teacher.named_modules():
         _refuse_hooks(name or "the teacher", module)
         _refuse_patches(name or "the teacher", module)
