@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from benchmarks import (
-    end_to_end,
-    foreground,
-    inversion,
-    judge,
-    ops,
-    plot,
-    profile,
-    roofline,
-    statistics,
-)
-from benchmarks.loops import BATCHES
+from benchmarks import figures as plot
+from benchmarks.quality import class_accuracy as inversion
+from benchmarks.quality import foreground
+from benchmarks.quality import independent_judge as judge
+from benchmarks.speed import end_to_end, ops, roofline
+from benchmarks.speed import objectives as statistics
+from benchmarks.speed import step_profile as profile
+from benchmarks.speed.loops import BATCHES
 
 MEASUREMENTS = {
     "foreground": foreground.main,

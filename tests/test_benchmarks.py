@@ -12,9 +12,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import end_to_end, ops, plot, profile, resident, roofline, statistics
-from benchmarks.flops import forward_flops, needed_flops
-from benchmarks.loops import (
+from benchmarks import figures as plot
+from benchmarks.harness import memory as resident
+from benchmarks.harness.flops import forward_flops, needed_flops
+from benchmarks.speed import end_to_end, ops, roofline
+from benchmarks.speed import objectives as statistics
+from benchmarks.speed import step_profile as profile
+from benchmarks.speed.loops import (
     VARIANTS,
     Callback,
     Case,
@@ -128,7 +132,7 @@ def test_costs_tell_early_and_typical_steps_of_each_phase(
 ) -> None:
     seconds = [9.0, 1.0, 1.0, 8.0, 2.0, 2.0, 7.0, 3.0, 4.0, 50.0]
     clock = iter([0.0] + [edge for s in seconds for edge in (s, 0.0)])
-    monkeypatch.setattr("benchmarks.loops.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("benchmarks.speed.loops.time.perf_counter", lambda: next(clock))
 
     def run(schedule: Schedule, iterations: int, callback: Callback) -> None:
         for t, kept in enumerate([24] * 3 + [12] * 3 + [6] * 4):

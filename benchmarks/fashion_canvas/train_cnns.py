@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fashion_canvas import CLASSES, MEAN, STD, TEST_SEED, canvases
-from benchmarks.train_teacher import WEIGHTS, accuracy, train_cnn
+from benchmarks.fashion_canvas.data import CLASSES, MEAN, STD, TEST_SEED, canvases
+from benchmarks.fashion_canvas.train_teacher import WEIGHTS, accuracy, train_cnn
 from smi_fast.zoo import small_cnn
 
-JUDGE = Path(__file__).parent / "results" / "judge_cnn.safetensors"
+JUDGE = Path(__file__).parent / "judge_cnn.safetensors"
 
 
 class Residual(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from smi_fast.ops.reference import nearest_cells
+from smi_fast.ops.grid import nearest_cells
 from smi_fast.schedules import Schedule, still_iterations
 
 

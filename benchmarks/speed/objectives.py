@@ -17,9 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import record
-from benchmarks.resident import in_a_process_of_its_own, peak
-from benchmarks.timing import alternate, clocked, rounded, spread
+from benchmarks.harness.environment import record
+from benchmarks.harness.memory import in_a_process_of_its_own, peak
+from benchmarks.harness.timing import alternate, clocked, rounded, spread
 from smi_fast import SparseViT, ops
 from smi_fast.objectives.patch_similarity import similarity_entropy
 
@@ -215,7 +215,7 @@ def _compared(seconds: dict[str, list[float]], *slower: str) -> dict[str, Any]:
 
 def main() -> None:
     record(
-        "statistics",
+        "objectives",
         {
             "batch_norm_matching": {"batch": BATCH, "rounds": ROUNDS, **batch_norm()},
             "patch_similarity": {

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.fashion_canvas import (
+from benchmarks.fashion_canvas.data import (
     CLASSES,
     ITEM_SIDES,
     MEAN,
@@ -47,7 +47,7 @@ CONFIG = {
 GRID = SIDE // 8
 BATCH = 64
 VALIDATION = 5000
-WEIGHTS = Path(__file__).parent.parent / "smi_fast" / "weights"
+WEIGHTS = Path(__file__).parents[2] / "smi_fast" / "weights"
 
 
 @dataclass(frozen=True)

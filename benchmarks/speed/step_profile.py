@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from benchmarks.environment import record
-from benchmarks.loops import BATCHES, Case, deit, our_loop
-from benchmarks.timing import rounded
+from benchmarks.harness.environment import record
+from benchmarks.harness.timing import rounded
+from benchmarks.speed.loops import BATCHES, Case, deit, our_loop
 from smi_fast import StopSchedule
 
 STEPS = 20
@@ -76,4 +76,4 @@ def measure(case: Case, stops: StopSchedule, steps: int = STEPS) -> dict[str, An
 def main() -> None:
     stops = StopSchedule((2, 4, 6, 8))
     models = {name: measure(deit(name), stops) for name in BATCHES}
-    record("profile", {"steps": STEPS, "models": models})
+    record("step_profile", {"steps": STEPS, "models": models})

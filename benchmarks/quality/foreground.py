@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.environment import record
-from benchmarks.fashion_canvas import TEST_SEED, canvases, normalise
+from benchmarks.fashion_canvas.data import TEST_SEED, canvases, normalise
+from benchmarks.harness.environment import record
 from smi_fast import SparseViT, load_teacher
 
 # What the published schedule leaves of 196 patches: 46.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.timing import clocked
+from benchmarks.harness.timing import clocked
 
 SQUARE = ((2048, 2048, 2048),)
 # Of one sample: long enough for the clock, and for the caches to be warm.

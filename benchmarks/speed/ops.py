@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.environment import record
-from benchmarks.peak import SQUARE, sgemm
-from benchmarks.timing import alternate, clocked, rounded, spread
+from benchmarks.harness.environment import record
+from benchmarks.harness.sgemm import SQUARE, sgemm
+from benchmarks.harness.timing import alternate, clocked, rounded, spread
 from smi_fast import ops
 
 BATCH, SIDE, PATCH, HEADS, WIDTH = 8, 224, 16, 6, 384

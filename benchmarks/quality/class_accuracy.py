@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from benchmarks.environment import record
+from benchmarks.harness.environment import record
 from smi_fast import Dense, SparseInverter, StopSchedule, load_teacher
 from smi_fast.schedules import Schedule
 
@@ -45,4 +45,4 @@ def main() -> None:
     teacher = load_teacher("fashion-canvas")
     schedules = {"dense": Dense(), "smi": StopSchedule()}
     measured = {name: measure(teacher, schedule) for name, schedule in schedules.items()}
-    record("inversion", {"iterations": ITERATIONS, "seeds": SEEDS, **measured})
+    record("class_accuracy", {"iterations": ITERATIONS, "seeds": SEEDS, **measured})

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.environment import RESULTS, record
-from benchmarks.fashion_canvas import CLASSES, TEST_SEED, canvases, normalise
-from benchmarks.train_cnns import load_judge
-from benchmarks.train_teacher import accuracy
+from benchmarks.fashion_canvas.data import CLASSES, TEST_SEED, canvases, normalise
+from benchmarks.fashion_canvas.train_cnns import load_judge
+from benchmarks.fashion_canvas.train_teacher import accuracy
+from benchmarks.harness.environment import RESULTS, record
 from smi_fast import (
     BatchNormMatching,
     CrossEntropy,
@@ -94,4 +94,4 @@ def main() -> None:
         }
         picture(runs["without"][0], runs["with"][0]).save(RESULTS / f"judge_{name}.png")
     setting = {"iterations": ITERATIONS, "weight": WEIGHT, "seeds": SEEDS, "images": len(TARGETS)}
-    record("judge", {**setting, **measured})
+    record("independent_judge", {**setting, **measured})

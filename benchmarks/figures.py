@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import environment
+from benchmarks.harness import environment
 
 # The loops in the order in which each adds something, what it adds, and its colour.
 TECHNIQUES = (

@@ -12,9 +12,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks import published
+from benchmarks.baselines import published_loop as published
 from smi_fast import Dense, SparseInverter, SparseViT, StopSchedule
-from smi_fast.inversion.inverter import random_jitter
+from smi_fast.jitter import random_jitter
 from smi_fast.ops.backends import AUTO
 from smi_fast.schedules import Schedule
 

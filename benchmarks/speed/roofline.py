@@ -15,8 +15,8 @@ from itertools import pairwise
 import timm
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.environment import record
-from benchmarks.flops import forward_flops
+from benchmarks.harness.environment import record
+from benchmarks.harness.flops import forward_flops
 from smi_fast import StopSchedule
 
 MODELS = ("deit_tiny", "deit_small", "deit_base")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops import Case, cases, check
+from benchmarks.speed.ops import Case, cases, check
 
 IMPLEMENTATIONS = [(case, name) for case in cases() for name in case.implementations]
 

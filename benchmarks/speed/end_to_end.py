@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import record
-from benchmarks.flops import needed_flops
-from benchmarks.loops import BATCHES, VARIANTS, Case, Cost, Loop, Variant, costs, deit
-from benchmarks.peak import SQUARE, block_shapes, sgemm
-from benchmarks.resident import in_a_process_of_its_own, peak
-from benchmarks.timing import alternate, rounded, spread
+from benchmarks.harness.environment import record
+from benchmarks.harness.flops import needed_flops
+from benchmarks.harness.memory import in_a_process_of_its_own, peak
+from benchmarks.harness.sgemm import SQUARE, block_shapes, sgemm
+from benchmarks.harness.timing import alternate, rounded, spread
+from benchmarks.speed.loops import BATCHES, VARIANTS, Case, Cost, Loop, Variant, costs, deit
 from smi_fast import Dense, StopSchedule
 
 ROUNDS = 5

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 # Share of the machine's CPU time that others may use before it is not idle any more.
 IDLE = 0.05
 
