@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.speed.ops import Case, cases, check
+from benchmarks.speed.ops import OpBenchmark, check, op_benchmarks
 
-IMPLEMENTATIONS = [(case, name) for case in cases() for name in case.implementations]
+IMPLEMENTATIONS = [(each, name) for each in op_benchmarks() for name in each.implementations]
 
 
-@pytest.mark.parametrize(("case", "name"), IMPLEMENTATIONS, ids=str)
-def test_op(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
-    benchmark.group = str(case)
-    call = case.call(name)
-    check({"reference": case.call("reference"), name: call})
+@pytest.mark.parametrize(("op_benchmark", "name"), IMPLEMENTATIONS, ids=str)
+def test_op(benchmark: BenchmarkFixture, op_benchmark: OpBenchmark, name: str) -> None:
+    benchmark.group = str(op_benchmark)
+    call = op_benchmark.call(name)
+    check({"reference": op_benchmark.call("reference"), name: call})
     benchmark(call)

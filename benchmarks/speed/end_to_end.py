@@ -1,4 +1,4 @@
-"""A whole inversion by the published-style loop and by ours, dense and sparse, in alternation."""
+"""Whole inversions by the published-style loop and by ours, dense and sparse, in alternation."""
 
 from __future__ import annotations
 
@@ -14,29 +14,43 @@ from torch import Tensor
 
 from benchmarks.harness.environment import record
 from benchmarks.harness.flops import needed_flops
-from benchmarks.harness.memory import in_a_process_of_its_own, peak
+from benchmarks.harness.memory import in_new_process, peak_bytes
 from benchmarks.harness.sgemm import SQUARE, block_shapes, sgemm
-from benchmarks.harness.timing import alternate, rounded, spread
-from benchmarks.speed.loops import BATCHES, VARIANTS, Case, Cost, Loop, Variant, costs, deit
-from smi_fast import Dense, StopSchedule
+from benchmarks.harness.timing import alternate, ratios, rounded, spread
+from benchmarks.speed.loops import (
+    BATCHES,
+    NO_STOPS,
+    QUICK_BATCH,
+    VARIANTS,
+    Loop,
+    PhaseSeconds,
+    Variant,
+    Workload,
+    deit,
+    time_phases,
+)
+from smi_fast import StopSchedule
 
-ROUNDS = 5
-# Of a timed block: in each phase before the last, in the last once its early ones are done, and
-# without stops.
-PHASE_STEPS, LAST_STEPS, DENSE_STEPS = 2, 3, 3
-# The model that is affordable to run a whole schedule with.
+ITERATIONS, QUICK_ITERATIONS = 400, 100
+ROUNDS, QUICK_ROUNDS = 5, 2
+# Iterations of a timed block: in each phase before the last one, in the last phase after its early
+# iterations, and of a dense loop.
+PHASE_ITERATIONS, LAST_ITERATIONS, DENSE_ITERATIONS = 2, 3, 3
+# Only this model is also run for a whole schedule: the others take too long.
 WHOLE_RUN_OF = "deit_tiny"
 METHOD = (
-    "Whole-schedule seconds are composed from medians per step of each phase: every variant runs "
-    "blocks of a few steps in each phase, in alternation; a phase of n iterations is its early "
-    "steps, the first with the stop and in ours one that packs weights, and typical ones for the "
-    "rest. Spreads are medians and quartiles over rounds."
+    "Each round runs every variant once, for a block of a few iterations in each phase. The "
+    "seconds of a whole run are composed: a phase of n iterations takes the seconds of its early "
+    "iterations (the first one, which drops patches; in our sparse loop 13, one of which packs the "
+    "weights), and the median of the later ones for the rest. Spreads are medians and quartiles "
+    "over rounds."
 )
 MEMORY = (
-    "Peak resident bytes of a process of its own that runs two dense iterations and one in each "
-    "later phase, less what it has after a forward pass of one image: libraries and weights, as "
-    "the loop holds them. Gradients of weights, which the published-style loop makes, count; the "
-    "packed weights, twice their size, that ours makes after a dozen steps of a phase don't."
+    "Peak resident bytes of a new process that runs two dense iterations and one in each later "
+    "phase, minus the bytes resident after a forward pass of one image: libraries, and the weights "
+    "as the loop holds them. Gradients of weights, which only the published-style loop computes, "
+    "count. Packed weights do not: our loop keeps them after 12 iterations of a phase, and they "
+    "are twice the size of the weights."
 )
 
 
@@ -47,66 +61,85 @@ def schedule_phases(stops: StopSchedule, iterations: int, patches: int) -> list[
     return list(zip((patches, *stops.counts(patches)), lengths, strict=True))
 
 
-def whole_seconds(phases: Sequence[tuple[int, int]], cost: dict[int, Cost]) -> float:
-    return sum(cost[kept].whole(count) for kept, count in phases)
+def whole_seconds(phases: Sequence[tuple[int, int]], seconds: dict[int, PhaseSeconds]) -> float:
+    """Seconds of a whole run, composed from its phases."""
+    return sum(seconds[kept].total(iterations) for kept, iterations in phases)
 
 
-def time_blocks(case: Case, stops: StopSchedule, rounds: int) -> tuple[dict[str, list[Any]], float]:
-    """For each round the costs of every variant, and GFLOP/s of sgemm right after ours.
+def time_blocks(
+    workload: Workload, stops: StopSchedule, rounds: int
+) -> tuple[dict[str, list[Any]], float]:
+    """Times a block of every variant, and sgemm, in each round.
 
-    Also the share of pixels in which both dense loops agree.
+    Returns:
+        for each variant the seconds of its phases, and for each sgemm its GFLOP/s, round by round;
+        and the share of pixels in which the two dense loops agree.
 
     Raises:
-        AssertionError: both dense loops don't make the same images.
+        AssertionError: the two dense loops make different images.
     """
-    at = tuple(PHASE_STEPS * (index + 1) for index in range(len(stops.at)))
+    at = tuple(PHASE_ITERATIONS * (index + 1) for index in range(len(stops.at)))
     short = StopSchedule(at, stops.drop)
     pixels: dict[str, Tensor] = {}
 
-    def contender(name: str, variant: Variant) -> Callable[[], dict[int, Cost]]:
+    def contender(name: str, variant: Variant) -> Callable[[], dict[int, PhaseSeconds]]:
         def keep(iteration: int, images: Tensor, kept: Tensor) -> None:
             pixels[name] = images.clone()
 
-        count = at[-1] + variant.early + LAST_STEPS if variant.sparse else DENSE_STEPS
-        loop, schedule = variant.loop(case), variant.schedule(short)
-        return partial(costs, loop, schedule, count, variant.early, keep)
+        sparse_iterations = at[-1] + variant.early + LAST_ITERATIONS
+        count = sparse_iterations if variant.sparse else DENSE_ITERATIONS
+        run = variant.loop(workload)
+        return partial(time_phases, run, variant.stops(short), count, variant.early, keep)
 
-    fewest = stops.counts(case.vit.patch_embed.num_patches)[-1]
-    rows = len(case.targets) * (fewest + case.vit.num_prefix_tokens)
+    fewest = stops.counts(workload.patches)[-1]
+    rows = len(workload.targets) * (fewest + workload.vit.num_prefix_tokens)
     contenders: dict[str, Callable[[], Any]] = {
         **{name: contender(name, variant) for name, variant in VARIANTS.items()},
         "sgemm_square": sgemm(SQUARE),
-        "sgemm_block_shapes": sgemm(block_shapes(case.vit, rows)),
+        "sgemm_block_shapes": sgemm(block_shapes(workload.vit, rows)),
     }
-    # The first steps of a process are slow: not counted, they show that the images are the same.
+    # The first iterations of a process are slow. They are not timed, but show that images agree.
     for name in ("published_dense", "our_dense"):
         contenders[name]()
     agreeing = agreement(pixels["published_dense"], pixels["our_dense"])
     return alternate(contenders, rounds), agreeing
 
 
-def measure(case: Case, iterations: int, rounds: int = ROUNDS) -> dict[str, Any]:
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    """The share of pixels that are equal to 1e-3.
+
+    Raises:
+        AssertionError: it is below 99.9 %. A few pixels may differ: in its first iterations Adam
+            moves a pixel by the learning rate, however small the gradient is, so rounding can
+            decide the direction.
+    """
+    share = ((ours - theirs).abs() < 1e-3).double().mean().item()
+    assert share > 0.999, f"expected the same images from the two dense loops, got {share:.2%} same"
+    return rounded(share, 7)
+
+
+def measure(workload: Workload, iterations: int, rounds: int = ROUNDS) -> dict[str, Any]:
     """Times and work of every variant for one model, and the ratios between them."""
-    stops, patches = StopSchedule.scaled(iterations), case.vit.patch_embed.num_patches
-    timed, agreeing = time_blocks(case, stops, rounds)
+    stops, patches = StopSchedule.scaled(iterations), workload.patches
+    timed, agreeing = time_blocks(workload, stops, rounds)
     phases = schedule_phases(stops, iterations, patches)
-    fewest, batch = phases[-1][0], len(case.targets)
+    fewest, batch = phases[-1][0], len(workload.targets)
     wholes: dict[str, list[float]] = {}
     variants = {}
     for name, variant in VARIANTS.items():
         own_phases = phases if variant.sparse else [(patches, iterations)]
-        wholes[name] = [whole_seconds(own_phases, cost) for cost in timed[name]]
+        wholes[name] = [whole_seconds(own_phases, seconds) for seconds in timed[name]]
         variants[name] = {
             "whole_seconds": spread(wholes[name]),
             "images_per_hour": rounded(batch * 3600 / median(wholes[name])),
             "steps": [
-                {"patches": kept, "iterations": count, **_step(case, kept, timed, name)}
+                {"patches": kept, "iterations": count, **_phase(workload, kept, timed, name)}
                 for kept, count in own_phases
             ],
         }
 
     def typical(name: str, kept: int) -> list[float]:
-        return [cost[kept].typical for cost in timed[name]]
+        return [seconds[kept].typical for seconds in timed[name]]
 
     return {
         "batch": batch,
@@ -117,54 +150,38 @@ def measure(case: Case, iterations: int, rounds: int = ROUNDS) -> dict[str, Any]
         "variants": variants,
         "ratios_to_our_sparse": {
             "whole_schedule": {
-                name: spread(_ratios(wholes[name], wholes["our_sparse"])) for name in VARIANTS
+                name: spread(ratios(wholes[name], wholes["our_sparse"])) for name in VARIANTS
             },
             f"step_at_{fewest}_patches": {
-                name: spread(_ratios(typical(name, fewest), typical("our_sparse", fewest)))
+                name: spread(ratios(typical(name, fewest), typical("our_sparse", fewest)))
                 for name, variant in VARIANTS.items()
                 if variant.sparse
             },
         },
         "published_dense_step_to_sparse_step": spread(
-            _ratios(typical("published_dense", patches), typical("published_sparse", fewest))
+            ratios(typical("published_dense", patches), typical("published_sparse", fewest))
         ),
         "dense_images_agree": agreeing,
     }
 
 
-def _ratios(above: list[float], below: list[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def _step(case: Case, kept: int, timed: dict[str, list[Any]], name: str) -> dict[str, Any]:
-    """What a variant's step costs in one phase; shares are of the sgemm of the same round."""
-    cost = [phases[kept] for phases in timed[name]]
-    gflop = needed_flops(case.vit, len(case.targets), kept) / 1e9
-    speeds = [gflop / c.typical for c in cost]
+def _phase(workload: Workload, kept: int, timed: dict[str, list[Any]], name: str) -> dict[str, Any]:
+    """The seconds and the speed of a variant in one phase. sgemm is that of the same round."""
+    seconds = [phases[kept] for phases in timed[name]]
+    gflop = needed_flops(workload.vit, len(workload.targets), kept) / 1e9
+    speeds = [gflop / phase.typical for phase in seconds]
     return {
-        "seconds": spread([c.typical for c in cost]),
-        "early_steps": len(cost[0].early),
-        "early_seconds": spread([sum(c.early) for c in cost]),
+        "seconds": spread([phase.typical for phase in seconds]),
+        "early_steps": len(seconds[0].early),
+        "early_seconds": spread([sum(phase.early) for phase in seconds]),
         "needed_gflop": rounded(gflop),
         "gflops": spread(speeds),
-        "share_of_sgemm": spread(_ratios(speeds, timed["sgemm_square"])),
+        "share_of_sgemm": spread(ratios(speeds, timed["sgemm_square"])),
     }
 
 
-def agreement(ours: Tensor, theirs: Tensor) -> float:
-    """The share of pixels that are the same to 1e-3.
-
-    Raises:
-        AssertionError: fewer than 99.9 %. The first steps of Adam have the size of the learning
-            rate whatever the gradient's is, so that rounding decides a few pixels.
-    """
-    share = ((ours - theirs).abs() < 1e-3).double().mean().item()
-    assert share > 0.999, f"expected the same images of both dense loops, {share:.2%} of pixels are"
-    return rounded(share, 7)
-
-
-def whole_run(case: Case, iterations: int) -> dict[str, float]:
-    """Seconds of one whole inversion, not composed."""
+def whole_run(workload: Workload, iterations: int) -> dict[str, float]:
+    """Seconds of one whole inversion by each sparse loop, timed instead of composed."""
     stops = StopSchedule.scaled(iterations)
 
     def seconds(run: Loop) -> float:
@@ -172,22 +189,23 @@ def whole_run(case: Case, iterations: int) -> dict[str, float]:
         run(stops, iterations, lambda *_: None)
         return rounded(time.perf_counter() - start)
 
-    return {name: seconds(VARIANTS[name].loop(case)) for name in ("published_sparse", "our_sparse")}
+    names = ("published_sparse", "our_sparse")
+    return {name: seconds(VARIANTS[name].loop(workload)) for name in names}
 
 
-def peak_memory(model: str, name: str) -> int:
-    """Peak resident bytes of a variant, in a process of its own: peaks don't go down. Linux."""
-    case, variant = deit(model), VARIANTS[name]
+def peak_memory(model: str, batch: int, name: str) -> int:
+    """Peak resident bytes of a variant. A peak never falls, so call this in a new process."""
+    workload, variant = deit(model, batch), VARIANTS[name]
     with torch.no_grad():
-        case.vit(case.init[:1])
-    run = variant.loop(case)
-    schedule, count = (StopSchedule((2, 3, 4, 5)), 6) if variant.sparse else (Dense(), 2)
-    return peak(lambda: run(schedule, count, lambda *_: None))
+        workload.vit(workload.init[:1])
+    run = variant.loop(workload)
+    stops, count = (StopSchedule((2, 3, 4, 5)), 6) if variant.sparse else (NO_STOPS, 2)
+    return peak_bytes(lambda: run(stops, count, lambda *_: None))
 
 
-def memory(model: str) -> dict[str, Any]:
-    """Peak memory of every variant, and its share of the published dense one's."""
-    peaks = {name: in_a_process_of_its_own(peak_memory, model, name) for name in VARIANTS}
+def memory(model: str, batch: int) -> dict[str, Any]:
+    """Peak memory of every variant, and its share of the published dense loop's."""
+    peaks = {name: in_new_process(peak_memory, model, batch, name) for name in VARIANTS}
     return {
         "peak_mb": {name: rounded(peak / 1e6) for name, peak in peaks.items()},
         "share_of_published_dense": {
@@ -196,22 +214,26 @@ def memory(model: str) -> dict[str, Any]:
     }
 
 
-def main(models: Sequence[str] = tuple(BATCHES), iterations: int = 400) -> None:
+def main(quick: bool = False) -> None:
+    batches = {WHOLE_RUN_OF: QUICK_BATCH} if quick else BATCHES
+    iterations = QUICK_ITERATIONS if quick else ITERATIONS
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     measured = {}
-    for model in models:
-        case = deit(model)
-        measured[model] = measure(case, iterations)
+    for model, batch in batches.items():
+        workload = deit(model, batch)
+        measured[model] = measure(workload, iterations, rounds)
         if model == WHOLE_RUN_OF:
-            measured[model]["whole_run_seconds"] = whole_run(case, iterations)
-        measured[model]["memory"] = memory(model)
+            measured[model]["whole_run_seconds"] = whole_run(workload, iterations)
+        measured[model]["memory"] = memory(model, batch)
     record(
         "end_to_end",
         {
             "iterations": iterations,
             "stops": StopSchedule.scaled(iterations).at,
-            "rounds": ROUNDS,
+            "rounds": rounds,
             "method": METHOD,
             "memory_method": MEMORY,
             "models": measured,
         },
+        quick=quick,
     )
