@@ -42,7 +42,7 @@ def draw(results: dict[str, Any]) -> Figure:
         gains.append(ratios["published_dense"]["median"])
         ours = measured["variants"]["our_sparse"]["whole_seconds"]["median"]
         axes.set_title(
-            f"{NAMES[model]}, batch {measured['batch']}: {ours:.0f} s in the end",
+            f"{NAMES[model]}, batch {measured['batch']}: our sparse loop takes {ours:.0f} s",
             loc="left",
             fontsize=10,
             color=TEXT,
@@ -52,7 +52,7 @@ def draw(results: dict[str, Any]) -> Figure:
     panels[-1].set_xlabel("times as fast as a published-style dense loop", color=TEXT)
     machine = results["environment"]
     figure.suptitle(
-        f"A whole inversion of {results['iterations']} iterations, 224 px, float32, "
+        f"Whole inversions of {results['iterations']} iterations, 224 px, float32, "
         f"{machine['threads']} cores of {machine['cpu']}",
         x=0.01,
         ha="left",

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import figures
+from benchmarks.__main__ import MEASUREMENTS
 from benchmarks.baselines import published_losses
 from benchmarks.harness import environment, memory
 from benchmarks.harness.flops import forward_flops, needed_flops
@@ -88,6 +89,12 @@ def test_no_benchmark_shadows_the_standard_library() -> None:
     names = {path.stem for path in Path(figures.__file__).parent.rglob("*.py")}
     assert {"figures", "step_profile"} <= names
     assert not (names - {"__init__", "__main__"}) & sys.stdlib_module_names
+
+
+def test_the_readme_has_every_command_and_every_result() -> None:
+    text = Path(figures.__file__).with_name("README.md").read_text()
+    results = {path.name for path in environment.RESULTS.iterdir() if "-quick" not in path.name}
+    assert [name for name in (*MEASUREMENTS, *results) if f"`{name}`" not in text] == []
 
 
 def test_a_quick_run_leaves_recorded_results_alone(

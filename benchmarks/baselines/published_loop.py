@@ -3,7 +3,7 @@
 It is written from the description of that loop and imports nothing from smi_fast. Like the
 published loop it computes:
 
-- gradients of the weights, which nothing reads;
+- gradients of the weights, although no iteration uses them;
 - the attention maps of all blocks in every iteration;
 - the embedding of all patches, before it drops some of them;
 - jitter, total variation, Adam and clamp on whole images.
