@@ -1,33 +1,23 @@
-"""``python -m benchmarks [NAME …]`` runs the named measurements, or all of them."""
+"""Runs measurements, by default all of them: ``python -m benchmarks [NAME …] [--quick]``."""
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
-from benchmarks import (
-    end_to_end,
-    foreground,
-    inversion,
-    judge,
-    ops,
-    plot,
-    profile,
-    roofline,
-    statistics,
-)
-from benchmarks.loops import BATCHES
+from benchmarks import figures
+from benchmarks.quality import class_accuracy, foreground, independent_judge
+from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
     "foreground": foreground.main,
-    "inversion": inversion.main,
-    "judge": judge.main,
+    "class-accuracy": class_accuracy.main,
+    "judge": independent_judge.main,
     "ops": ops.main,
-    "profile": profile.main,
+    "step-profile": step_profile.main,
     "end-to-end": end_to_end.main,
-    "statistics": statistics.main,
-    "plot": plot.main,
+    "objectives": objectives.main,
     "roofline": roofline.main,
+    "figures": figures.main,
 }
 
 
@@ -35,20 +25,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument(
-        "--model", nargs="+", choices=BATCHES, default=list(BATCHES), help="of end-to-end"
+        "--quick",
+        action="store_true",
+        help="reduced size, at most two minutes each; writes results/*-quick.* only",
     )
-    parser.add_argument("--iterations", type=int, default=400, help="of end-to-end")
     options = parser.parse_args()
     names = options.names or list(MEASUREMENTS)
     if unknown := set(names) - set(MEASUREMENTS):
         parser.error(f"expected names among {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}")
-    measurements = MEASUREMENTS | {
-        "end-to-end": partial(end_to_end.main, options.model, options.iterations)
-    }
     for name in names:
-        measurements[name]()
+        MEASUREMENTS[name](options.quick)
 
 
-# The processes that memory is measured in import this file again.
+# A process that measures memory imports this file again.
 if __name__ == "__main__":
     main()

@@ -1,10 +1,14 @@
-"""The benchmarks: their yardstick computes what ours does, and their arithmetic is right."""
+"""The benchmarks: their yardstick makes the images that ours makes, and the arithmetic is right."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,27 +16,31 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import end_to_end, ops, plot, profile, resident, roofline, statistics
-from benchmarks.flops import forward_flops, needed_flops
-from benchmarks.loops import (
+from benchmarks import figures
+from benchmarks.__main__ import MEASUREMENTS
+from benchmarks.baselines import published_losses
+from benchmarks.harness import environment, memory
+from benchmarks.harness.flops import forward_flops, needed_flops
+from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
+from benchmarks.speed.loops import (
+    NO_STOPS,
     VARIANTS,
     Callback,
-    Case,
-    Cost,
     Loop,
+    PhaseSeconds,
     Variant,
-    costs,
+    Workload,
     our_loop,
     published_loop,
+    time_phases,
 )
-from smi_fast import Dense, SparseViT, StopSchedule
-from smi_fast.schedules import Schedule
+from smi_fast import SparseViT, StopSchedule
 
 STOPS = StopSchedule((3, 6), (0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
+def workload() -> Workload:
     torch.manual_seed(1)
     vit = VisionTransformer(
         img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5
@@ -40,25 +48,25 @@ def case() -> Case:
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return Case(vit.eval(), torch.tensor([1, 4]), torch.randn(2, 3, 32, 48))
+    return Workload(vit.eval(), torch.tensor([1, 4]), torch.randn(2, 3, 32, 48))
 
 
 @pytest.fixture(scope="module")
-def exact(case: Case) -> Case:
-    """The same in float64."""
+def exact(workload: Workload) -> Workload:
+    """The same workload in float64."""
     vit = VisionTransformer(
         img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5
     )
-    vit.load_state_dict(case.vit.state_dict())
-    return Case(vit.double().eval(), case.targets, case.init.double())
+    vit.load_state_dict(workload.vit.state_dict())
+    return Workload(vit.double().eval(), workload.targets, workload.init.double())
 
 
-@pytest.mark.parametrize("schedule", [Dense(), STOPS], ids=["dense", "sparse"])
-def test_published_style_loop_computes_what_ours_does(exact: Case, schedule: Schedule) -> None:
+@pytest.mark.parametrize("stops", [NO_STOPS, STOPS], ids=["dense", "sparse"])
+def test_published_style_loop_computes_what_ours_does(exact: Workload, stops: StopSchedule) -> None:
     frames = []
     for run in (published_loop(exact), our_loop(exact, background="regularized")):
         pixels = []
-        run(schedule, 10, lambda t, images, kept, to=pixels: to.append((images.clone(), kept)))
+        run(stops, 10, lambda t, images, kept, to=pixels: to.append((images.clone(), kept)))
         frames.append(pixels)
     for (theirs, their_kept), (ours, our_kept) in zip(*frames, strict=True):
         assert torch.equal(their_kept, our_kept)
@@ -66,35 +74,71 @@ def test_published_style_loop_computes_what_ours_does(exact: Case, schedule: Sch
     assert not torch.equal(frames[0][0][0], frames[0][-1][0])
 
 
-def test_published_style_loop_spends_gradients_on_the_weights(exact: Case) -> None:
-    published_loop(exact)(Dense(), 1, lambda *_: None)
+def test_published_style_loop_spends_gradients_on_the_weights(exact: Workload) -> None:
+    published_loop(exact)(NO_STOPS, 1, lambda *_: None)
     assert all(parameter.grad is not None for parameter in exact.vit.parameters())
+
+
+def test_the_yardstick_imports_nothing_from_smi_fast() -> None:
+    code = "import sys, benchmarks.baselines.published_loop; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not [name for name in done.stdout.split() if name.startswith("smi_fast")]
+
+
+def test_no_benchmark_shadows_the_standard_library() -> None:
+    names = {path.stem for path in Path(figures.__file__).parent.rglob("*.py")}
+    assert {"figures", "step_profile"} <= names
+    assert not (names - {"__init__", "__main__"}) & sys.stdlib_module_names
+
+
+def test_the_readme_has_every_command_and_every_result() -> None:
+    text = Path(figures.__file__).with_name("README.md").read_text()
+    results = {path.name for path in environment.RESULTS.iterdir() if "-quick" not in path.name}
+    assert [name for name in (*MEASUREMENTS, *results) if f"`{name}`" not in text] == []
+
+
+def test_a_quick_run_leaves_recorded_results_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    environment.record("made_up", {"seconds": 1.0})
+    environment.record("made_up", {"seconds": 2.0}, quick=True)
+    found = {path.name: json.loads(path.read_text())["seconds"] for path in tmp_path.iterdir()}
+    assert found == {"made_up.json": 1.0, "made_up-quick.json": 2.0}
+
+
+def test_a_picture_without_results_says_which_command_records_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="run python -m benchmarks end-to-end --quick first"):
+        figures.main(quick=True)
 
 
 def test_dense_images_that_differ_are_no_agreement() -> None:
     images = torch.rand(2, 3, 32, 48)
     assert end_to_end.agreement(images, images) == 1
-    with pytest.raises(AssertionError, match="expected the same images of both dense loops"):
+    with pytest.raises(AssertionError, match="expected the same images from the two dense loops"):
         end_to_end.agreement(images, images.flip(3))
 
 
 @pytest.mark.skipif(
-    not resident.CLEAR_REFS.exists(), reason="the kernel can't set the peak of a process back"
+    not memory.CLEAR_REFS.exists(), reason="the kernel can't set the peak of a process back"
 )
 def test_peak_memory_is_what_a_loop_takes_at_most(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hungry(_: Case) -> Loop:
+    def hungry(_: Workload) -> Loop:
         def run(*_: object) -> None:
             for _ in range(3):
                 torch.ones(2**24).sum()
 
         return run
 
-    monkeypatch.setattr(end_to_end, "deit", lambda _: case)
+    monkeypatch.setattr(end_to_end, "deit", lambda *_: workload)
     monkeypatch.setitem(VARIANTS, "hungry", Variant(hungry, sparse=False))
-    # One of the three, 67 MB, is held at a time.
-    peak = end_to_end.peak_memory("deit_tiny", "hungry")
+    # Each of the three tensors has 67 MB and is freed before the next one.
+    peak = end_to_end.peak_memory("deit_tiny", 2, "hungry")
     assert peak == pytest.approx(2**26, rel=0.25)
 
 
@@ -109,42 +153,46 @@ def test_needed_work_at_46_patches(name: str, batch: int, gflop: float) -> None:
 
 
 @pytest.mark.parametrize("kept", [6, 24])
-def test_needed_work_is_what_pytorch_counts(case: Case, kept: int) -> None:
-    images, patches = case.init.clone().requires_grad_(), torch.arange(kept).expand(2, -1)
+def test_needed_work_is_what_pytorch_counts(workload: Workload, kept: int) -> None:
+    images, patches = workload.init.clone().requires_grad_(), torch.arange(kept).expand(2, -1)
     with FlopCounterMode(display=False) as counter:
-        logits = SparseViT(case.vit, backend="reference")(images, patches).logits
+        logits = SparseViT(workload.vit, backend="reference")(images, patches).logits
         forward = counter.get_total_flops()
         logits.sum().backward()
-    linear, attention = forward_flops(case.vit, kept)
+    linear, attention = forward_flops(workload.vit, kept)
     assert forward == 2 * (linear + attention)
-    # The gradient of attention has twice its products, and in two blocks computes scores again.
+    # The backward pass of attention has twice its GEMMs, and two blocks compute the scores again.
     again = 2 * 2 * (kept + 1) ** 2 * 32
     assert counter.get_total_flops() == 2 * (2 * linear + 3 * attention + again)
-    assert needed_flops(case.vit, 2, kept) == 2 * (2 * linear + 2 * attention)
+    assert needed_flops(workload.vit, 2, kept) == 2 * (2 * linear + 2 * attention)
 
 
-def test_costs_tell_early_and_typical_steps_of_each_phase(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+def test_each_phase_has_early_and_typical_iterations(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = [9.0, 1.0, 1.0, 8.0, 2.0, 2.0, 7.0, 3.0, 4.0, 50.0]
     clock = iter([0.0] + [edge for s in seconds for edge in (s, 0.0)])
-    monkeypatch.setattr("benchmarks.loops.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("benchmarks.speed.loops.time.perf_counter", lambda: next(clock))
 
-    def run(schedule: Schedule, iterations: int, callback: Callback) -> None:
+    def run(stops: StopSchedule, iterations: int, callback: Callback) -> None:
         for t, kept in enumerate([24] * 3 + [12] * 3 + [6] * 4):
-            callback(t, case.init, torch.zeros(2, kept))
+            callback(t, workload.init, torch.zeros(2, kept))
 
-    assert costs(run, STOPS, 10, early=3)[12] == Cost((8.0, 2.0, 2.0), 2.0)
+    assert time_phases(run, STOPS, 10, early=3)[12] == PhaseSeconds((8.0, 2.0, 2.0), 2.0)
     clock = iter([0.0] + [edge for s in seconds for edge in (s, 0.0)])
-    expected = {24: Cost((9.0,), 1.0), 12: Cost((8.0,), 2.0), 6: Cost((7.0,), 4.0)}
-    assert costs(run, STOPS, 10) == expected
+    expected = {
+        24: PhaseSeconds((9.0,), 1.0),
+        12: PhaseSeconds((8.0,), 2.0),
+        6: PhaseSeconds((7.0,), 4.0),
+    }
+    assert time_phases(run, STOPS, 10) == expected
     phases = end_to_end.schedule_phases(STOPS, 10, 24)
     assert phases == [(24, 3), (12, 3), (6, 4)]
     assert end_to_end.whole_seconds(phases, expected) == 9 + 2 * 1 + 8 + 2 * 2 + 7 + 3 * 4
 
 
-def test_end_to_end_is_measured_and_drawn(case: Case) -> None:
-    measured = end_to_end.measure(case, 400, rounds=1)
+def test_end_to_end_is_measured_and_drawn(workload: Workload) -> None:
+    measured = end_to_end.measure(workload, 400, rounds=1)
     phases = [(24, 5), (16, 5), (11, 10), (7, 10), (4, 370)]
     for name, variant in measured["variants"].items():
         steps = variant["steps"]
@@ -164,15 +212,15 @@ def test_end_to_end_is_measured_and_drawn(case: Case) -> None:
 
     machine = {"threads": 1, "cpu": "a CPU"}
     results = {"models": {"deit_tiny": measured}, "iterations": 400, "environment": machine}
-    (axes,) = plot.draw(results).axes
-    names = ["published_dense", *(name for name, _, _ in plot.TECHNIQUES)]
+    (axes,) = figures.draw(results).axes
+    names = ["published_dense", *(name for name, _, _ in figures.TECHNIQUES)]
     factors = [times["published_dense"] / times[name] for name in names]
     for bar, (start, end) in zip(axes.patches, pairwise(factors), strict=True):
         assert (bar.get_x(), bar.get_width()) == pytest.approx((start, end - start))
 
 
-def test_profile_shares_are_of_the_whole_step(case: Case) -> None:
-    measured = profile.measure(case, StopSchedule((1, 2), (0.5, 0.5)), steps=2)
+def test_profile_shares_are_of_the_whole_step(workload: Workload) -> None:
+    measured = step_profile.measure(workload, StopSchedule((1, 2), (0.5, 0.5)), iterations=2)
     shares = measured["shares"]
     assert measured["patches"] == 6
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
@@ -191,7 +239,7 @@ def test_profile_shares_are_of_the_whole_step(case: Case) -> None:
     ],
 )
 def test_profile_tells_what_an_op_is_for(name: str, shapes: list, kind: str) -> None:
-    assert profile.kind(name, shapes, [2, 3, 32, 48]) == kind
+    assert step_profile.kind(name, shapes, [2, 3, 32, 48]) == kind
 
 
 def test_a_wrong_op_is_not_timed() -> None:
@@ -205,7 +253,7 @@ def test_roofline_counts_the_needed_work_and_every_pixel() -> None:
     vit = timm.create_model("deit_small_patch16_224")
     for kept in (196, 46):
         parts = {part.name: part for part in roofline.parts(vit, 4, kept, "bfloat16")}
-        # Of attention's backward, needed_flops counts half.
+        # needed_flops counts half of the backward pass of attention.
         attention = parts["gather_attention, forward"].flops
         total = sum(part.flops for part in parts.values())
         assert total == needed_flops(vit, 4, kept) + attention
@@ -224,18 +272,20 @@ def test_roofline_floor_is_the_slower_of_arithmetic_and_memory() -> None:
 
 
 def test_hooks_compute_what_the_op_does() -> None:
-    ours, hooked = statistics.layers(2, 64), statistics.layers(2, 64)
+    ours, hooked = objectives.make_layers(2, 64), objectives.make_layers(2, 64)
     assert len(ours) == 49 and ours[0].x.shape == (2, 32, 32, 32)
-    theirs = statistics.hooked(hooked)
+    theirs = objectives.hooked(hooked)
     for _ in range(2):
-        got, expected = statistics.fused(ours), theirs()
-        assert len(got) == 50 and max(statistics._errors(got, expected)) < 1e-5
+        got, expected = objectives.fused(ours), theirs()
+        assert len(got) == 50 and max(objectives._errors(got, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("similarities", [statistics.by_broadcast, statistics.by_product])
+@pytest.mark.parametrize(
+    "similarities", [published_losses.cosines_by_broadcast, published_losses.cosines_by_matmul]
+)
 def test_published_entropy_is_what_ours_is(similarities: Callable) -> None:
     features = [torch.randn(2, 9, 5, dtype=torch.float64) + 0.5 for _ in range(2)]
-    plain = partial(statistics.published_entropy, similarities=similarities)
-    expected = statistics._with_gradients(plain, features)
-    got = statistics._with_gradients(statistics.similarity_entropy, features)
-    assert max(statistics._errors(got, expected)) < 1e-9
+    plain = partial(published_losses.similarity_entropy, similarities=similarities)
+    expected = objectives._with_gradients(plain, features)
+    got = objectives._with_gradients(objectives.similarity_entropy, features)
+    assert max(objectives._errors(got, expected)) < 1e-9

@@ -13,8 +13,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.fashion_canvas import CLASSES, render
-from benchmarks.foreground import foreground_share
+from benchmarks.fashion_canvas.data import CLASSES, render
+from benchmarks.quality.foreground import foreground_share
 from smi_fast import Dense, SparseInverter, StopSchedule, load_teacher, zoo
 from smi_fast.zoo import LITE0_FILE, LITE0_PACKAGE, UnknownTeacher, label_names, load_cnn
 

@@ -1,6 +1,7 @@
-"""Each op, forward and backward, by the C++ kernels, eager PyTorch and compiled PyTorch.
+"""Each op, forward and backward: the C++ kernels, eager PyTorch and compiled PyTorch.
 
-At DeiT-S's sizes, batch 8; as pytest-benchmark sees them in ``bench_ops.py``.
+The sizes are those of DeiT-S with a batch of 8. ``bench_ops.py`` gives the same calls to
+pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -15,30 +16,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.environment import record
-from benchmarks.peak import SQUARE, sgemm
-from benchmarks.timing import alternate, clocked, rounded, spread
+from benchmarks.harness.environment import record
+from benchmarks.harness.sgemm import SQUARE, sgemm
+from benchmarks.harness.timing import alternate, clocked, rounded, spread
 from smi_fast import ops
 
 BATCH, SIDE, PATCH, HEADS, WIDTH = 8, 224, 16, 6, 384
 PATCHES = (SIDE // PATCH) ** 2
-# What the published schedule leaves in the end, and every patch.
+# The patches that the published schedule leaves, and all patches.
 KEPT = (46, PATCHES)
-ROUNDS = 30
+ROUNDS, QUICK_ROUNDS = 30, 3
 
-# One forward and backward of an op: its outputs and gradients.
+# One forward and backward pass of an op: it returns outputs and gradients.
 Call = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Case:
+class OpBenchmark:
     """An op at one size.
 
     Attributes:
         op: its name in :mod:`smi_fast.ops`.
         label: the size.
-        setup: makes inputs, the same each time, and returns the call of a given implementation.
-        work: bytes read and written, each once, in a forward and backward; or FLOPs.
+        setup: makes the inputs, the same each time, and returns the call of an implementation.
+        work: of a forward and backward pass: FLOPs, or bytes when each tensor is read or written
+            once.
         unit: "GB" or "GFLOP".
     """
 
@@ -53,51 +55,52 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """Names of those to compare; all of them give the same."""
+        """The implementations to compare. All of them return the same values."""
         names = ("cpp", "reference", "compiled")
         return (*names, "sdpa") if self.op == "gather_attention" else names
 
     def call(self, name: str) -> Call:
-        """A forward and backward by an implementation, with inputs of its own."""
+        """A forward and backward pass by one implementation, on its own inputs."""
         if name == "sdpa":
             return self.setup(sdpa)
         public = getattr(ops, self.op)
         if name != "compiled":
             return self.setup(partial(public, backend=name))
-        # What was compiled for other sizes would count towards the limit of recompilations.
+        # Code compiled for other sizes would count towards the limit of recompilations.
         torch.compiler.reset()
         eager = partial(public, backend="reference")
         return self.setup(torch.compile(eager, fullgraph=True, dynamic=False))
 
 
 def sdpa(qkv: Tensor) -> tuple[Tensor, None]:
-    """The same attention by PyTorch's, with the changes of layout that it needs."""
+    """The same attention by PyTorch's fused op, with the changes of layout that it needs."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), None
 
 
-def cases() -> Iterator[Case]:
-    """Every op. Work with all patches kept is given to an op as a dense loop gives it."""
+def op_benchmarks(counts: tuple[int, ...] = KEPT) -> Iterator[OpBenchmark]:
+    """Every op at each number of kept patches. With all patches it is called as in a dense loop."""
     image_bytes = 4 * BATCH * 3 * SIDE**2
-    for count in KEPT:
+    for count in counts:
         kept_bytes = image_bytes * count / PATCHES
         label = f"K={count}"
-        # Windows are read and written; their gradients read, and a whole image written.
+        # Forward reads and writes the windows. Backward reads their gradient, writes whole images.
         moved = 3 * kept_bytes + image_bytes
-        yield Case("gather_patches", label, partial(_gather_patches, count), moved)
-        # Forward 4 N² per channel, backward twice that; the scores computed again don't count.
+        yield OpBenchmark("gather_patches", label, partial(_gather_patches, count), moved)
+        # Forward needs 4 N² per channel, backward twice that without the recomputed scores.
         flops = 12 * BATCH * (count + 1) ** 2 * WIDTH
         attention = partial(_gather_attention, count + 1)
-        yield Case("gather_attention", label, attention, flops, "GFLOP")
-        # Read forward and backward; a whole gradient written.
+        yield OpBenchmark("gather_attention", label, attention, flops, "GFLOP")
+        # Forward and backward each read the kept pixels. Backward writes whole images.
         moved = 2 * kept_bytes + image_bytes
-        yield Case("total_variation", label, partial(_total_variation, count), moved)
-        # Four tensors are read, three written.
-        yield Case("adam_clamp_", label, partial(_adam_clamp_, count), 7 * kept_bytes)
+        yield OpBenchmark("total_variation", label, partial(_total_variation, count), moved)
+        # The op reads four tensors and writes three.
+        yield OpBenchmark("adam_clamp_", label, partial(_adam_clamp_, count), 7 * kept_bytes)
     shape = (BATCH, 64, SIDE // 2, SIDE // 2)
-    # Read and written; then read with its gradient, and written.
+    # Forward reads x and writes y. Backward reads x and the gradient of y, writes that of x.
     moved = 5 * 4 * torch.Size(shape).numel()
-    yield Case("batch_norm_matching", "64x112x112", partial(_batch_norm_matching, shape), moved)
+    matching = partial(_batch_norm_matching, shape)
+    yield OpBenchmark("batch_norm_matching", "64x112x112", matching, moved)
 
 
 def _kept(count: int) -> Tensor | None:
@@ -137,23 +140,23 @@ def _gather_attention(tokens: int, op: Callable[..., Any]) -> Call:
 
 
 def _total_variation(count: int, op: Callable[..., Any]) -> Call:
-    images, kept = _images().requires_grad_(), _kept(count)
+    images, active = _images().requires_grad_(), _kept(count)
 
     def call() -> tuple[Tensor, ...]:
-        _, l2 = op(images, kept, patch_size=PATCH)
+        _, l2 = op(images, active, patch_size=PATCH)
         return l2, *torch.autograd.grad(l2, images)
 
     return call
 
 
 def _adam_clamp_(count: int, op: Callable[..., Any]) -> Call:
-    images, kept = _images(), _kept(count)
+    images, active = _images(), _kept(count)
     grad, moments = torch.randn_like(images), [torch.zeros_like(images) for _ in range(2)]
     low, high = -torch.ones(3), torch.ones(3)
     options = {"step": 1, "lr": 0.25, "betas": (0.5, 0.99), "low": low, "high": high}
 
     def call() -> tuple[Tensor, ...]:
-        op(images, grad, *moments, kept=kept, patch_size=PATCH, **options)
+        op(images, grad, *moments, active=active, patch_size=PATCH, **options)
         return images, *moments
 
     return call
@@ -172,11 +175,10 @@ def _batch_norm_matching(shape: tuple[int, ...], op: Callable[..., Any]) -> Call
 
 
 def check(calls: dict[str, Call]) -> None:
-    """Calls every implementation once.
+    """Calls every implementation once and compares it with eager PyTorch.
 
     Raises:
-        AssertionError: one gives something else than eager PyTorch, by more than 1e-5 of the
-            largest number.
+        AssertionError: a value differs by more than 1e-5 of the largest one.
     """
     expected = [result.detach().clone() for result in calls["reference"]()]
     for name, call in calls.items():
@@ -188,28 +190,29 @@ def check(calls: dict[str, Call]) -> None:
 
 
 def copy(moved: float) -> Callable[[], object]:
-    """A copy that reads and writes so many bytes in all."""
+    """A copy that reads and writes ``moved`` bytes in total."""
     source = torch.randn(round(moved / 8))
     return partial(torch.empty_like(source).copy_, source)
 
 
-def measure(case: Case, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Time and speed of each implementation, and what they are compared with."""
-    calls = {name: case.call(name) for name in case.implementations}
+def measure(benchmark: OpBenchmark, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time and speed of each implementation, and the speed of sgemm or of a copy beside them."""
+    calls = {name: benchmark.call(name) for name in benchmark.implementations}
     check(calls)
     contenders = {name: clocked(call) for name, call in calls.items()}
-    contenders["best"] = clocked(copy(case.work)) if case.unit == "GB" else sgemm(SQUARE)
+    moves_bytes = benchmark.unit == "GB"
+    contenders["limit"] = clocked(copy(benchmark.work)) if moves_bytes else sgemm(SQUARE)
     timed = alternate(contenders, rounds)
-    best = timed.pop("best")
-    work = case.work / 1e9
-    limit = median(best) if case.unit == "GFLOP" else work / median(best)
+    at_limit = median(timed.pop("limit"))
+    work = benchmark.work / 1e9
+    limit = work / at_limit if moves_bytes else at_limit
     seconds = {name: median(samples) for name, samples in timed.items()}
     return {
         "work": rounded(work),
-        "unit": case.unit,
-        "sgemm_gflops" if case.unit == "GFLOP" else "copy_gb_per_s": rounded(limit),
+        "unit": benchmark.unit,
+        "copy_gb_per_s" if moves_bytes else "sgemm_gflops": rounded(limit),
         "ms": {name: spread([1e3 * s for s in samples]) for name, samples in timed.items()},
-        f"{case.unit.lower()}_per_s": {name: rounded(work / s) for name, s in seconds.items()},
+        f"{benchmark.unit.lower()}_per_s": {name: rounded(work / s) for name, s in seconds.items()},
         "cpp_share_of_limit": rounded(work / seconds["cpp"] / limit),
         "cpp_times_faster_than": {
             name: rounded(s / seconds["cpp"]) for name, s in seconds.items() if name != "cpp"
@@ -217,5 +220,7 @@ def measure(case: Case, rounds: int = ROUNDS) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    record("ops", {"rounds": ROUNDS, "ops": {str(case): measure(case) for case in cases()}})
+def main(quick: bool = False) -> None:
+    rounds, counts = (QUICK_ROUNDS, KEPT[:1]) if quick else (ROUNDS, KEPT)
+    measured = {str(each): measure(each, rounds) for each in op_benchmarks(counts)}
+    record("ops", {"rounds": rounds, "ops": measured}, quick=quick)

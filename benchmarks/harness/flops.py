@@ -1,4 +1,4 @@
-"""The arithmetic that a step of inversion can't do without."""
+"""The arithmetic that an iteration of inversion needs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 
 def forward_flops(vit: VisionTransformer, kept: int) -> tuple[int, int]:
-    """FLOPs of one image's forward pass on kept patches: of linear layers, and of attention.
+    """FLOPs of one image's forward pass on ``kept`` patches: (linear layers, attention).
 
-    A multiplication and its addition are two. Only matrix products count. Of the last block only
-    the class row is computed, and what that row reads: the keys and values of all tokens.
+    A multiplication and its addition are two FLOPs. Only GEMMs count. In the last block only the
+    class token's row counts, and the keys and values of all tokens, which that row reads.
     """
     width, tokens = vit.embed_dim, kept + vit.num_prefix_tokens
     per_token = sum(
@@ -30,10 +30,10 @@ def forward_flops(vit: VisionTransformer, kept: int) -> tuple[int, int]:
 
 
 def needed_flops(vit: VisionTransformer, batch: int, kept: int) -> int:
-    """FLOPs of a step: forward, and as much again for the gradient of the images.
+    """FLOPs of an iteration: a forward pass, and as many again for the gradient of the images.
 
-    Weights are frozen, so a linear layer's gradient is one product of the same size. Attention's
-    are two for each of its own; counting one leaves out about a hundredth of the step, so that
-    shares of a peak computed from it are on the low side.
+    Weights are frozen, so the backward pass of a linear layer is one GEMM of the same size. The
+    backward pass of attention needs two GEMMs for each of the forward pass. Only one of them counts
+    here, so a share of the peak that is computed from these FLOPs is about a hundredth too low.
     """
     return 2 * batch * sum(forward_flops(vit, kept))

@@ -1,4 +1,4 @@
-"""Where the time of a step of our sparse loop goes, when the fewest patches are kept."""
+"""Where the time of an iteration of our sparse loop goes, after the last stop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from benchmarks.environment import record
-from benchmarks.loops import BATCHES, Case, deit, our_loop
-from benchmarks.timing import rounded
+from benchmarks.harness.environment import record
+from benchmarks.harness.timing import rounded
+from benchmarks.speed.loops import BATCHES, QUICK_BATCH, Workload, deit, our_loop
 from smi_fast import StopSchedule
 
-STEPS = 20
+STOPS = StopSchedule((2, 4, 6, 8))
+ITERATIONS, QUICK_ITERATIONS = 20, 5
+# Iterations after the last stop that are not profiled. The loop allocates and packs weights there.
 WARM_UP = 15
-# By what the profiler calls an op; its own time, without that of the ops it calls.
+# The kind of an op by the prefix of its name in the profiler. An op's time doesn't include the ops
+# that it calls.
 KINDS = {
     "gemm": ("aten::mm", "aten::addmm", "mkl::", "mkldnn::"),
     "attention": (
@@ -31,15 +34,17 @@ PIXEL_OPS = ("smi_fast::gather_patches", "smi_fast::total_variation", "smi_fast:
 
 
 def kind(name: str, shapes: list[list[int]], images: list[int]) -> str:
-    """What a profiled op is for. Pixel work is all that reads a whole image, by any op."""
+    """The kind of a profiled op. Every op that reads a whole batch of images is pixel work."""
     if name.startswith(PIXEL_OPS) or images in shapes:
         return "pixels"
     kinds = (kind for kind, prefixes in KINDS.items() if name.startswith(prefixes))
     return next(kinds, "other_tensor_ops")
 
 
-def measure(case: Case, stops: StopSchedule, steps: int = STEPS) -> dict[str, Any]:
-    """Shares of the time of steps after the last stop, and the ops that take most of it."""
+def measure(
+    workload: Workload, stops: StopSchedule, iterations: int = ITERATIONS
+) -> dict[str, Any]:
+    """The shares of each kind of op in an iteration after the last stop, and the longest ops."""
     start = stops.at[-1] + WARM_UP
     profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     edges: list[float] = []
@@ -48,32 +53,33 @@ def measure(case: Case, stops: StopSchedule, steps: int = STEPS) -> dict[str, An
         if iteration == start:
             profiler.start()
             edges.append(time.perf_counter())
-        if iteration == start + steps:
+        if iteration == start + iterations:
             edges.append(time.perf_counter())
             profiler.stop()
 
-    our_loop(case)(stops, start + steps + 1, callback)
+    our_loop(workload)(stops, start + iterations + 1, callback)
     wall = edges[1] - edges[0]
-    seconds = dict.fromkeys(
-        ("gemm", "attention", "norm_and_gelu", "pixels", "other_tensor_ops"), 0.0
-    )
+    seconds = dict.fromkeys((*KINDS, "pixels", "other_tensor_ops"), 0.0)
     ops: dict[str, float] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         own = event.self_cpu_time_total / 1e6
-        seconds[kind(event.key, event.input_shapes, list(case.init.shape))] += own
+        seconds[kind(event.key, event.input_shapes, list(workload.init.shape))] += own
         ops[event.key] = ops.get(event.key, 0.0) + own
     seconds["python_and_rest"] = wall - sum(seconds.values())
     longest = sorted(ops.items(), key=lambda item: -item[1])[:15]
     return {
-        "batch": len(case.targets),
-        "patches": stops.counts(case.vit.patch_embed.num_patches)[-1],
-        "seconds_per_step": rounded(wall / steps),
+        "batch": len(workload.targets),
+        "patches": stops.counts(workload.patches)[-1],
+        "seconds_per_step": rounded(wall / iterations),
         "shares": {name: rounded(part / wall) for name, part in seconds.items()},
         "longest_ops": {name: rounded(part / wall) for name, part in longest},
     }
 
 
-def main() -> None:
-    stops = StopSchedule((2, 4, 6, 8))
-    models = {name: measure(deit(name), stops) for name in BATCHES}
-    record("profile", {"steps": STEPS, "models": models})
+def main(quick: bool = False) -> None:
+    batches = {"deit_tiny": QUICK_BATCH} if quick else BATCHES
+    iterations = QUICK_ITERATIONS if quick else ITERATIONS
+    models = {
+        name: measure(deit(name, batch), STOPS, iterations) for name, batch in batches.items()
+    }
+    record("step_profile", {"steps": iterations, "models": models}, quick=quick)

@@ -1,9 +1,9 @@
-"""A prediction, and no measurement: the least time that a step can take on a GPU, from its shapes.
+"""Predicts, without a measurement, the least time of an iteration on a GPU.
 
-Each part of a step takes at least as long as its FLOPs at the peak rate, and as its bytes, each
-input read once and each output written once, at the peak bandwidth; parts run one after the other.
-What a launch costs, how far from its peak a GPU stays, and what a cache keeps from one part for the
-next, isn't in it.
+An iteration is a sequence of parts. A part takes the time of its FLOPs at the peak rate, or of its
+bytes at the peak bandwidth, whichever is longer. Its bytes are those of its inputs, read once, and
+of its outputs, written once. The prediction leaves out the cost of launches, the distance of real
+kernels from the peak, and data that a cache keeps from one part to the next.
 """
 
 from __future__ import annotations
@@ -11,28 +11,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.environment import record
-from benchmarks.flops import forward_flops
+from benchmarks.harness.environment import record
+from benchmarks.harness.flops import forward_flops
 from smi_fast import StopSchedule
 
 MODELS = ("deit_tiny", "deit_small", "deit_base")
 BATCH, ITERATIONS = 32, 4000
 PIXEL_BYTES = 4
 SIZES = {"bfloat16": 2, "float32": 4}
+# Kept patches whose parts and floors are shown: all, and those after the last stop.
+SHOWN = (196, 46)
+WHAT = "prediction from data sheets, not measured on any GPU"
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak rates of a data sheet, without sparsity.
+    """Peak rates from a data sheet, without structured sparsity.
 
     Attributes:
-        flops: a second, by the data type of the products; float32 without tensor cores.
-        bandwidth: of the memory, in bytes a second.
-        source: of these numbers.
+        flops: FLOPs per second for each data type of the GEMMs; float32 without tensor cores.
+        bandwidth: bytes per second of the memory.
+        source: where these numbers are published.
     """
 
     flops: dict[str, float]
@@ -61,25 +66,26 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Part:
-    """What some kernels of a step have to do, for a whole batch."""
+    """The work of one part of an iteration, for a whole batch."""
 
     name: str
     flops: float
     bytes: float
 
     def seconds(self, gpu: GPU, dtype: str) -> tuple[float, float]:
-        """At the peak rate of arithmetic, and at that of memory."""
+        """Seconds of the arithmetic, and seconds of the memory traffic, each at its peak."""
         return self.flops / gpu.flops[dtype], self.bytes / gpu.bandwidth
 
 
 def parts(vit: VisionTransformer, batch: int, kept: int, dtype: str) -> Iterator[Part]:
-    """A step of CrossEntropy and TotalVariation; pixels are float32, the rest is ``dtype``.
+    """The parts of an iteration with CrossEntropy and TotalVariation.
 
-    Of the last block, of which one row counts, the products are in and the rest is left out.
+    Pixels are float32, everything else is ``dtype``. The last block computes one row; its GEMMs are
+    included, its attention, norms and GELU are not.
     """
     size, width, whole = SIZES[dtype], vit.embed_dim, len(vit.blocks) - 1
     rows = batch * (kept + vit.num_prefix_tokens)
-    row = rows * width * size  # bytes of one activation as wide as a token
+    row = rows * width * size  # Bytes of one activation as wide as a token.
     block = vit.blocks[0]
     layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     hidden = block.mlp.fc1.out_features / width
@@ -89,10 +95,12 @@ def parts(vit: VisionTransformer, batch: int, kept: int, dtype: str) -> Iterator
     moved = whole * through * row + weights
     yield Part("linear layers, forward", linear, moved)
     yield Part("linear layers, backward", linear, moved)
-    # Q, K and V are read, the output is written; then all of these and the gradients.
+    # Forward reads Q, K and V and writes the output. Backward reads Q, K, V and the gradient of the
+    # output, and writes the gradients of Q, K and V.
     yield Part("gather_attention, forward", attention, whole * 4 * row)
     yield Part("gather_attention, backward", 2 * attention, whole * 7 * row)
-    # LayerNorm 2 and 3 activations, GELU the same of the hidden layer, a sum 3.
+    # LayerNorm moves 2 activations forward and 3 backward, GELU the same of the hidden layer, a
+    # residual sum 3.
     yield Part("rows, forward", 0, whole * (2 * 2 + 2 * hidden + 2 * 3) * row)
     yield Part("rows, backward", 0, whole * (2 * 3 + 3 * hidden + 2 * 3) * row)
 
@@ -108,7 +116,7 @@ def parts(vit: VisionTransformer, batch: int, kept: int, dtype: str) -> Iterator
 
 
 def floor(parts: list[Part], gpu: GPU, dtype: str) -> dict[str, float | str]:
-    """Predicted milliseconds of a step, those bound by arithmetic among them, and what binds."""
+    """Predicted milliseconds of an iteration, those that arithmetic bounds, and what binds."""
     times = [part.seconds(gpu, dtype) for part in parts]
     by_arithmetic = sum(arithmetic for arithmetic, memory in times if arithmetic >= memory)
     total = sum(map(max, times))
@@ -119,9 +127,14 @@ def floor(parts: list[Part], gpu: GPU, dtype: str) -> dict[str, float | str]:
     }
 
 
-def predict(name: str, dtype: str, gpu: GPU) -> dict[str, object]:
-    """The floors of a step of each phase, and of the published schedule against a dense run."""
-    vit = timm.create_model(f"{name}_patch16_224")
+def model(name: str) -> VisionTransformer:
+    """A model that has shapes and no memory."""
+    with torch.device("meta"):
+        return timm.create_model(f"{name}_patch16_224")
+
+
+def predict(vit: VisionTransformer, dtype: str, gpu: GPU) -> dict[str, Any]:
+    """The floor of an iteration in each phase, and of a dense run over a published sparse one."""
     schedule = StopSchedule()
     counts = (vit.patch_embed.num_patches, *schedule.counts(vit.patch_embed.num_patches))
     steps = {kept: floor(list(parts(vit, BATCH, kept, dtype)), gpu, dtype) for kept in counts}
@@ -134,42 +147,40 @@ def predict(name: str, dtype: str, gpu: GPU) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(quick: bool = False) -> None:
+    vits = {name: model(name) for name in (MODELS[:1] if quick else MODELS)}
     predictions = {
-        model: {dtype: {gpu: predict(model, dtype, GPUS[gpu]) for gpu in GPUS} for dtype in SIZES}
-        for model in MODELS
+        name: {dtype: {gpu: predict(vit, dtype, GPUS[gpu]) for gpu in GPUS} for dtype in SIZES}
+        for name, vit in vits.items()
     }
+    small = model("deit_small")
     shown = {
         f"{kept} patches": {
             part.name: {"GFLOP": round(part.flops / 1e9, 3), "MB": round(part.bytes / 1e6, 3)}
-            for part in parts(timm.create_model("deit_small_patch16_224"), BATCH, kept, "bfloat16")
+            for part in parts(small, BATCH, kept, "bfloat16")
         }
-        for kept in (196, 46)
+        for kept in SHOWN
     }
-    measured_nothing = "prediction from data sheets, not measured on any GPU"
     record(
         "roofline",
         {
-            "what": measured_nothing,
+            "what": WHAT,
             "images": BATCH,
             "iterations": ITERATIONS,
             "sources": {name: gpu.source for name, gpu in GPUS.items()},
             "parts_of_deit_small_bfloat16": shown,
             "predictions": predictions,
         },
+        quick=quick,
     )
-    print(f"predicted floor of a step in ms, {BATCH} images; {measured_nothing}")
-    for model, dtypes in predictions.items():
+    print(f"predicted floor of an iteration in ms, {BATCH} images; {WHAT}")
+    for name, dtypes in predictions.items():
         for dtype, gpus in dtypes.items():
             for gpu, found in gpus.items():
                 steps = found["steps"]
-                told = ", ".join(
+                floors = ", ".join(
                     f"{kept} patches {steps[kept]['predicted_floor_ms']} ({steps[kept]['binds']})"
-                    for kept in (196, 46)
+                    for kept in SHOWN
                 )
                 ratio = found["predicted_ratio_of_dense_to_sparse"]
-                print(f"{model} {dtype} on {gpu}: {told}; whole runs 1 : {ratio}")
-
-
-if __name__ == "__main__":
-    main()
+                print(f"{name} {dtype} on {gpu}: {floors}; whole runs, dense ÷ sparse: {ratio}")

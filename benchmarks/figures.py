@@ -1,17 +1,16 @@
-"""Draws the README's picture from the recorded results, and from those only."""
+"""Draws the README's speed picture from the recorded results."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import environment
+from benchmarks.harness.environment import result_file
 
-# The loops in the order in which each adds something, what it adds, and its colour.
+# Each loop adds techniques to the one before it: (loop, what it adds, colour).
 TECHNIQUES = (
     ("published_sparse", "stop patches (SMI)", "#9db4c8"),
     (
@@ -28,10 +27,10 @@ TEXT, GRID = "#333333", "#e4e4e4"
 def draw(results: dict[str, Any]) -> Figure:
     """A waterfall for each model: how many times faster each technique makes a whole inversion.
 
-    The axis is logarithmic, so that the lengths of the bars are factors and add up to the product.
+    The axis is logarithmic: the length of a bar is its factor, and bars add up to the product.
 
     Args:
-        results: what ``end_to_end.json`` holds.
+        results: the content of ``end_to_end.json``.
     """
     models = results["models"]
     figure = Figure(figsize=(9, 1.0 + 1.35 * len(models)), layout="constrained")
@@ -43,17 +42,17 @@ def draw(results: dict[str, Any]) -> Figure:
         gains.append(ratios["published_dense"]["median"])
         ours = measured["variants"]["our_sparse"]["whole_seconds"]["median"]
         axes.set_title(
-            f"{NAMES[model]}, batch {measured['batch']}: {ours:.0f} s in the end",
+            f"{NAMES[model]}, batch {measured['batch']}: our sparse loop takes {ours:.0f} s",
             loc="left",
             fontsize=10,
             color=TEXT,
         )
-    # The factors are written to the right of the bars.
+    # The factors stand to the right of the bars.
     panels[-1].set_xlim(1, 1.6 * max(gains))
     panels[-1].set_xlabel("times as fast as a published-style dense loop", color=TEXT)
     machine = results["environment"]
     figure.suptitle(
-        f"A whole inversion of {results['iterations']} iterations, 224 px, float32, "
+        f"Whole inversions of {results['iterations']} iterations, 224 px, float32, "
         f"{machine['threads']} cores of {machine['cpu']}",
         x=0.01,
         ha="left",
@@ -64,7 +63,12 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def _waterfall(axes: Axes, times: dict[str, float]) -> None:
-    """Bars from loop to loop, of each the time in those of our sparse one."""
+    """One bar per technique.
+
+    Args:
+        axes: to draw in.
+        times: the time of each loop, relative to our sparse one.
+    """
     before = dense = times["published_dense"]
     for row, (name, _, colour) in enumerate(TECHNIQUES):
         start, end = dense / before, dense / times[name]
@@ -84,8 +88,11 @@ def _waterfall(axes: Axes, times: dict[str, float]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def main() -> None:
-    results = json.loads((environment.RESULTS / "end_to_end.json").read_text())
-    path: Path = environment.RESULTS / "waterfall.png"
-    draw(results).savefig(path, dpi=150, facecolor="white")
-    print(f"plot: {path}")
+def main(quick: bool = False) -> None:
+    source = result_file("end_to_end.json", quick=quick)
+    if not source.exists():
+        command = "python -m benchmarks end-to-end" + (" --quick" if quick else "")
+        raise SystemExit(f"expected {source}: run {command} first")
+    path = result_file("waterfall.png", quick=quick)
+    draw(json.loads(source.read_text())).savefig(path, dpi=150, facecolor="white")
+    print(f"figures: {path}")

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the speed of its sgemm, to which a step is compared."""
+"""The speed of this machine's sgemm, with which the speed of an iteration is compared."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.timing import clocked
+from benchmarks.harness.timing import clocked
 
 SQUARE = ((2048, 2048, 2048),)
-# Of one sample: long enough for the clock, and for the caches to be warm.
+# The least work of one sample. It is long enough for the clock, and warms the caches.
 LEAST_GFLOP = 30
 
 
 def sgemm(shapes: Sequence[tuple[int, int, int]]) -> Callable[[], float]:
-    """A contender that returns the GFLOP/s of products [rows, inner] @ [inner, columns]."""
+    """A contender that returns the GFLOP/s of GEMMs [rows, inner] @ [inner, columns]."""
     operands = [
         (torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns))
         for rows, inner, columns in shapes
@@ -34,7 +34,7 @@ def sgemm(shapes: Sequence[tuple[int, int, int]]) -> Callable[[], float]:
 
 
 def block_shapes(vit: VisionTransformer, rows: int) -> list[tuple[int, int, int]]:
-    """The products of one block for so many tokens: four layers, forward and input gradient."""
+    """The GEMMs of one block on ``rows`` tokens: four layers, forward and input gradient."""
     block = vit.blocks[0]
     layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     sides = [tuple(layer.weight.shape) for layer in layers]

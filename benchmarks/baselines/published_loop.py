@@ -1,8 +1,12 @@
 """A loop that costs what the published one does (arXiv 2510.27186): the yardstick of all speed.
 
-Written from its description, with what it spends: gradients of the weights that nobody reads, the
-attention maps of all blocks at every step, the embedding of all patches before some are taken, and
-jitter, total variation, Adam and clamp on whole images.
+It is written from the description of that loop and imports nothing from smi_fast. Like the
+published loop it computes:
+
+- gradients of the weights, although no iteration uses them;
+- the attention maps of all blocks in every iteration;
+- the embedding of all patches, before it drops some of them;
+- jitter, total variation, Adam and clamp on whole images.
 """
 
 from __future__ import annotations
@@ -14,9 +18,6 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from smi_fast.ops.reference import nearest_cells
-from smi_fast.schedules import Schedule, still_iterations
-
 
 def invert(
     vit: VisionTransformer,
@@ -24,34 +25,46 @@ def invert(
     *,
     init: Tensor,
     jitter: tuple[Tensor, Tensor],
-    schedule: Schedule,
+    stops: Sequence[int],
+    drop: Sequence[float],
     iterations: int,
     mean: Sequence[float],
     std: Sequence[float],
     callback: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Inverts one batch; the arguments are those of :class:`smi_fast.SparseInverter`.
+    """Inverts one batch.
 
     Args:
-        vit: a model whose one prefix token is the class token; gradients gather in its weights.
+        vit: a model whose only prefix token is the class token. Its weights receive gradients.
+        targets: class indices [B].
+        init: first images [B, 3, H, W], normalised.
+        jitter: shift int64 [T, 2] in pixels and flip bool [T] of each iteration. The iteration of
+            a stop and the one before it are not jittered.
+        stops: iterations before which patches are dropped; none for the dense loop.
+        drop: share of the kept patches that each stop drops.
+        iterations: T.
+        mean: of each channel, for normalised space.
+        std: likewise.
+        callback: called with (iteration, images, kept) after each iteration.
     """
     images = init.clone().requires_grad_()
     adam = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.99))
-    counts = dict(zip(schedule.at, schedule.counts(vit.patch_embed.num_patches), strict=True))
     kept = torch.arange(vit.patch_embed.num_patches).expand(len(targets), -1)
-    still, importance, best = still_iterations(schedule), None, float("inf")
+    drop_at = dict(zip(stops, drop, strict=True))
+    without_jitter = {stop - before for stop in stops for before in (0, 1)}
+    importance, best = None, float("inf")
     low, high = ([(edge - m) / s for m, s in zip(mean, std, strict=True)] for edge in (0, 1))
     for iteration in range(iterations):
-        if iteration in counts:
+        if iteration in drop_at:
             assert importance is not None
-            kept = schedule.select(kept, importance, counts[iteration])
+            kept = most_important(kept, importance, drop_at[iteration])
         shift, flip = (0, 0), False
-        if iteration not in still:
+        if iteration not in without_jitter:
             shift, flip = tuple(jitter[0][iteration].tolist()), bool(jitter[1][iteration])
         jittered = images.roll(shift, (2, 3))
         if flip:
             jittered = jittered.flip(3)
-        logits, maps = forward(vit, jittered, follow(vit, kept, shift, flip))
+        logits, maps = forward(vit, jittered, jittered_positions(vit, kept, shift, flip))
         importance = maps[-1].detach()[:, :, 0, 1:].mean(dim=1)
         loss = F.cross_entropy(logits, targets) + 1e-4 * total_variation(images)
         best = min(best, loss.item())
@@ -64,10 +77,16 @@ def invert(
         callback(iteration, images.detach(), kept)
 
 
-def forward(vit: VisionTransformer, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, classes] of some patches int64 [B, K], and the maps of all blocks [L, B, H, N, N].
+def most_important(kept: Tensor, importance: Tensor, drop: float) -> Tensor:
+    """The patches int64 [B, K'] that a stop leaves, ascending."""
+    count = int(kept.shape[1] * (1.0 - drop))
+    return kept.gather(1, importance.topk(count, dim=1).indices).sort(dim=1).values
 
-    All patches are embedded first, as published, and then the ones to go on with are taken.
+
+def forward(vit: VisionTransformer, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes logits [B, classes] from patches int64 [B, K], and all maps [L, B, H, N, N].
+
+    All patches are embedded first, and then the tokens of ``patches`` are taken, as published.
     """
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     if patches.shape[1] < vit.patch_embed.num_patches:
@@ -89,10 +108,13 @@ def _block(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     return x + block.mlp(block.norm2(x)), probabilities
 
 
-def follow(vit: VisionTransformer, kept: Tensor, shift: tuple[int, int], flip: bool) -> Tensor:
-    """The cells int64 [B, K] of the jittered grid that kept patches move to."""
-    rows, columns = vit.patch_embed.grid_size
-    down, right = nearest_cells(torch.tensor(shift), vit.patch_embed.patch_size[0]).tolist()
+def jittered_positions(
+    vit: VisionTransformer, kept: Tensor, shift: tuple[int, int], flip: bool
+) -> Tensor:
+    """The patches int64 [B, K] of the jittered image that ``kept`` move to."""
+    (rows, columns), side = vit.patch_embed.grid_size, vit.patch_embed.patch_size[0]
+    # A shift moves by the nearest number of whole patches, half a patch upwards.
+    down, right = ((2 * pixels + side) // (2 * side) for pixels in shift)
     row, column = (kept // columns + down) % rows, (kept % columns + right) % columns
     return row * columns + (columns - 1 - column if flip else column)
 

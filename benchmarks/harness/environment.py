@@ -1,4 +1,4 @@
-"""Keeps a measurement together with what it was taken on."""
+"""Records a measurement together with the machine and the versions it was taken on."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from typing import Any
 import timm
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-# Share of the machine's CPU time that others may use before it is not idle any more.
+RESULTS = Path(__file__).parents[1] / "results"
+# The machine counts as idle while other processes use less than this share of its CPU time.
 IDLE = 0.05
 
 
-def record(name: str, measured: Mapping[str, Any]) -> None:
+def result_file(name: str, *, quick: bool = False) -> Path:
+    """Where a result lies. Quick runs have files of their own, which git ignores."""
+    path = RESULTS / name
+    return path.with_stem(f"{path.stem}-quick") if quick else path
+
+
+def record(name: str, measured: Mapping[str, Any], *, quick: bool = False) -> None:
     """Prints a measurement and writes it to ``results/NAME.json`` with its environment."""
     environment = describe()
     text = json.dumps({**measured, "environment": environment}, indent=1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    path = result_file(f"{name}.json", quick=quick)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text + "\n")
     print(f"{name}: {text}")
+    print(f"{name}: written to {path}")
     if environment["idle"] is False:
-        print(f"{name}: the machine was not idle, so times are not to be relied on")
+        print(f"{name}: other processes used the machine meanwhile, don't rely on these times")
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions, commit and time, to be kept beside a measurement."""
+    """Describes the machine, its load, the versions and the commit."""
     others = _cpu_share_of_others()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -50,7 +58,7 @@ def describe() -> dict[str, Any]:
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:
-    """Seconds until now: of the clock, of all busy processors, and of this process's; on Linux."""
+    """Seconds so far of the clock, of all busy processors, and of this process. Linux only."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -59,13 +67,13 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     return time.perf_counter(), busy, sum(os.times()[:4])
 
 
-# Taken at import, and so before the work of any measurement.
+# These are read at import, before any measurement has started.
 _LOAD_BEFORE = round(os.getloadavg()[0], 2)
 _BEFORE = _cpu_seconds()
 
 
 def _cpu_share_of_others() -> float | None:
-    """The share of the machine's CPU time since the import that other processes had."""
+    """The share of the machine's CPU time that other processes used since the import."""
     now = _cpu_seconds()
     if now is None or _BEFORE is None:
         return None

@@ -1,10 +1,12 @@
-"""Trains the embedded teacher on the CPU: ``python -m benchmarks.train_teacher``.
+"""Trains the embedded teacher on the CPU.
 
-A small CNN learns the canvases in minutes; the ViT then learns from the labels and from the CNN's
-probabilities (distillation). Two things make a ViT learn fast enough on two cores: a curriculum, in
-which items start centred and one size and end anywhere and any size, and dropped tokens: most of
-the run sees only some of the patches, the foreground first, as the teacher will later when it is
-inverted sparsely.
+Run it as ``python -m benchmarks.fashion_canvas.train_teacher``. A small CNN learns the canvases in
+minutes. The ViT then learns from the labels and from the CNN's probabilities (distillation). Two
+things make it learn fast enough on two cores:
+
+- a curriculum: items start in the centre with one size, and end in any place with any size;
+- dropped tokens: for most of the run the ViT sees some of the patches, preferably of the
+  foreground, as it does later in sparse inversion.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.fashion_canvas import (
+from benchmarks.fashion_canvas.data import (
     CLASSES,
     ITEM_SIDES,
     MEAN,
@@ -47,44 +49,55 @@ CONFIG = {
 GRID = SIDE // 8
 BATCH = 64
 VALIDATION = 5000
-WEIGHTS = Path(__file__).parent.parent / "smi_fast" / "weights"
+WEIGHTS = Path(__file__).parents[2] / "smi_fast" / "weights"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the curriculum: where items get to by its end, and how many patches are seen."""
+    """A stage of the curriculum.
+
+    Attributes:
+        share: of all training steps.
+        item_sides: smallest and largest side of an item at the end of the stage.
+        displacement: of items at the end of the stage, see :func:`render`.
+        patches: patches that the ViT sees during the stage.
+    """
 
     share: float
     item_sides: tuple[float, float]
-    wander: float
+    displacement: float
     patches: int
 
 
 CURRICULUM = (
-    Stage(share=0.20, item_sides=(32, 34), wander=0.1, patches=20),
-    Stage(share=0.35, item_sides=(32, 44), wander=1.0, patches=28),
-    Stage(share=0.30, item_sides=ITEM_SIDES, wander=1.0, patches=36),
-    Stage(share=0.15, item_sides=ITEM_SIDES, wander=1.0, patches=GRID * GRID),
+    Stage(share=0.20, item_sides=(32, 34), displacement=0.1, patches=20),
+    Stage(share=0.35, item_sides=(32, 44), displacement=1.0, patches=28),
+    Stage(share=0.30, item_sides=ITEM_SIDES, displacement=1.0, patches=36),
+    Stage(share=0.15, item_sides=ITEM_SIDES, displacement=1.0, patches=GRID * GRID),
 )
 
 
 def curriculum(progress: float) -> tuple[tuple[float, float], float, int]:
-    """Item sides, wander and patches at a progress in [0, 1), linear within each stage."""
-    before = Stage(share=0, item_sides=(32, 32), wander=0.0, patches=0)
+    """Item sides, displacement and patches at a progress in [0, 1).
+
+    The first two change linearly within each stage.
+    """
+    before = Stage(share=0, item_sides=(32, 32), displacement=0.0, patches=0)
     for stage in CURRICULUM:
         if progress < stage.share or stage is CURRICULUM[-1]:
             done = min(progress / stage.share, 1.0)
             low, high = (
                 a + (b - a) * done for a, b in zip(before.item_sides, stage.item_sides, strict=True)
             )
-            return (low, high), before.wander + (stage.wander - before.wander) * done, stage.patches
+            moved = stage.displacement - before.displacement
+            return (low, high), before.displacement + moved * done, stage.patches
         progress -= stage.share
         before = stage
     raise AssertionError("unreachable")
 
 
 def foreground_first(foreground: Tensor, count: int, generator: torch.Generator) -> Tensor | None:
-    """Indices [B, count] of the patches to see: mostly foreground, chance deciding the rest."""
+    """Indices [B, count] of the patches to see, mostly foreground; None for all patches."""
     if count == GRID * GRID:
         return None
     share = F.avg_pool2d(foreground[:, None].float(), SIDE // GRID).flatten(1)
@@ -92,6 +105,7 @@ def foreground_first(foreground: Tensor, count: int, generator: torch.Generator)
 
 
 def vit_logits(model: VisionTransformer, images: Tensor, kept: Tensor | None) -> Tensor:
+    """Logits from the kept patches; None keeps all."""
     tokens = model._pos_embed(model.patch_embed(images))
     if kept is not None:
         rows = torch.cat([kept.new_zeros(len(kept), 1), kept + 1], dim=1)
@@ -100,7 +114,7 @@ def vit_logits(model: VisionTransformer, images: Tensor, kept: Tensor | None) ->
 
 
 def sine_positions(width: int) -> Tensor:
-    """Sine-cosine positions [1, 1 + GRID², width]: "next to" is learnable from the start."""
+    """Sine-cosine positions [1, 1 + GRID², width], which show the ViT what lies side by side."""
     frequencies = torch.pi / 2 ** torch.linspace(0, math.log2(GRID * 4), width // 4)
     angles = torch.arange(GRID)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -111,6 +125,7 @@ def sine_positions(width: int) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy on images in [0, 1]."""
     model.eval()
     batches = zip(images.split(500), labels.split(500), strict=True)
     right = sum((model(normalise(x)).argmax(1) == y).sum().item() for x, y in batches)
@@ -118,8 +133,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-class Lessons:
-    """An endless stream of training batches, without the items that are left for validation."""
+class CanvasStream:
+    """An endless stream of training batches, without the items held out for validation."""
 
     def __init__(self, seed: int) -> None:
         items, labels = load_items("train")
@@ -127,11 +142,12 @@ class Lessons:
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(
-        self, item_sides: tuple[float, float], wander: float
+        self, item_sides: tuple[float, float], displacement: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, normalised; labels; foreground."""
         chosen = torch.randint(len(self.items), (BATCH,), generator=self.generator)
         images, foreground = render(
-            self.items[chosen], self.generator, item_sides=item_sides, wander=wander
+            self.items[chosen], self.generator, item_sides=item_sides, displacement=displacement
         )
         if torch.rand((), generator=self.generator) < 0.5:
             images, foreground = images.flip(3), foreground.flip(2)
@@ -157,13 +173,14 @@ class Report:
 
 
 def train_cnn(cnn: nn.Module, steps: int, seed: int) -> nn.Module:
-    lessons, report = Lessons(seed), Report("cnn", steps)
+    """Trains a CNN on the labels; returns it frozen."""
+    stream, report = CanvasStream(seed), Report("cnn", steps)
     optimiser = torch.optim.AdamW(cnn.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     for step in range(steps):
-        # The CNN needs no easy start: it is through the curriculum after half of its steps.
-        sides, wander, _ = curriculum(2 * step / steps)
-        images, labels, _ = lessons.batch(sides, wander)
+        # The CNN needs a shorter curriculum than the ViT: it ends after half of the steps.
+        sides, displacement, _ = curriculum(2 * step / steps)
+        images, labels, _ = stream.batch(sides, displacement)
         loss = F.cross_entropy(cnn(images), labels)
         optimiser.zero_grad()
         loss.backward()
@@ -174,17 +191,18 @@ def train_cnn(cnn: nn.Module, steps: int, seed: int) -> nn.Module:
 
 
 def train_vit(steps: int, cnn: nn.Module, seed: int) -> VisionTransformer:
-    lessons, model, report = Lessons(seed), VisionTransformer(**CONFIG), Report("vit", steps)
+    """Trains the ViT on the labels and on a CNN's probabilities."""
+    stream, model, report = CanvasStream(seed), VisionTransformer(**CONFIG), Report("vit", steps)
     model.pos_embed.data.copy_(sine_positions(CONFIG["embed_dim"]))
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.03, betas=(0.9, 0.98))
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        sides, wander, patches = curriculum(step / steps)
-        images, labels, foreground = lessons.batch(sides, wander)
-        logits = vit_logits(model, images, foreground_first(foreground, patches, lessons.generator))
-        # A temperature of 2 lets the CNN say which classes an item nearly was.
-        told = F.cross_entropy(logits / 2, (cnn(images) / 2).softmax(1))
-        loss = F.cross_entropy(logits, labels) + 2 * told
+        sides, displacement, patches = curriculum(step / steps)
+        images, labels, foreground = stream.batch(sides, displacement)
+        logits = vit_logits(model, images, foreground_first(foreground, patches, stream.generator))
+        # A temperature of 2 keeps the probabilities of similar classes visible.
+        distillation = F.cross_entropy(logits / 2, (cnn(images) / 2).softmax(1))
+        loss = F.cross_entropy(logits, labels) + 2 * distillation
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

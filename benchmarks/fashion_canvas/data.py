@@ -1,7 +1,7 @@
 """Fashion-MNIST items at random places and scales on textured backgrounds.
 
-A photograph has an object and a background, plain Fashion-MNIST has only an object. Here an item
-covers a known part of a 64 px canvas, so one can measure whether inversion keeps it.
+A photograph has an object and a background; plain Fashion-MNIST has only an object. Here an item
+covers a known part of a 64 px canvas, so it can be measured whether inversion keeps the item.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ SIDE = 64
 ITEM_SIDES = (32.0, 56.0)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# The canvases of the test split, which a figure is about.
+# The seed of the test canvases that every figure is about.
 TEST_SEED = 3
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_items(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
-    """The items of a split ("train" or "t10k"): uint8 [N, 28, 28] and int64 labels [N].
+    """Reads the items of a split ("train" or "t10k"): uint8 [N, 28, 28] and int64 labels [N].
 
-    Reads the gzipped IDX files of Debian's ``dataset-fashion-mnist``, or of ``folder`` or
-    ``$FASHION_MNIST`` when given.
+    The four gzipped IDX files are looked for in ``folder``, else in ``$FASHION_MNIST``, else where
+    Debian's ``dataset-fashion-mnist`` puts them.
 
     Raises:
-        FileNotFoundError: when the files are in none of these folders.
+        FileNotFoundError: the files are not there.
     """
     folder = folder or Path(os.environ.get("FASHION_MNIST", DEBIAN_FOLDER))
     images = folder / f"{split}-images-idx3-ubyte.gz"
@@ -59,22 +59,22 @@ def render(
     generator: torch.Generator,
     *,
     item_sides: tuple[float, float] = ITEM_SIDES,
-    wander: float = 1.0,
+    displacement: float = 1.0,
     side: int = SIDE,
 ) -> tuple[Tensor, Tensor]:
-    """Places each item on a canvas of its own.
+    """Places each item on its own canvas.
 
     Args:
         items: uint8 [B, 28, 28].
         generator: draws sizes, places, tints and textures.
-        item_sides: least and greatest side of an item, in canvas pixels.
-        wander: how far an item may be from the centre; 1 reaches the border of the canvas, 0 stays
-            put.
-        side: the canvas, in pixels.
+        item_sides: smallest and largest side of an item, in pixels of the canvas.
+        displacement: how far an item may lie from the centre: 0 keeps it there, 1 lets it reach the
+            border of the canvas.
+        side: side of the canvas, in pixels.
 
     Returns:
-        images [B, 3, side, side] in [0, 1] and foreground [B, side, side], true where the item is
-        opaque.
+        images [B, 3, side, side] in [0, 1], and foreground bool [B, side, side], true where an item
+        is opaque.
     """
     count = len(items)
 
@@ -82,7 +82,7 @@ def render(
         return torch.rand(*shape, generator=generator) * (high - low) + low
 
     scale = side / uniform(count, low=item_sides[0], high=item_sides[1])
-    centre = uniform(count, 2, low=-1, high=1) * wander * (1 - 1 / scale)[:, None]
+    centre = uniform(count, 2, low=-1, high=1) * displacement * (1 - 1 / scale)[:, None]
     affine = torch.zeros(count, 2, 3)
     affine[:, 0, 0] = affine[:, 1, 1] = scale
     affine[:, :, 2] = -centre * scale[:, None]
@@ -97,7 +97,7 @@ def render(
 
 
 def _texture(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Coloured noise of four octaves around a random colour: [count, 3, side, side] in [0, 1]."""
+    """A random colour with coloured noise of four octaves: [count, 3, side, side] in [0, 1]."""
     texture = torch.rand(count, 3, 1, 1, generator=generator) * 0.6 + 0.2
     for cells in (2, 4, 8, 16):
         amplitude = torch.rand(count, 1, 1, 1, generator=generator) * 0.12
@@ -107,7 +107,13 @@ def _texture(count: int, side: int, generator: torch.Generator) -> Tensor:
 
 
 def canvases(split: str, seed: int, *, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A canvas of full difficulty for each (of the last) items: images, labels, foreground."""
+    """Renders one canvas of full difficulty per item: images, labels, foreground.
+
+    Args:
+        split: "train" or "t10k".
+        seed: of the canvases.
+        last: how many items to take from the end of the split; None for all.
+    """
     items, labels = load_items(split)
     if last is not None:
         items, labels = items[-last:], labels[-last:]
@@ -118,5 +124,5 @@ def canvases(split: str, seed: int, *, last: int | None = None) -> tuple[Tensor,
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images in [0, 1] as the teacher takes them."""
+    """Normalises images in [0, 1] for the teacher."""
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

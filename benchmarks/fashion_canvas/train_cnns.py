@@ -1,8 +1,8 @@
-"""Trains the CNN prior and the judge on the CPU: ``python -m benchmarks.train_cnns [NAME …]``.
+"""Trains the CNN prior and the judge on the CPU.
 
-The prior is the CNN whose BatchNorm statistics inversion matches. The judge takes no part in
-inversion and only says what it sees in the images: it has another architecture, no BatchNorm and
-another seed.
+Run it as ``python -m benchmarks.fashion_canvas.train_cnns [NAME …]``. The prior is the CNN whose
+BatchNorm statistics inversion matches. The judge takes no part in inversion and only classifies the
+images. It differs from the prior in architecture and seed, and has no BatchNorm.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fashion_canvas import CLASSES, MEAN, STD, TEST_SEED, canvases
-from benchmarks.train_teacher import WEIGHTS, accuracy, train_cnn
+from benchmarks.fashion_canvas.data import CLASSES, MEAN, STD, TEST_SEED, canvases
+from benchmarks.fashion_canvas.train_teacher import WEIGHTS, accuracy, train_cnn
 from smi_fast.zoo import small_cnn
 
-JUDGE = Path(__file__).parent / "results" / "judge_cnn.safetensors"
+JUDGE = Path(__file__).parent / "judge_cnn.safetensors"
 
 
 class Residual(nn.Module):
-    """Two convolutions with GroupNorm beside a shortcut; the first halves the sides."""
+    """Two convolutions with GroupNorm, and a shortcut; the first one halves the sides."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -53,35 +53,43 @@ def judge_cnn() -> nn.Sequential:
 
 
 def load_judge() -> nn.Module:
+    """The trained judge, frozen."""
     judge = judge_cnn()
     judge.load_state_dict(load_file(JUDGE), strict=True)
     return judge.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
-class Pupil:
-    """A network to train, and where to."""
+class TrainingRun:
+    """A network to train.
+
+    Attributes:
+        make: makes the network.
+        seed: of its first weights and of its canvases.
+        weights: the file to write.
+    """
 
     make: Callable[[], nn.Module]
     seed: int
     weights: Path
 
 
-PUPILS = {
-    "prior": Pupil(lambda: small_cnn(len(CLASSES)), 10, WEIGHTS / "fashion_canvas_cnn.safetensors"),
-    "judge": Pupil(judge_cnn, 20, JUDGE),
+PRIOR = WEIGHTS / "fashion_canvas_cnn.safetensors"
+RUNS = {
+    "prior": TrainingRun(lambda: small_cnn(len(CLASSES)), 10, PRIOR),
+    "judge": TrainingRun(judge_cnn, 20, JUDGE),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PUPILS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
-    for name in options.names or PUPILS:
-        pupil = PUPILS[name]
-        torch.manual_seed(pupil.seed)
-        cnn = train_cnn(pupil.make(), options.steps, pupil.seed)
+    for name in options.names or RUNS:
+        run = RUNS[name]
+        torch.manual_seed(run.seed)
+        cnn = train_cnn(run.make(), options.steps, run.seed)
         images, labels, _ = canvases("t10k", seed=TEST_SEED)
         card = {
             "mean": MEAN,
@@ -89,11 +97,11 @@ def main() -> None:
             "classes": CLASSES,
             "test_accuracy": round(accuracy(cnn, images, labels), 4),
             "steps": options.steps,
-            "seed": pupil.seed,
+            "seed": run.seed,
         }
-        save_file(cnn.state_dict(), pupil.weights)
-        pupil.weights.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-        print(f"{name}: test accuracy {card['test_accuracy']:.1%}, in {pupil.weights}")
+        save_file(cnn.state_dict(), run.weights)
+        run.weights.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+        print(f"{name}: test accuracy {card['test_accuracy']:.1%}, written to {run.weights}")
 
 
 if __name__ == "__main__":

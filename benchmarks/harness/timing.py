@@ -1,4 +1,4 @@
-"""Timing on a machine whose speed wanders: contenders take turns, medians and quartiles tell."""
+"""Timing on a machine whose speed varies: contenders alternate, and the result has quartiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def alternate(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each contender returns in each round; in a round each of them is called once."""
+    """Calls each contender once per round; returns what it returned in each round."""
     returned: dict[str, list[T]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -22,7 +22,7 @@ def alternate(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[st
 
 
 def clocked(function: Callable[[], object]) -> Callable[[], float]:
-    """The function as a contender that returns its seconds."""
+    """Turns a function into a contender that returns the seconds of a call."""
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -32,8 +32,13 @@ def clocked(function: Callable[[], object]) -> Callable[[], float]:
     return seconds
 
 
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """The ratio in each round: speed that varies from round to round cancels."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
 def spread(samples: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    """Median and quartiles, to so many significant digits."""
+    """Median and quartiles, rounded to ``digits`` significant digits."""
     low, high = np.quantile(samples, (0.25, 0.75))
     return {
         "median": rounded(median(samples), digits),
@@ -42,4 +47,5 @@ def spread(samples: Sequence[float], digits: int = 4) -> dict[str, Any]:
 
 
 def rounded(value: float, digits: int = 4) -> float:
+    """The value, rounded to ``digits`` significant digits."""
     return float(f"{value:.{digits}g}")

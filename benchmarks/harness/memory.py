@@ -1,4 +1,4 @@
-"""Memory that a function takes at most, as Linux counts it."""
+"""The memory that a function needs, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import ParamSpec
 
 Given = ParamSpec("Given")
 
-# What is written to this file sets the peak of the process back to what is resident now.
-CLEAR_REFS, PEAK = Path("/proc/self/clear_refs"), "5"
+# Writing "5" to this file lowers the peak of the process to the memory that is resident now.
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def peak(function: Callable[[], object]) -> int:
-    """Peak resident bytes during a call, less what is resident before it."""
-    CLEAR_REFS.write_text(PEAK)
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Peak resident bytes during a call, minus the bytes that were resident before it."""
+    CLEAR_REFS.write_text("5")
     before = _bytes("VmRSS")
     function()
     return _bytes("VmHWM") - before
 
 
-def in_a_process_of_its_own(
+def in_new_process(
     function: Callable[Given, int], *args: Given.args, **kwargs: Given.kwargs
 ) -> int:
-    """What the function returns where nobody has allocated before: freed memory is held on to."""
+    """Calls the function in a new process, where no allocator holds memory that was freed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
         return child.submit(function, *args, **kwargs).result()
 

@@ -1,0 +1,1 @@
+"""What smi_fast is compared with: the published loop and the published losses."""

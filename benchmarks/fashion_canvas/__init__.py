@@ -1,0 +1,1 @@
+"""The canvases, and the networks trained on them."""

@@ -1,0 +1,1 @@
+"""Machine, clock, memory and arithmetic that every measurement needs."""

@@ -1,0 +1,1 @@
+"""What the images are worth: the classes they reach, and who recognises them."""
