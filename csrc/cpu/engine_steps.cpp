@@ -2,6 +2,7 @@
 // that smi_fast.engine owns. Every tensor is contiguous.
 
 #include <cmath>
+#include <limits>
 
 #include "engine_steps_api.h"
 

@@ -16,7 +16,10 @@ T add_normalize(T* __restrict x, const T* __restrict added, const T* __restrict 
   const T mean = sum / static_cast<T>(width);
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  const T rstd = static_cast<T>(1 / std::sqrt(squares / static_cast<double>(width) + eps));
+  const double variance = squares / static_cast<double>(width);
+  // An overflow must show: 1/sqrt(inf) would turn it into finite zeros.
+  const T rstd = std::isinf(variance) ? std::numeric_limits<T>::quiet_NaN()
+                                      : static_cast<T>(1 / std::sqrt(variance + eps));
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) normalized[i] = (x[i] - mean) * rstd;
   return rstd;
