@@ -33,7 +33,7 @@ _NAMES = {
         "VariationTarget",
         "collect_statistics",
     ),
-    "parametrizations": ("Parametrization", "Pixels"),
+    "parametrizations": ("Fourier", "Parametrization", "Pixels"),
     "schedules": ("Dense", "Schedule", "Selection", "Stop", "StopSchedule", "WrongSelection"),
     "teacher": ("SparseOutput", "SparseViT", "UnsupportedTeacher"),
     "zoo": ("load_cnn", "load_teacher"),

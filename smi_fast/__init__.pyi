@@ -25,6 +25,7 @@ from smi_fast.objectives import UserTerm as UserTerm
 from smi_fast.objectives import VariationTarget as VariationTarget
 from smi_fast.objectives import collect_statistics as collect_statistics
 from smi_fast.objectives import targets as targets
+from smi_fast.parametrizations import Fourier as Fourier
 from smi_fast.parametrizations import Parametrization as Parametrization
 from smi_fast.parametrizations import Pixels as Pixels
 from smi_fast.schedules import Dense as Dense

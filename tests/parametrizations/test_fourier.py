@@ -1,0 +1,108 @@
+"""The Fourier parametrization: its formula, its scale, and whole runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smi_fast import CrossEntropy, Dense, Fourier, SparseInverter, StopSchedule, load_teacher
+from smi_fast.teacher.space import ImageSpace
+
+SIZES = [(64, 64), (112, 112), (224, 224), (384, 384), (33, 48), (48, 33), (7, 9)]
+
+
+def space(height: int, width: int, dtype: torch.dtype = torch.float64) -> ImageSpace:
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]], dtype=dtype)
+    return ImageSpace(3, height, width, mean, std)
+
+
+def logits_of_pixels(fourier: Fourier, parameters: torch.Tensor) -> torch.Tensor:
+    return fourier.space.denormalize(fourier.images(parameters)).logit()
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+def test_contrast_is_that_of_the_parameters_at_every_size_and_decay(
+    height: int, width: int, decay: float
+) -> None:
+    fourier = Fourier(decay, start=0.3).bind(space(height, width))
+    parameters = fourier.initial(64, torch.Generator().manual_seed(0))
+    assert parameters.shape == (16, 3, height, width // 2 + 1, 2)
+    assert logits_of_pixels(fourier, parameters).square().mean().sqrt() == pytest.approx(
+        0.3, rel=0.2
+    )
+
+
+def test_equals_the_formula_of_its_docstring() -> None:
+    fourier = Fourier(1.5).bind(space(24, 32))
+    parameters = torch.randn(2, 3, 24, 17, 2, dtype=torch.float64)
+    frequency = torch.hypot(
+        torch.fft.fftfreq(24, dtype=torch.float64)[:, None],
+        torch.fft.fftfreq(32, dtype=torch.float64),
+    )
+    scale = frequency.clamp(min=1 / 32) ** -1.5
+    scale = (scale / scale.square().mean().sqrt())[:, :17] / 2**0.5
+    z = torch.complex(parameters[..., 0], parameters[..., 1])
+    u = torch.fft.irfft2(z * scale, s=(24, 32), norm="ortho")
+    expected = fourier.space.normalize(torch.sigmoid(u))
+    torch.testing.assert_close(fourier.images(parameters), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES[4:])
+@pytest.mark.parametrize("colour", [False, True])
+def test_given_images_come_back(height: int, width: int, colour: bool) -> None:
+    fourier = Fourier(1.2, colour=colour).bind(space(height, width))
+    pixels = torch.rand(2, 3, height, width, dtype=torch.float64) * 0.9 + 0.05
+    images = fourier.space.normalize(pixels)
+    torch.testing.assert_close(fourier.images(fourier.parameters_of(images)), images)
+
+
+def test_gradient() -> None:
+    fourier = Fourier(1.0, colour=True).bind(space(5, 6))
+    parameters = torch.randn(1, 3, 5, 4, 2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(fourier.images, parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": -0.1}, "decay 0 or above, got -0.1"),
+        ({"decay": float("nan")}, "decay 0 or above, got nan"),
+        ({"start": 0.0}, "start above 0, got 0.0"),
+    ],
+)
+def test_bad_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fourier(**options)
+
+
+def test_colour_needs_three_channels() -> None:
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match="3 channels with colour, got 1"):
+        Fourier(colour=True).bind(ImageSpace(1, 8, 8, 0.5 * one, one))
+
+
+@pytest.mark.parametrize("schedule", [Dense(), StopSchedule((4, 8), (0.5, 0.5), compact=True)])
+def test_frozen_background_and_progress(schedule: Dense | StopSchedule) -> None:
+    teacher = load_teacher("fashion-canvas")
+    inverter = SparseInverter(
+        teacher,
+        objectives=[CrossEntropy()],
+        parametrization=Fourier(),
+        schedule=schedule,
+        lr=0.2,
+        iterations=25,
+    )
+    frames: list[torch.Tensor] = []
+    result = inverter.invert(
+        [1, 7],
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+        callback=lambda number, images, kept: frames.append(images.clone()),
+    )
+    assert result.history["cross_entropy"][-1] < 0.5 * result.history["cross_entropy"][0]
+    assert (result.logits.argmax(1) == torch.tensor([1, 7])).all()
+    if schedule.at:
+        stopped = ~inverter.teacher.pixel_mask(result.kept).expand(-1, 3, -1, -1)
+        assert torch.equal(frames[-1][stopped], frames[schedule.at[-1]][stopped])
+    assert not torch.equal(frames[-1], frames[-2])
