@@ -46,7 +46,8 @@ def _is_ours(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__
+    package = "" if trace is None else trace.tb_frame.f_globals.get("__package__") or ""
+    return package.partition(".")[0] == __package__
 
 
 def _print_version(wanted: bool) -> None:
