@@ -1,4 +1,4 @@
-"""Which teachers are computed exactly, and the frozen copy that one is computed with."""
+"""Check that a teacher can be computed exactly, and make its frozen copy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from smi_fast.teacher.frozen import frozen_copy
 
-# Functions that the published code (arXiv 2510.27186) binds over a timm model's methods. What they
-# change, the kept tokens and the attention maps, is what SparseViT does itself.
+# The published code (arXiv 2510.27186) replaces methods of a timm model with these functions. They
+# select the kept tokens and return the attention maps, which SparseViT does itself.
 _PUBLISHED_PATCHES = frozenset(
     {"vit_forward", "vit_forward_features", "vit_block_forward", "vit_attention_forward"}
 )
@@ -20,11 +20,11 @@ _OVERRIDABLE = ("forward", "forward_features", "forward_head", "pool", "_pos_emb
 
 
 class UnsupportedTeacher(TypeError):
-    """The model can't be computed exactly on kept patches; the message names the module and why."""
+    """The model can't be computed exactly on kept patches; the message names the module."""
 
 
 def freeze(vit: VisionTransformer) -> VisionTransformer:
-    """A frozen copy over the same weights, without patched methods."""
+    """A frozen copy over the same weights, without methods that were patched onto the model."""
     frozen = frozen_copy(vit)
     for module in frozen.modules():
         for name in _OVERRIDABLE:
@@ -34,7 +34,11 @@ def freeze(vit: VisionTransformer) -> VisionTransformer:
 
 
 def check_teacher(teacher: nn.Module) -> VisionTransformer:
-    """The teacher, when everything in it is computed exactly by :class:`smi_fast.SparseViT`."""
+    """The teacher, if :class:`smi_fast.SparseViT` computes it exactly.
+
+    Raises:
+        UnsupportedTeacher: it doesn't.
+    """
     if not isinstance(teacher, VisionTransformer):
         raise UnsupportedTeacher(
             "expected a timm VisionTransformer, got "
@@ -85,7 +89,7 @@ def _expect_type(name: str, module: nn.Module, *types: type[nn.Module]) -> None:
 
 
 def _refuse_own_methods(name: str, module: nn.Module, *known: type[nn.Module]) -> None:
-    """Methods that a subclass or a patch has changed would be left out without a word."""
+    """Refuse a method that a subclass or a patch has changed: SparseViT would not call it."""
     for method in _OVERRIDABLE:
         patch = vars(module).get(method)
         if patch is not None and getattr(patch, "__name__", "") not in _PUBLISHED_PATCHES:
