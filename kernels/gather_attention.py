@@ -41,7 +41,7 @@ def _gather_attention_fwd(
     scale,
     stride_b,
     stride_n,
-    stride_part,
+    stride_qkv,
     stride_h,
     stride_d,
     K,
@@ -66,7 +66,7 @@ def _gather_attention_fwd(
     real = (channels < D)[None, :]
     key_rows = _token_rows(token_index, batch, keys, K, valid)
     key_at = key_rows[:, None] * stride_n + channels[None, :] * stride_d
-    k = tl.load(qkv + stride_part + key_at, mask=valid[:, None] & real, other=0.0)
+    k = tl.load(qkv + stride_qkv + key_at, mask=valid[:, None] & real, other=0.0)
 
     # The first row comes before tl.dot: after it, K would lie in registers a second time.
     if first_probabilities is not None:
@@ -80,7 +80,7 @@ def _gather_attention_fwd(
         row = tl.where(valid, first_weights / tl.sum(first_weights, 0), 0.0)
         tl.store(first_probabilities + tl.program_id(0).to(tl.int64) * K + keys, row, mask=keys < K)
 
-    v = tl.load(qkv + 2 * stride_part + key_at, mask=valid[:, None] & real, other=0.0)
+    v = tl.load(qkv + 2 * stride_qkv + key_at, mask=valid[:, None] & real, other=0.0)
 
     for start in range(0, K, BLOCK_M):
         tokens = start + tl.arange(0, BLOCK_M)
@@ -111,7 +111,7 @@ def _gather_attention_bwd(
     N,
     stride_b,
     stride_n,
-    stride_part,
+    stride_qkv,
     stride_h,
     stride_d,
     K,
@@ -142,8 +142,8 @@ def _gather_attention_bwd(
     real = (channels < D)[None, :]
     key_rows = _token_rows(token_index, batch, keys, K, valid)
     key_at = key_rows[:, None] * stride_n + channels[None, :] * stride_d
-    k = tl.load(qkv + stride_part + key_at, mask=valid[:, None] & real, other=0.0)
-    v = tl.load(qkv + 2 * stride_part + key_at, mask=valid[:, None] & real, other=0.0)
+    k = tl.load(qkv + stride_qkv + key_at, mask=valid[:, None] & real, other=0.0)
+    v = tl.load(qkv + 2 * stride_qkv + key_at, mask=valid[:, None] & real, other=0.0)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
 

@@ -59,7 +59,7 @@ class LossInputs:
 
 
 class Objective(ABC):
-    """One weighted term of the loss, which adds up ``weight * objective(inputs)``.
+    """One weighted term of the loss: the loop adds ``weight * objective(inputs)``.
 
     >>> class Brightness(Objective):
     ...     name, weight = "brightness", 0.1

@@ -89,8 +89,12 @@ def gather_attention_backward(
     d_probabilities = grad @ v.transpose(-2, -1)
     weighted = probabilities * d_probabilities
     d_scores = (weighted - probabilities * weighted.sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    parts = (d_scores @ k, d_scores.transpose(-2, -1) @ q, probabilities.transpose(-2, -1) @ grad)
-    rows = torch.stack([part.transpose(1, 2) for part in parts], dim=2)
+    gradients = (
+        d_scores @ k,
+        d_scores.transpose(-2, -1) @ q,
+        probabilities.transpose(-2, -1) @ grad,
+    )
+    rows = torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2)
     if token_index is None:
         return rows
     index = token_index[:, :, None, None, None].expand(-1, -1, *rows.shape[2:])

@@ -20,8 +20,8 @@ def frozen_copy(module: Module) -> Module:
     }
     memo.update((id(b), b.detach()) for b in module.buffers())
     frozen = copy.deepcopy(module, memo).eval()
-    for part in frozen.modules():
-        for name, value in vars(part).items():
+    for child in frozen.modules():
+        for name, value in vars(child).items():
             if name.endswith("_hooks") and isinstance(value, dict):
                 value.clear()
     return frozen

@@ -57,7 +57,7 @@ class SparseViT(nn.Module):
     Args:
         teacher: a timm ``VisionTransformer`` with global attention and square patches. It may have
             any prefix tokens, LayerScale, q/k norm, pre-norm, and token, average, maximum or map
-            pooling. Methods that the published code has patched are ignored.
+            pooling. Patches of the published code to its methods are ignored.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
 
     Attributes:

@@ -60,12 +60,12 @@ def parse(names: Iterable[str], depth: int, prefix: int) -> dict[int, dict[str, 
         if match is None:
             forms = "block.3.tokens, attention.3, attention.3.row, .scores or .output"
             raise ValueError(f"expected a tap such as {forms}, or of last, got {name!r}")
-        block, tokens, attention, part = match.groups()
+        block, tokens, attention, kind = match.groups()
         place = block or attention
         index = depth - 1 if place == "last" else int(place)
         if index >= depth:
             raise ValueError(f"expected a tap of blocks 0..{depth - 1}, got {name!r}")
-        if part == ROW and prefix == 0:
+        if kind == ROW and prefix == 0:
             raise ValueError(f"the teacher has no class token: no {name!r}")
-        wanted.setdefault(index, {})[name] = tokens or part or PROBABILITIES
+        wanted.setdefault(index, {})[name] = tokens or kind or PROBABILITIES
     return wanted
