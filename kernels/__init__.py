@@ -1,6 +1,7 @@
 """The ops as Triton kernels, with the signatures of :mod:`smi_fast.ops.reference`.
 
-Installed as ``smi_fast.kernels``. Importing it imports triton, so ``smi_fast`` itself never does.
+This package is installed as ``smi_fast.kernels``. It imports triton, so ``smi_fast`` imports it
+only when a kernel is first called.
 """
 
 from .adam_clamp import adam_clamp_

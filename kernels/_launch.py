@@ -1,4 +1,4 @@
-"""The one place from which kernels start."""
+"""Start a Triton kernel on the right device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import Tensor
 def launch(
     kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any
 ) -> None:
-    """Starts a kernel on the current stream of the device of a tensor; an empty grid is no work."""
+    """Start a kernel on the device of a tensor; with an empty grid it does nothing.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs along each axis.
+        like: the kernel runs on the current stream of this tensor's device.
+        arguments: the kernel's arguments, in order.
+        constants: its constexprs, and launch options such as ``num_warps``.
+    """
     if 0 in grid:
         return
     with torch.cuda.device_of(like):

@@ -1,4 +1,4 @@
-"""adam_clamp_: a step of Adam and a clamp in one pass over all pixels, or those of kept patches."""
+"""adam_clamp_: one step of Adam and a clamp, in one pass over all pixels or the active patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADAM_EPS = 1e-8
 
 @triton.jit
 def _one_minus_power(log_beta, step):
-    """1 − beta^step; as a series where beta^step is near 1, whose difference would cancel."""
+    """1 − beta^step. Where beta^step is near 1 a series avoids the cancellation."""
     x = log_beta * step
     series = 0.0
     for k in tl.static_range(9, 0, -1):
@@ -32,7 +32,7 @@ def _adam_clamp(
     exp_avg_sq,  # [B, C, HEIGHT, WIDTH], changed
     low,  # [C]
     high,  # [C]
-    kept,  # int64 [B, K], or None: every tile in turn
+    active,  # int64 [B, K], or None for every tile
     step,  # int64 []
     lr,
     log_beta1,
@@ -52,8 +52,8 @@ def _adam_clamp(
     tile = tl.program_id(0)
     channel = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    if kept is not None:
-        tile = tl.load(kept + batch * tl.num_programs(0) + tile).to(tl.int32)
+    if active is not None:
+        tile = tl.load(active + batch * tl.num_programs(0) + tile).to(tl.int32)
     inside_y = tl.arange(0, BLOCK_Y)
     inside_x = tl.arange(0, BLOCK_X)
     x = tile % COLUMNS * TILE_X + inside_x
@@ -89,18 +89,18 @@ def adam_clamp_(
     beta2: float,
     low: Tensor,
     high: Tensor,
-    kept: Tensor | None,
+    active: Tensor | None,
     patch_size: int,
 ) -> None:
     """See :func:`smi_fast.ops.adam_clamp_`."""
     batch, channels, height, width = images.shape
-    if kept is None:
-        # A plane is one long row, cut into tiles.
+    if active is None:
+        # Each plane [H, W] is treated as one row of H·W pixels, and cut into tiles.
         height, width, tile_y, tile_x = 1, height * width, 1, BLOCK
         tiles = triton.cdiv(width, BLOCK)
     else:
         tile_y = tile_x = patch_size
-        tiles = kept.shape[1]
+        tiles = active.shape[1]
     changed = (images, exp_avg, exp_avg_sq)
     pixels, m, v = (tensor.contiguous() for tensor in changed)
     launch(
@@ -113,7 +113,7 @@ def adam_clamp_(
         v,
         low.contiguous(),
         high.contiguous(),
-        None if kept is None else kept.contiguous(),
+        None if active is None else active.contiguous(),
         step,
         lr,
         *(math.log(beta) if beta else -math.inf for beta in (beta1, beta2)),
@@ -127,7 +127,7 @@ def adam_clamp_(
         TILE_X=tile_x,
         BLOCK_Y=triton.next_power_of_2(tile_y),
         BLOCK_X=triton.next_power_of_2(tile_x),
-        num_warps=4 if kept is None else 2,
+        num_warps=4 if active is None else 2,
     )
     for tensor, result in zip(changed, (pixels, m, v), strict=True):
         if result is not tensor:

@@ -1,7 +1,8 @@
-"""batch_norm_matching: x is read once, for BatchNorm in eval mode and for its own statistics.
+"""batch_norm_matching: BatchNorm in eval mode and the statistics of its input, from one read of x.
 
-Each program leaves the mean of its tile and the sum of squares around that mean; a second kernel
-joins the tiles of a channel (Chan, Golub and LeVeque 1983) in a fixed order: no run differs.
+Each program stores the mean of its tile and the sum of squares around that mean. A second kernel
+joins the tiles of a channel (Chan, Golub and LeVeque, 1983). Its order is fixed, so every run gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BLOCK = 4096
 
 @triton.jit
 def _channel_tile(ELEMENTS, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets into [B, C, PIXELS] of a tile of the elements of a channel, and which exist."""
+    """Offsets into [B, C, PIXELS] of one tile of a channel, and a mask of those that exist."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     plane = (element // PIXELS) * C + tl.program_id(1)
     return plane * PIXELS + element % PIXELS, element < ELEMENTS
@@ -26,6 +27,7 @@ def _channel_tile(ELEMENTS, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _scale(running_var, weight, eps):
+    """weight / √(running_var + eps) of this program's channel."""
     channel = tl.program_id(1)
     var = tl.load(running_var + channel).to(tl.float32)
     return tl.load(weight + channel).to(tl.float32) * tl.rsqrt(var + eps)
@@ -42,7 +44,7 @@ def _batch_norm_matching_fwd(
     means,  # float32 [C, tiles]
     squares,  # float32 [C, tiles], summed around each tile's own mean
     eps,
-    ELEMENTS,  # of a channel
+    ELEMENTS,  # B · PIXELS, of one channel
     C: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -82,7 +84,7 @@ def _batch_norm_matching_finish(
         own = tl.load(means + channel * TILES + tile, mask=tile < TILES, other=0.0)
         total += own * (size / ELEMENTS)
     joint = tl.sum(total)
-    # Σ (x − mean)² of a tile = its own sum of squares + size · (own mean − mean)².
+    # A tile adds Σ (x − joint)² = its own sum of squares + size · (own mean − joint)².
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, TILES, BLOCK):
         tile = start + lane
@@ -105,7 +107,7 @@ def _batch_norm_matching_bwd(
     slope,  # [C]
     dx,  # [B, C, PIXELS]
     eps,
-    ELEMENTS,  # of a channel
+    ELEMENTS,  # B · PIXELS, of one channel
     C: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -124,7 +126,7 @@ def _batch_norm_matching_bwd(
 def batch_norm_matching(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm in eval mode of x [B, C, H, W], and the mean and biased variance [C] of x."""
+    """See :func:`smi_fast.ops.reference.batch_norm_matching`."""
     batch, channels, height, width = x.shape
     elements = batch * height * width
     tiles = triton.cdiv(elements, BLOCK)
@@ -176,7 +178,7 @@ def batch_norm_matching_backward(
     offset: Tensor,
     slope: Tensor,
 ) -> Tensor:
-    """Gradient of x."""
+    """See :func:`smi_fast.ops.reference.batch_norm_matching_backward`."""
     batch, channels, height, width = x.shape
     elements = batch * height * width
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,6 +1,7 @@
-"""gather_patches: windows of the un-jittered image, read in place of a rolled and mirrored copy.
+"""gather_patches: reads windows of the un-jittered image, so no rolled and mirrored copy is made.
 
-Shift and flip are read from device memory, so a captured graph can be replayed with a new jitter.
+Shift and flip are read from device memory, so that a captured CUDA graph can be replayed with new
+jitter.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from ._launch import launch
 
 @triton.jit
 def _wrapped(shift, SIDE: tl.constexpr):
-    """A shift of either sign as one in [0, SIDE): the same cells, for SIDE is whole patches."""
+    """The shift modulo SIDE, in [0, SIDE). SIDE is a multiple of P, so the cells stay the same."""
     return ((tl.load(shift) % SIDE + SIDE) % SIDE).to(tl.int32)
 
 
 @triton.jit
 def _nearest_cells(shift, P: tl.constexpr):
+    """Whole patches in a shift of pixels: rounded to the nearest, half upwards."""
     return (2 * shift + P) // (2 * P)
 
 
@@ -82,8 +84,8 @@ def _gather_patches_bwd(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # The windows of all patches tile the image: this program writes those of one row of patches,
-    # zero for patches that aren't kept, so that every pixel is written once.
+    # The windows of all patches tile the image. This program writes the windows of one row of
+    # patches, with zeros for patches that aren't kept, so every pixel is written exactly once.
     ROWS: tl.constexpr = HEIGHT // P
     COLUMNS: tl.constexpr = WIDTH // P
     row = tl.program_id(0)
@@ -91,7 +93,7 @@ def _gather_patches_bwd(
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, BLOCK_COLUMNS)
 
-    found = tl.zeros([BLOCK_COLUMNS], tl.int32)  # 1 + the slot of each patch, 0 when it isn't kept
+    found = tl.zeros([BLOCK_COLUMNS], tl.int32)  # 1 + the patch's place in kept; 0 if it isn't kept
     for start in range(0, K, BLOCK_K):
         slots = start + tl.arange(0, BLOCK_K)
         cells = tl.load(kept + batch * K + slots, mask=slots < K, other=-1)
@@ -103,9 +105,9 @@ def _gather_patches_bwd(
     inside = tl.arange(0, BLOCK_P)
     across = tl.where(tl.load(flip), P - 1 - inside, inside)
     row = (row + _nearest_cells(down, P)) % ROWS
-    columns_on_screen = (columns + _nearest_cells(right, P)) % COLUMNS
+    jittered_columns = (columns + _nearest_cells(right, P)) % COLUMNS
     y = (row * P + inside + HEIGHT - down) % HEIGHT
-    x = (columns_on_screen[:, None] * P + across[None, :] + WIDTH - right) % WIDTH
+    x = (jittered_columns[:, None] * P + across[None, :] + WIDTH - right) % WIDTH
 
     in_patch = inside < P
     mask = in_patch[:, None, None] & (columns < COLUMNS)[None, :, None] & in_patch[None, None, :]
@@ -154,7 +156,7 @@ def gather_patches_backward(
     height: int,
     width: int,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the images."""
+    """Gradient [B, C, H, W] of the images; zero in patches that aren't kept."""
     batch, count = kept.shape
     channels = grad.shape[2] // patch_size**2
     images = grad.new_empty(batch, channels, height, width)

@@ -1,6 +1,7 @@
-"""total_variation: all four differences of a pixel from one visit, and the gradient from another.
+"""total_variation: one pass over the pixels for the four differences, one more for the gradient.
 
-Sums are two-stage: each program leaves its own, a second kernel adds them up in a fixed order.
+Sums take two stages. Each program stores its own sums, and a second kernel adds them up in a fixed
+order, so every run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 from ..ops.grid import NEIGHBOURS, patch_mask
 from ._launch import launch
 
-# Larger tiles share more of their rims; backward keeps eight neighbours of each pixel in registers.
+# Pixels of a tile. Neighbours outside of the tile are loaded again, so large tiles load less.
+# Backward keeps eight neighbours of each pixel in registers, so its tiles are smaller.
 BLOCK_FWD, BLOCK_BWD = 4096, 2048
 OFFSETS = tl.constexpr(NEIGHBOURS)
 
@@ -21,9 +23,9 @@ OFFSETS = tl.constexpr(NEIGHBOURS)
 @triton.jit
 def _difference(
     plane,  # [HEIGHT, WIDTH]
-    patches,  # bool [rows, columns], or None: all are kept
+    patches,  # bool [rows, columns], true where active, or None when all are
     here,
-    here_kept,
+    here_active,
     y,
     x,
     DOWN: tl.constexpr,
@@ -32,13 +34,13 @@ def _difference(
     WIDTH: tl.constexpr,
     P: tl.constexpr,
 ):
-    """here − there for the neighbour at an offset, zero where it doesn't count; where it does."""
+    """here − there for the neighbour at an offset, zero where uncounted; and which are counted."""
     v = y + DOWN
     u = x + RIGHT
     counted = (y < HEIGHT) & (v >= 0) & (v < HEIGHT) & (u >= 0) & (u < WIDTH)
     if patches is not None:
-        there_kept = tl.load(patches + (v // P) * (WIDTH // P) + u // P, mask=counted, other=0)
-        counted &= here_kept | there_kept
+        there_active = tl.load(patches + (v // P) * (WIDTH // P) + u // P, mask=counted, other=0)
+        counted &= here_active | there_active
     there = tl.load(plane + v * WIDTH + u, mask=counted, other=0.0).to(tl.float32)
     return tl.where(counted, here - there, 0.0), counted
 
@@ -47,15 +49,15 @@ def _difference(
 def _pixels(
     plane, patches, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One tile of the pixels of a plane: value, whether kept, row and column."""
+    """One tile of the pixels of a plane: value, whether its patch is active, row and column."""
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = pixel // WIDTH
     x = pixel % WIDTH
     inside = pixel < HEIGHT * WIDTH
-    kept = inside
+    active = inside
     if patches is not None:
-        kept = tl.load(patches + (y // P) * (WIDTH // P) + x // P, mask=inside, other=0)
-    return tl.load(plane + pixel, mask=inside, other=0.0).to(tl.float32), kept, y, x
+        active = tl.load(patches + (y // P) * (WIDTH // P) + x // P, mask=inside, other=0)
+    return tl.load(plane + pixel, mask=inside, other=0.0).to(tl.float32), active, y, x
 
 
 @triton.jit
@@ -74,10 +76,10 @@ def _total_variation_fwd(
     plane = images + tl.program_id(0).to(tl.int64) * (HEIGHT * WIDTH)
     if patches is not None:
         patches += (tl.program_id(0) // C) * ((HEIGHT // P) * (WIDTH // P))
-    here, kept, y, x = _pixels(plane, patches, HEIGHT, WIDTH, P, BLOCK)
+    here, active, y, x = _pixels(plane, patches, HEIGHT, WIDTH, P, BLOCK)
     for i in tl.static_range(4):
         d, counted = _difference(
-            plane, patches, here, kept, y, x, OFFSETS[i][0], OFFSETS[i][1], HEIGHT, WIDTH, P
+            plane, patches, here, active, y, x, OFFSETS[i][0], OFFSETS[i][1], HEIGHT, WIDTH, P
         )
         tl.store(partials + i * programs + program, tl.sum(tl.abs(d)))
         tl.store(partials + (4 + i) * programs + program, tl.sum(d * d))
@@ -87,18 +89,18 @@ def _total_variation_fwd(
 @triton.jit
 def _total_variation_finish(
     partials,  # float32 [3, 4, PROGRAMS]
-    parts,  # [3, 4]
+    sums,  # [3, 4]
     PROGRAMS,
     BLOCK: tl.constexpr,
 ):
-    part = tl.program_id(0)
+    index = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, PROGRAMS, BLOCK):
         program = start + tl.arange(0, BLOCK)
-        at = partials + part.to(tl.int64) * PROGRAMS + program
+        at = partials + index.to(tl.int64) * PROGRAMS + program
         total += tl.load(at, mask=program < PROGRAMS, other=0.0)
     result = tl.sum(total)
-    tl.store(parts + part, tl.where(part // 4 == 1, tl.sqrt(result), result))
+    tl.store(sums + index, tl.where(index // 4 == 1, tl.sqrt(result), result))
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def _total_variation_bwd(
     grad_l2,  # []
     images,  # [B, C, HEIGHT, WIDTH]
     patches,  # bool [B, rows, columns], or None
-    parts,  # [3, 4]
+    sums,  # [3, 4]
     gradient,  # [B, C, HEIGHT, WIDTH]
     C: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -119,21 +121,21 @@ def _total_variation_bwd(
     plane = images + offset
     if patches is not None:
         patches += (tl.program_id(0) // C) * ((HEIGHT // P) * (WIDTH // P))
-    here, kept, y, x = _pixels(plane, patches, HEIGHT, WIDTH, P, BLOCK)
+    here, active, y, x = _pixels(plane, patches, HEIGHT, WIDTH, P, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(4):
-        norm = tl.load(parts + 4 + i).to(tl.float32)
-        count = tl.load(parts + 8 + i).to(tl.float32)
-        # d|d|/dd = sign(d), d‖d‖/dd = d/‖d‖, the subgradient of a norm of zero is zero.
+        norm = tl.load(sums + 4 + i).to(tl.float32)
+        count = tl.load(sums + 8 + i).to(tl.float32)
+        # d|d|/dd = sign(d) and d‖d‖/dd = d/‖d‖; a norm of zero has the subgradient zero.
         per_norm = tl.where(norm > 0, tl.load(grad_l2).to(tl.float32) / norm, 0.0)
         per_count = tl.where(count > 0, tl.load(grad_l1).to(tl.float32) / count, 0.0)
-        # The slope is odd in d, so a pixel gets it from here − there at either end of a pair.
+        # The slope is odd in d, so here − there gives the pixel's gradient at either end of a pair.
         for end in tl.static_range(-1, 2, 2):
             d, _ = _difference(
                 plane,
                 patches,
                 here,
-                kept,
+                active,
                 y,
                 x,
                 end * OFFSETS[i][0],
@@ -147,24 +149,25 @@ def _total_variation_bwd(
     tl.store(gradient + offset + pixel, total, mask=pixel < HEIGHT * WIDTH)
 
 
-def _patches(images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor | None:
-    if kept is None:
+def _patches(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor | None:
+    """Which patches are active, bool [B, rows, columns], or None for all."""
+    if active is None:
         return None
-    return patch_mask(kept, images.shape[2] // patch_size, images.shape[3] // patch_size)
+    return patch_mask(active, images.shape[2] // patch_size, images.shape[3] // patch_size)
 
 
-def total_variation(images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor:
-    """Parts [3, 4]: for each difference the sum of absolute values, the norm and the count."""
+def total_variation(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
+    """Sums [3, 4]: absolute values, norm and count of each of the four differences."""
     batch, channels, height, width = images.shape
     grid = (batch * channels, triton.cdiv(height * width, BLOCK_FWD))
     partials = images.new_empty(3, 4, grid[0] * grid[1], dtype=torch.float32)
-    parts = images.new_empty(3, 4)
+    sums = images.new_empty(3, 4)
     launch(
         _total_variation_fwd,
         grid,
         images,
         images.contiguous(),
-        _patches(images, kept, patch_size),
+        _patches(images, active, patch_size),
         partials,
         C=channels,
         HEIGHT=height,
@@ -178,25 +181,25 @@ def total_variation(images: Tensor, kept: Tensor | None, patch_size: int) -> Ten
         (12,),
         images,
         partials,
-        parts,
+        sums,
         partials.shape[2],
         BLOCK=1024,
         num_warps=4,
     )
-    return parts
+    return sums
 
 
 def total_variation_backward(
     grad_l1: Tensor,
     grad_l2: Tensor,
     images: Tensor,
-    kept: Tensor | None,
+    active: Tensor | None,
     patch_size: int,
-    parts: Tensor,
+    sums: Tensor,
 ) -> Tensor:
     """Gradient [B, C, H, W] of the images."""
     batch, channels, height, width = images.shape
-    # Pixels of two bytes take registers to convert.
+    # float16 and bfloat16 pixels need more registers, for the conversion to float32.
     block = BLOCK_BWD if images.dtype == torch.float32 else BLOCK_BWD // 2
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     launch(
@@ -206,8 +209,8 @@ def total_variation_backward(
         grad_l1,
         grad_l2,
         images.contiguous(),
-        _patches(images, kept, patch_size),
-        parts,
+        _patches(images, active, patch_size),
+        sums,
         gradient,
         C=channels,
         HEIGHT=height,

@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command; what a user can mend is told in one sentence, with exit code 2."""
+    """Run the command. An error that a user can fix is one sentence and exit code 2."""
     try:
         app()
     except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:
@@ -42,11 +42,12 @@ def main() -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by a line of this package and not somewhere below it."""
+    """Whether a line of this package raised the error, rather than a library that it calls."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__
+    package = "" if trace is None else trace.tb_frame.f_globals.get("__package__") or ""
+    return package.partition(".")[0] == __package__
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,12 +65,12 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Invert a frozen Vision Transformer into images, working only on patches that are kept."""
+    """Invert a frozen Vision Transformer into images, computing only the kept patches."""
 
 
 @app.command()
 def info() -> None:
-    """Print versions, devices and which backends run on them."""
+    """Print versions, devices, and the backends that run on each device."""
     import torch
 
     from smi_fast.ops import backends
@@ -116,11 +117,14 @@ def _describe(device: torch.device) -> str:
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Option(help="File for all figures, as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="JSON file for all figures.")] = Path(
         "smi-fast-verify.json"
     ),
 ) -> None:
-    """Check the kernels that run here against float64, exit code 1 if one is wrong; time a GPU."""
+    """Check the kernels of this machine against float64, and time those of a GPU.
+
+    The exit code is 1 if a kernel is wrong.
+    """
     import timm
 
     from smi_fast.verify import correctness, timing
@@ -131,7 +135,7 @@ def verify(
         print(f"not run: {reason}")
     right = not any(row.failures for row in rows)
     times = []
-    if right:  # a time of a wrong kernel means nothing
+    if right:  # the time of a wrong kernel says nothing
         for device in correctness.devices()[1:]:
             teacher = timm.create_model("deit_small_patch16_224")
             for entry in (*timing.op_times(device), *timing.step_times(device, teacher)):
@@ -154,12 +158,12 @@ def invert(
     classes: Annotated[
         str, typer.Option(help="Wanted classes, such as 0-9 or 3,17,20-24.")
     ] = "0-9",
-    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
+    per_class: Annotated[int, typer.Option(min=1, help="Number of images of each class.")] = 4,
     schedule: Annotated[
         str,
         typer.Option(
-            help="smi: stops at 50, 100, 200, 300; smi-scaled: at the same fractions of "
-            "--iterations as those are of 4000; dense: none."
+            help="smi: stops at iterations 50, 100, 200, 300; smi-scaled: stops at the same "
+            "fractions of --iterations as these are of 4000; dense: no stops."
         ),
     ] = "smi",
     recipe: Annotated[
@@ -169,35 +173,37 @@ def invert(
     cnn: Annotated[
         str | None,
         typer.Option(
-            help="Prior of deepinversion and gradvit: fashion-canvas, efficientnet-lite0, or a CNN "
-            "of timm."
+            help="CNN with BatchNorm, for deepinversion and gradvit: fashion-canvas, "
+            "efficientnet-lite0, or a CNN of timm."
         ),
     ] = None,
     cnn_checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of a timm CNN, .safetensors or .pth.")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the optimiser; the recipe's, 4000 of smi.")
+        int | None,
+        typer.Option(min=1, help="Optimiser iterations; by default the recipe's, 4000 for smi."),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of Adam; the recipe's, 0.25 of smi.")
+        float | None,
+        typer.Option(help="Learning rate of Adam; by default the recipe's, 0.25 for smi."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images inverted together.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Decides noise and jitter.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of images inverted together.")
+    ] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of noise, jitter and soft targets.")] = 0,
     device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if any.")
+        str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")
     ] = "auto",
     backend: Annotated[
         str, typer.Option(help="Implementation of the ops, see smi-fast info.")
     ] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an unfinished pool.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing pool.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print nothing but the result and errors.")
+        bool, typer.Option("--quiet", help="Print only the result and errors.")
     ] = False,
 ) -> None:
     """Invert classes of a teacher into a folder of images."""
@@ -210,8 +216,8 @@ def invert(
     if resume and overwrite:
         raise ValueError("expected --resume or --overwrite, got both")
     model = load_teacher(teacher, checkpoint).to(_device(device))
-    prior = None if cnn is None else load_cnn(cnn, cnn_checkpoint).to(_device(device))
-    published = by_name(recipe, prior)
+    network = None if cnn is None else load_cnn(cnn, cnn_checkpoint).to(_device(device))
+    published = by_name(recipe, network)
     iterations = published.iterations if iterations is None else iterations
     lr = published.lr if lr is None else lr
     published = replace(published, iterations=iterations, lr=lr)
@@ -219,7 +225,7 @@ def invert(
         print(published)
     stops = _schedule(schedule, iterations)
     inverter = SparseInverter(model, schedule=stops, backend=backend, **published.options())
-    targets = [
+    labels = [
         label for label in _classes(classes, inverter.teacher.num_classes) for _ in range(per_class)
     ]
     settings = {
@@ -249,7 +255,7 @@ def invert(
         fill(
             pool,
             inverter,
-            targets,
+            labels,
             recipe=published,
             batch_size=batch_size,
             seed=seed,
@@ -294,7 +300,7 @@ def _schedule(name: str, iterations: int) -> Schedule:
 
 
 def _classes(text: str, count: int) -> list[int]:
-    """The classes of "3,17,20-24", in the order given."""
+    """Parse classes such as "3,17,20-24" into a list, in the same order."""
     chosen: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -319,7 +325,7 @@ def _device(name: str) -> str:
 def _versions() -> dict[str, str]:
     import torch
 
-    # Its own version tells the build: 2.14.1+cu130, where the package says 2.14.1.
+    # torch.__version__ also names the build, such as 2.14.1+cu130; the metadata only has 2.14.1.
     found: dict[str, str] = {"torch": torch.__version__}
     for name in PACKAGES:
         try:

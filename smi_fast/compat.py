@@ -1,8 +1,8 @@
-"""The published class's interface (Egg-Hu/SMI, ``synthesis.SMI``) over smi_fast's parts.
+"""The interface of the published class (Egg-Hu/SMI, ``synthesis.SMI``), implemented by smi_fast.
 
 In a published script, ``from smi_fast.compat import SMI`` replaces ``from synthesis import SMI``.
-It draws noise and jitter from the same global generators in the same order, follows the published
-loop step by step (background "regularized", final mask "reranked"), and returns the same tensors.
+The class draws noise and jitter from the same global generators in the same order. It follows the
+published loop (background "regularized", final mask "reranked") and returns the same tensors.
 """
 
 from __future__ import annotations
@@ -31,51 +31,51 @@ from smi_fast.objectives import (
 from smi_fast.schedules import Dense, Schedule, StopSchedule, still_iterations
 from smi_fast.teacher import SparseViT
 
-# What the published class calls torchvision's weights.
+# Weights of torchvision's ResNet-50, by their published names.
 RESNETS = {"resnet50v1": "IMAGENET1K_V1", "resnet50v2": "IMAGENET1K_V2"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Normalizer(Protocol):
-    """Anything with the mean and std of each channel."""
+    """An object with the mean and std of each channel."""
 
     mean: Sequence[float]
     std: Sequence[float]
 
 
 class SMI:
-    """Stands in for the published ``SMI``; same constructor, ``synthesize`` and ``sample``.
+    """A replacement for the published ``SMI``, with its constructor and methods.
 
     Args:
-        teacher: a timm ``VisionTransformer``, or one that the published ``build_model`` has
+        teacher: a timm ``VisionTransformer``, also one that the published ``build_model`` has
             patched.
-        teacher_name: not read, as in the published class.
-        student: network that the adversarial term reads; not read while ``adv`` is 0.
-        num_classes: classes to draw targets from.
-        img_shape: (channels, height, width).
+        teacher_name: ignored, as in the published class.
+        student: network for :class:`AdversarialJS`; ignored while ``adv`` is 0.
+        num_classes: number of classes; must be the teacher's.
+        img_shape: (channels, height, width); must be the teacher's.
         patch_size: side of a patch in pixels; must be the teacher's.
-        iterations: steps of the optimiser.
+        iterations: iterations of the optimiser.
         lr_g: learning rate.
-        synthesis_batch_size: images that one call of ``synthesize`` inverts.
-        sample_batch_size: images that one call of ``sample`` gives.
-        adv: weight of the adversarial term, :class:`AdversarialJS` without its bounds.
-        bn: weight of BatchNorm matching against a CNN, :class:`BatchNormMatching`.
-        oh: weight of the cross-entropy.
-        tv1: weight of total variation, l1.
-        tv2: weight of total variation, l2.
-        l2: weight of the norm of all pixels.
+        synthesis_batch_size: number of images that a call of ``synthesize`` inverts.
+        sample_batch_size: largest number of images that a call of ``sample`` returns.
+        adv: weight of :class:`AdversarialJS`, with ``bounded=False``.
+        bn: weight of :class:`BatchNormMatching`.
+        oh: weight of :class:`CrossEntropy`.
+        tv1: weight of :class:`TotalVariation` with norm "l1".
+        tv2: weight of :class:`TotalVariation` with norm "l2".
+        l2: weight of :class:`L2Norm`.
         save_dir: folder for the inverted images, created when missing.
-        transform: applied to each PIL image that ``sample`` reads; by default it becomes a tensor
+        transform: called with each PIL image that ``sample`` reads; by default it returns a tensor
             [3, H, W] in [0, 1].
-        normalizer: has ``mean`` and ``std``.
-        device: where to run; the teacher must be there.
-        bnsource: "resnet50v1" or "resnet50v2" of torchvision, as published, or a CNN of your own;
-            not read while ``bn`` is 0.
-        init_dataset: folder of further images for ``sample``.
+        normalizer: object with the ``mean`` and ``std`` of each channel.
+        device: device to run on; must be the teacher's.
+        bnsource: "resnet50v1" or "resnet50v2" of torchvision, as published, or a CNN; ignored
+            while ``bn`` is 0.
+        init_dataset: folder with further images for ``sample``.
 
     Raises:
-        ValueError: ``adv`` without a student, a ``bnsource`` that there isn't or whose weights
-            can't be loaded, no normalizer, or shapes that aren't the teacher's.
+        ValueError: ``adv`` without a student, an unknown ``bnsource`` or one whose weights can't be
+            loaded, no normalizer, or a device or sizes that aren't the teacher's.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
     """
 
@@ -121,15 +121,15 @@ class SMI:
             raise ValueError(
                 f"the teacher has {self.teacher.num_classes} classes, got {num_classes}"
             )
-        terms: tuple[Objective, ...] = (
+        objectives: tuple[Objective, ...] = (
             CrossEntropy(oh),
             TotalVariation(tv1, "l1"),
             TotalVariation(tv2, "l2"),
             L2Norm(l2),
         )
-        self.objectives = [term for term in terms if term.weight]
+        self.objectives = [objective for objective in objectives if objective.weight]
         if bn:
-            self.objectives.append(BatchNormMatching(_prior(bnsource, device), weight=bn))
+            self.objectives.append(BatchNormMatching(_load_cnn(bnsource, device), weight=bn))
         self.student = student if adv else None
         if self.student is not None:
             self.objectives.append(AdversarialJS(self.student, adv, bounded=False))
@@ -148,19 +148,21 @@ class SMI:
         prune_it: Sequence[int] = (-1,),
         prune_ratio: Sequence[float] = (0,),
     ) -> dict[str, Tensor]:
-        """Inverts one batch and saves it in ``save_dir``.
+        """Invert one batch and save it in ``save_dir``.
 
         Args:
-            targets: int64 [synthesis_batch_size]; by default random, sorted.
-            num_patches: tokens of a whole image, the class token included.
-            prune_it: iterations of the stops; [-1] for none.
-            prune_ratio: share of the remaining patches that each stop drops; [0] for none.
+            targets: int64 [synthesis_batch_size]; by default random and sorted.
+            num_patches: number of tokens of a whole image, class token included.
+            prune_it: iterations of the stops; [-1] for a dense run.
+            prune_ratio: fraction of the kept patches that each stop drops; [0] for a dense run.
 
         Returns:
-            "synthetic" [B, 3, H, W] in [0, 1] and "masked_synthetic", with dropped patches black.
+            "synthetic", images [B, 3, H, W] in [0, 1]; and "masked_synthetic", the same images with
+            black in place of dropped patches.
 
         Raises:
-            ValueError: ``num_patches`` isn't the teacher's, or stops that can't be.
+            ValueError: ``num_patches`` isn't the teacher's, or the stops don't ascend, lie past the
+                last iteration or drop all patches.
         """
         teacher = self.teacher
         tokens = teacher.num_patches + teacher.num_prefix_tokens
@@ -199,10 +201,12 @@ class SMI:
         return {"synthetic": result.images, "masked_synthetic": result.masked_images}
 
     def sample(self) -> Any:
-        """The next shuffled batch of the images in ``save_dir``, starting over at the end.
+        """The next batch of the shuffled images in ``save_dir`` and ``init_dataset``.
+
+        After the last batch the images are shuffled again.
 
         Raises:
-            RuntimeError: nothing has been synthesized yet.
+            RuntimeError: before the first call of ``synthesize``.
         """
         if self._batches == 0:
             raise RuntimeError("call synthesize() before sample(): there are no images yet")
@@ -215,7 +219,10 @@ class SMI:
             return next(self._iterator)
 
     def _published_jitter(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """Draws as the published loop does, at the iterations that it jitters."""
+        """Jitter as the published loop draws it: shift int64 [T, 2] and flip bool [T].
+
+        That loop draws only in the iterations that it jitters.
+        """
         still = still_iterations(schedule)
         limits = [side // JITTER_SHARE for side in self.teacher.image_size]
         shifts, flips = [], []
@@ -240,8 +247,8 @@ class SMI:
         return DataLoader(dataset, batch_size=self.sample_batch_size, shuffle=True)
 
 
-def _prior(source: str | nn.Module, device: str | torch.device) -> nn.Module:
-    """The CNN of the BatchNorm term."""
+def _load_cnn(source: str | nn.Module, device: str | torch.device) -> nn.Module:
+    """The CNN of the objective ``bn``."""
     if isinstance(source, nn.Module):
         return source.to(device)
     if source not in RESNETS:
@@ -253,13 +260,13 @@ def _prior(source: str | nn.Module, device: str | torch.device) -> nn.Module:
     except (ImportError, OSError) as error:
         raise ValueError(
             f"the weights of {source} can't be loaded ({type(error).__name__}: {error}); "
-            "give a CNN of your own as bnsource"
+            "pass a CNN as bnsource"
         ) from error
     return resnet.to(device)
 
 
 class _Images(Dataset[Any]):
-    """All images below a folder."""
+    """The images in a folder and its subfolders."""
 
     def __init__(self, folder: Path, transform: Callable[[Image.Image], Any] | None) -> None:
         paths = folder.rglob("*")

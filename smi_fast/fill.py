@@ -1,4 +1,4 @@
-"""Fill a pool: invert all wanted labels, batch by batch, from where the pool stands."""
+"""Fill a pool: invert the labels that it doesn't hold yet, batch by batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smi_fast.recipes import Recipe
 
 
 class Interrupted(Exception):
-    """Ctrl-C ended a batch; the message says what was done and where its images are."""
+    """Ctrl-C ended a batch; the message says at which iteration, and where its images are."""
 
 
 def fill(
@@ -29,25 +29,26 @@ def fill(
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Inverts the labels that the pool doesn't hold yet.
+    """Invert the labels that the pool doesn't hold yet.
 
-    The images of a batch are decided by the seed and the index of its first image, so a resumed
-    pool is the one that an uninterrupted run would have made.
+    The settings, the seed and the index of a batch's first image decide its images. So an
+    interrupted and resumed run makes the same pool as one without interruption.
 
     Args:
-        pool: to be filled; image ``i`` is of label ``labels[i]``.
+        pool: the pool; image ``i`` has the label ``labels[i]``.
         inverter: inverts each batch.
         labels: class of each image of the whole pool.
-        recipe: makes the targets of labels.
-        batch_size: images inverted together.
-        seed: from 0; decides noise and jitter.
-        class_names: of the teacher's classes; by default their numbers.
-        provenance: goes into the record of each image.
+        recipe: turns labels into targets.
+        batch_size: number of images in a batch.
+        seed: from 0; decides noise, jitter and soft targets.
+        class_names: names of the teacher's classes by index; by default the index itself.
+        provenance: further entries of each image's record.
         progress: show the progress of each batch.
 
     Raises:
-        Interrupted: by Ctrl-C. The images of the batch as they were are in ``unfinished/``.
-        NonFiniteLoss: likewise, with the last finite images.
+        Interrupted: Ctrl-C ended a batch; its images so far are in the pool's ``unfinished/``.
+        NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
+            of the batch are in ``unfinished/``.
         PoolError: the pool can't be written.
     """
     for start in range(len(pool.records), len(labels), batch_size):
@@ -63,8 +64,8 @@ def fill(
         if result.interrupted:
             pool.add_unfinished(result.images)
             raise Interrupted(
-                f"interrupted after {result.iterations} iterations: the images of this batch as "
-                f"they were are in {pool.path / UNFINISHED}; --resume starts the batch again"
+                f"interrupted after {result.iterations} iterations: the unfinished images of this "
+                f"batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
             )
         records = [
             {**record, **(provenance or {})} for record in _records(result, wanted, class_names)

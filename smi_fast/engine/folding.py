@@ -1,4 +1,4 @@
-"""Fold what is linear in a frozen block into its weights: LayerNorm's affine part, LayerScale."""
+"""Fold LayerNorm's affine part and LayerScale into the weights of a frozen block."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def _is_plain(linear: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class FoldedBlock:
-    """Weights of one block after folding. A is the width of attention, F that of the MLP.
+    """Weights of one block after folding, for D channels, attention width A and MLP width F.
 
     Attributes:
-        qkv: [3A, D]. The bias of k cancels in the softmax; the bias of v passes through attention
-            unchanged and is part of ``proj_bias``.
+        qkv: [3A, D]. The bias of k cancels in the softmax. The bias of v passes through attention
+            unchanged, so ``proj_bias`` contains it.
         q_bias: [A].
         proj: [D, A].
         proj_bias: [D].
@@ -61,8 +61,8 @@ class FoldedBlock:
         fc1_bias: [F].
         fc2: [D, F].
         fc2_bias: [D].
-        eps: of both LayerNorms.
-        heads: of attention.
+        eps: of the two LayerNorms.
+        heads: number of attention heads.
     """
 
     qkv: Tensor
@@ -79,7 +79,7 @@ class FoldedBlock:
     @classmethod
     @torch.no_grad()
     def of(cls, block: Block) -> FoldedBlock:
-        """Folds a :func:`foldable` block. Weights that folding leaves as they are stay shared."""
+        """Fold a :func:`foldable` block. Weights that folding doesn't change are shared."""
         attention, mlp = block.attn, block.mlp
         qkv, qkv_bias = _after_norm(attention.qkv, block.norm1)
         q_bias, _, v_bias = qkv_bias.chunk(3)
@@ -101,20 +101,22 @@ class FoldedBlock:
 
 
 def _bias(linear: nn.Linear) -> Tensor:
+    """The bias [F], zero for a layer without one."""
     return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer whose input is the norm's output before its affine part."""
+    """Weight and bias of a layer that follows the norm, with the norm's affine part folded in."""
     return linear.weight * norm.weight, _bias(linear) + linear.weight @ norm.bias
 
 
 def _before_scale(
     linear: nn.Linear, scale: nn.Module, extra: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer together with the LayerScale behind it.
+    """Weight and bias of a layer, with the LayerScale that follows it folded in.
 
-    The layer's input lacks the vector ``extra``, so ``weight @ extra`` goes into the bias.
+    ``extra`` is a constant that is missing from the layer's input, so the bias gets
+    ``weight @ extra``.
     """
     weight, bias = linear.weight, _bias(linear)
     if extra is not None:

@@ -1,6 +1,7 @@
 """The specification of the engine's steps in plain PyTorch, forward and backward.
 
-Each function is what a kernel of the engine must compute, on contiguous tensors that it is given.
+A step is an operation of a block between two matrix products. Each function defines what the
+engine's kernels compute. All tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ def add_normalize_(
     normalized: Tensor,
     rstd: Tensor,
 ) -> None:
-    """LayerNorm without its affine part, of rows x [rows, D] += added + bias.
+    """Add a residual, x += added + bias, and normalize x [rows, D] as LayerNorm without weights.
 
-    Writes normalized [rows, D] and rstd [rows], one over the standard deviation.
+    It writes normalized [rows, D] and rstd [rows], the reciprocal standard deviation. ``added``
+    [rows, D] and ``bias`` [D] may be None: x then stays as it is.
     """
     if added is not None and bias is not None:
         x += added + bias
@@ -33,8 +35,9 @@ def add_normalize_(
 
 
 def normalize_backward_(gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor) -> None:
-    """Adds to gradient [rows, D] that of x in :func:`add_normalize_`, with n = normalized.
+    """Add to gradient [rows, D] the gradient of x in :func:`add_normalize_`.
 
+    With dn = grad, the gradient of n = normalized:
     dx = rstd (dn − mean(dn) − n mean(dn ∘ n)).
     """
     slope = (grad * normalized).mean(dim=1, keepdim=True)
@@ -42,7 +45,10 @@ def normalize_backward_(gradient: Tensor, grad: Tensor, normalized: Tensor, rstd
 
 
 def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = gelu(x + bias) for x [rows, F], which becomes the derivative there: Φ(x) + x φ(x)."""
+    """out = gelu(x + bias) for x [rows, F]; then x becomes the derivative there.
+
+    The derivative of gelu at y is Φ(y) + y φ(y).
+    """
     x += bias
     cdf = torch.special.ndtr(x)
     out.copy_(x * cdf)
@@ -50,17 +56,17 @@ def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
 
 
 def multiply_(x: Tensor, factors: Tensor) -> None:
-    """x *= factors of the same shape."""
+    """x *= factors, element by element, of the same shape."""
     x *= factors
 
 
 def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor) -> None:
-    """Attention of qkv [B, N, 3, H, D] into out, q_bias [H·D] added to the queries."""
+    """Write the attention of qkv [B, N, 3, H, D] into out; its queries get q_bias [H·D]."""
     out.copy_(gather_attention(_biased(qkv, q_bias), None, None, False)[0].view_as(out))
 
 
 def attend_backward_(grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor) -> None:
-    """The gradient of qkv in :func:`attend_` into d_qkv, from that of its out."""
+    """Write the gradient of qkv in :func:`attend_` into d_qkv, from the gradient of out."""
     rows = grad.view(*qkv.shape[:2], q_bias.numel())
     d_qkv.copy_(gather_attention_backward(rows, _biased(qkv, q_bias), None, None).view_as(d_qkv))
 
@@ -68,7 +74,7 @@ def attend_backward_(grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor) -
 def attend_rows(q: Tensor, q_bias: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of queries q + q_bias [B, R, H·D] among kv [B, N, 2, H, D].
 
-    Returns out [B, R, H·D] and the probabilities [B, H, R, N] of the values in it.
+    Returns out [B, R, H·D], and the attention probabilities [B, H, R, N].
     """
     keys, values = kv.permute(2, 0, 3, 1, 4)
     probabilities = (_queries(q, q_bias, kv) @ keys.mT).softmax(dim=-1)
@@ -78,7 +84,7 @@ def attend_rows(q: Tensor, q_bias: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
 def attend_rows_backward(
     grad: Tensor, q: Tensor, q_bias: Tensor, kv: Tensor, probabilities: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q and kv in :func:`attend_rows`, from that of its out."""
+    """The gradients of q and kv in :func:`attend_rows`, from the gradient of out."""
     keys, values = kv.permute(2, 0, 3, 1, 4)
     d_out = grad.unflatten(2, kv.shape[3:]).transpose(1, 2)
     d_probabilities = d_out @ values.mT
@@ -91,11 +97,12 @@ def attend_rows_backward(
 
 
 def _queries(q: Tensor, q_bias: Tensor, kv: Tensor) -> Tensor:
-    """[B, H, R, D], biased and scaled."""
+    """(q + q_bias) / √D as [B, H, R, D]."""
     queries: Tensor = (q + q_bias).unflatten(2, kv.shape[3:]).transpose(1, 2)
     return queries / math.sqrt(kv.shape[4])
 
 
 def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:
+    """qkv with q_bias added to its queries."""
     q, k, v = qkv.unbind(2)
     return torch.stack([q + q_bias.view(qkv.shape[3:]), k, v], dim=2)

@@ -6,7 +6,7 @@ import torch
 
 from smi_fast.engine import reference
 
-# The steps of a block. They write into contiguous tensors that they are given.
+# The steps of a block, see smi_fast.engine.reference. They write into contiguous tensors.
 _STEPS = {
     "add_normalize_": (
         "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
@@ -26,7 +26,7 @@ _STEPS = {
     ),
 }
 
-# All steps of whole blocks, or of the first rows of the last block. In C++ only.
+# Whole blocks, or the first rows of the last block. These have kernels in C++ only.
 _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"

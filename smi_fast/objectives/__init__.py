@@ -1,4 +1,4 @@
-"""Objectives: the terms of the loss."""
+"""Objectives: the weighted terms of the loss."""
 
 from smi_fast.objectives.adversarial import AdversarialJS
 from smi_fast.objectives.attention_prior import AttentionPrior

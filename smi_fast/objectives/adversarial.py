@@ -1,4 +1,4 @@
-"""Adaptive DeepInversion's term: images that a student and the teacher disagree about."""
+"""Adaptive DeepInversion's objective: images on which a student and the teacher disagree."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ from torch import Tensor, nn
 
 from smi_fast.objectives.base import LossInputs, Objective
 
-LEAST, GREATEST = 0.01, 0.99
+# Bounds of the probabilities.
+SMALLEST, LARGEST = 0.01, 0.99
 
 
 class AdversarialJS(Objective):
     """1 - the Jensen-Shannon divergence of the student's and the teacher's probabilities.
 
-    See :func:`clamped_js` for the divergence. Source: DeepInversion (arXiv 1912.08795), equation 8,
-    with temperature, clamps and order of arguments of its code; its weight there is 0.2.
+    The divergence is :func:`clamped_js`. Source: DeepInversion (arXiv 1912.08795), equation 8, with
+    the temperature, clamps, order of arguments and weight of its code.
 
-    The student sees the whole jittered image, background included, also when patches have stopped;
-    the teacher's logits are those of kept patches. The student is read as it is in each step, so it
-    may be trained between batches; its weights get no gradient here.
+    The student sees the whole jittered image, with its background, also after patches have stopped.
+    The teacher's logits are those of the kept patches. Each iteration reads the student as it is
+    then, so it may be trained between batches. Its weights get no gradient here.
+
+    >>> objective = AdversarialJS(load_cnn("fashion-canvas"), temperature=2.0)
+    >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
+    >>> list(invert(teacher, [7], objectives=[CrossEntropy(), objective], **options).history)
+    ['cross_entropy', 'adversarial']
 
     Args:
-        student: network that takes images as the teacher does, in eval mode.
+        student: network with as many classes as the teacher, that takes the teacher's images; in
+            eval mode.
         weight: factor.
-        temperature: that both logits are divided by.
-        bounded: DeepInversion's 1 - clamp(js, 0, 1); without it -js, as in SMI's code (arXiv
-            2510.27186).
+        temperature: divides the logits of the student and of the teacher; above 0.
+        bounded: True for 1 - clamp(js, 0, 1), as in DeepInversion's code; False for -js, as in
+            SMI's code (arXiv 2510.27186).
+
+    Raises:
+        ValueError: temperature out of range; during an inversion, a student in training mode.
     """
 
     name = "adversarial"
@@ -58,19 +68,20 @@ class AdversarialJS(Objective):
 
 
 def clamped_js(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The divergence as published: of clamped probabilities, which then no longer sum to one.
+    """The Jensen-Shannon divergence as published, of probabilities that are clamped.
 
-    With ``p`` and ``q`` the two softmaxes at the temperature, ``m`` their mean, and all three
-    clamped to [0.01, 0.99] afterwards, equal to the mean over images of::
+    The clamped probabilities no longer sum to one. ``p`` and ``q`` are the softmaxes of the logits
+    over the temperature, and ``m`` is their mean; then all three are clamped to [0.01, 0.99]. Equal
+    to the mean over images of::
 
         0.5 * (m * (m.log() - p.log())).sum(1) + 0.5 * (m * (m.log() - q.log())).sum(1)
 
     Args:
         student: logits [B, classes].
         teacher: logits [B, classes].
-        temperature: that both are divided by.
+        temperature: divides the logits.
     """
     p, q = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    middle = (0.5 * (p + q)).clamp(LEAST, GREATEST)
-    logs = [x.clamp(LEAST, GREATEST).log() for x in (p, q)]
+    middle = (0.5 * (p + q)).clamp(SMALLEST, LARGEST)
+    logs = [x.clamp(SMALLEST, LARGEST).log() for x in (p, q)]
     return torch.stack([F.kl_div(log, middle, reduction="batchmean") for log in logs]).mean()

@@ -1,4 +1,4 @@
-"""SARDFQ's prior: the class token attends to a few places, drawn at random."""
+"""SARDFQ's objective: the class token attends to a few places that are drawn at random."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ from smi_fast.teacher.taps import of_blocks
 if TYPE_CHECKING:
     from smi_fast.teacher import SparseViT
 
-# Standard deviations of a component, in sides of the image.
+# Range of a component's standard deviation, as a fraction of the image's side.
 SPREAD = (0.05, 0.25)
 
 
 class AttentionPrior(Objective):
     """Squared distance of the class token's attention from random Gaussian mixtures.
 
-    With ``a_lh`` [B, K] the class token's probabilities for the patches in block l, counted from 1
-    to L, and head h, and a mixture ``prior_lh`` for each, equal to::
+    ``a_lh`` [B, K] are the class token's attention probabilities for the patches in block l of L,
+    counted from 1, and head h. ``mixture_lh`` [B, K] is a mixture for each. Equal to::
 
-        sum(l / L * F.mse_loss(a_lh, prior_lh) for l in range(L // 2, L + 1) for h in heads)
+        sum(l / L * F.mse_loss(a_lh, mixture_lh) for l in range(L // 2, L + 1) for h in heads)
 
-    Source: SARDFQ (arXiv 2412.16553), attention priors alignment: mixtures of up to five
-    components, a mixture for each head, the deeper half of the blocks, depth weights l / L. Its
-    weight is searched for each model there, from 1 to 1e5. Not stated there, and chosen here: one
-    to five components are equally likely, centres are uniform, the standard deviation along each
-    axis is uniform in :data:`SPREAD` sides, shares are uniform, and a mixture sums to one over the
-    patches that are seen.
+    Source: SARDFQ (arXiv 2412.16553), attention priors alignment. From there: mixtures of up to
+    five components, one mixture for each head, the deeper half of the blocks, and the depth weights
+    l / L. The paper searches the weight for each model, from 1 to 1e5.
 
-    The mixtures lie on the un-jittered grid, so a patch keeps its share while the image moves. With
-    kept patches a mixture is read there and scaled to sum to one again. They are drawn once for
-    each batch. The teacher must have a class token.
+    The paper doesn't say how mixtures are drawn. Here one to five components are equally likely.
+    Their centres and their weights are uniform, and their standard deviation along each axis is
+    uniform in :data:`SPREAD`, as a fraction of the side.
+
+    A mixture lies on the un-jittered grid, so a patch keeps its value while the image moves. The
+    values at the kept patches are scaled to sum to one. Mixtures are drawn once for each batch.
+
+    >>> AttentionPrior(weight=10.0).taps(depth=4)
+    ('attention.1.row', 'attention.2.row', 'attention.3.row')
 
     Args:
         weight: factor.
-        components: at most, in a mixture.
+        components: largest number of components in a mixture.
+
+    Raises:
+        ValueError: components out of range; during an inversion, a teacher without class token.
     """
 
     name = "attention_prior"
@@ -83,7 +89,17 @@ def random_mixtures(
     components: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Mixtures of one to ``components`` Gaussians on a grid: [*shape, rows·columns], sum 1."""
+    """Mixtures of one to ``components`` Gaussians on a grid.
+
+    Args:
+        shape: of the mixtures.
+        grid: patches per side, (rows, columns).
+        components: largest number of components, from 1.
+        generator: draws the mixtures, on the CPU; None for torch's own.
+
+    Returns:
+        float32 [*shape, rows·columns], which sums to 1 over the patches.
+    """
     draw = torch.rand(*shape, components, 5, generator=generator)
     count = torch.randint(1, components + 1, (*shape, 1), generator=generator)
     low, high = SPREAD
@@ -94,5 +110,5 @@ def random_mixtures(
         spread = low + (high - low) * draw[..., 2 + axis, None]
         axes.append((-0.5 * ((places - draw[..., axis, None]) / spread).square()).exp() / spread)
     mixtures = torch.einsum("...k,...kr,...kc->...rc", density, *axes).flatten(-2)
-    # A mixture far narrower than a patch may miss every centre: it is then uniform.
+    # The density of a mixture may underflow at every patch: it then becomes uniform.
     return (mixtures + 1e-12) / (mixtures + 1e-12).sum(-1, keepdim=True)

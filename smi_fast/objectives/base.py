@@ -1,4 +1,4 @@
-"""The contract of an objective, a term of the loss, and what it may read."""
+"""The contract of an objective, one weighted term of the loss, and what it may read."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class LossInputs:
 
     Attributes:
         images: [B, C, H, W], normalised, not jittered.
-        logits: [B, classes], of the jittered images.
-        targets: int64 [B] or probabilities [B, classes].
+        logits: [B, classes], of the jittered images' kept patches.
+        targets: int64 [B], or probabilities [B, classes].
         kept: int64 [B, K], the patches that the teacher computed, ascending.
         active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
         teacher: the network that is inverted.
-        space: the space that images are normalised in.
+        space: size and normalisation of the images.
         backend: which implementation of the ops to use.
-        iteration: from 0, known to the host.
-        iteration_tensor: int64 [], the same on the images' device.
-        jitter: shift int64 [2] and flip bool [] of this iteration, or None.
-        taps: what the objectives asked for, by name, see :mod:`smi_fast.teacher.taps`.
+        iteration: from 0, as a number of the host.
+        iteration_tensor: int64 [], the same number on the images' device.
+        jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or None.
+        taps: the tensors that the objectives asked for, by name, see
+            :mod:`smi_fast.teacher.taps`.
     """
 
     images: Tensor
@@ -53,12 +54,12 @@ class LossInputs:
 
     @cached_property
     def jittered(self) -> Tensor:
-        """[B, C, H, W], the images rolled and mirrored, background included; made when read."""
+        """[B, C, H, W], the whole images under jitter, computed at the first read."""
         return self.images if self.jitter is None else jitter_images(self.images, *self.jitter)
 
 
 class Objective(ABC):
-    """A term of the loss: ``weight * objective(inputs)`` is added to it.
+    """One weighted term of the loss: the loop adds ``weight * objective(inputs)``.
 
     >>> class Brightness(Objective):
     ...     name, weight = "brightness", 0.1
@@ -66,9 +67,9 @@ class Objective(ABC):
     ...         return inputs.images.mean()
 
     Attributes:
-        name: of its un-weighted value in the history.
+        name: key of its values, before the weight, in the history.
         weight: its factor.
-        every: iterations from one evaluation to the next; in between the value is a constant.
+        every: iterations from one evaluation to the next; in between its value is a constant.
     """
 
     name: str
@@ -76,25 +77,51 @@ class Objective(ABC):
     every: int = 1
 
     def taps(self, depth: int) -> tuple[str, ...]:
-        """The taps it reads from a teacher with ``depth`` blocks, see
-        :mod:`smi_fast.teacher.taps`.
+        """Names of the taps that it reads from a teacher with ``depth`` blocks.
+
+        See :mod:`smi_fast.teacher.taps`.
         """
         return ()
 
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
-        """Called before the first iteration of a batch, to draw whatever is random."""
+        """Prepare for a batch: check the teacher, and draw random numbers.
+
+        The loop calls it before the first iteration.
+
+        Args:
+            teacher: the network that is inverted.
+            batch: B, the number of images.
+            generator: draws random numbers, on the CPU; None for torch's own.
+        """
         return None
 
     @abstractmethod
     def __call__(self, inputs: LossInputs) -> Tensor:
-        """The un-weighted scalar, on the images' device, without a read by the host."""
+        """The scalar before its weight, on the images' device.
+
+        It must not read a tensor on the host, so that an iteration can be captured in a CUDA graph.
+        """
 
 
 @dataclass(frozen=True)
 class UserTerm(Objective):
     """A function ``(images, logits) -> scalar`` as an objective.
 
-    The images are normalised and not jittered; the logits are of the jittered images.
+    The images [B, C, H, W] are normalised and not jittered; the logits [B, classes] are those of
+    the jittered images.
+
+    >>> brightness = UserTerm(lambda images, logits: images.mean(), "brightness", weight=0.1)
+    >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
+    >>> list(invert(teacher, [7], objectives=[CrossEntropy(), brightness], **options).history)
+    ['cross_entropy', 'brightness']
+
+    Args:
+        function: returns a tensor with one element.
+        name: key of its values in the history.
+        weight: factor.
+
+    Raises:
+        ValueError: during an inversion, when the function returns anything else.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -112,15 +139,15 @@ class UserTerm(Objective):
 
 
 def as_objectives(
-    terms: Iterable[Objective | Callable[[Tensor, Tensor], Tensor]],
+    given: Iterable[Objective | Callable[[Tensor, Tensor], Tensor]],
 ) -> tuple[Objective, ...]:
-    """Objectives with distinct names; functions are wrapped in :class:`UserTerm`.
+    """The given objectives; each function is wrapped in :class:`UserTerm`.
 
     Raises:
-        ValueError: no objective at all, or two with one name.
+        ValueError: an empty list, or two objectives with the same name.
         TypeError: something that is neither an objective nor a function.
     """
-    objectives = tuple(map(_as_objective, terms))
+    objectives = tuple(map(_as_objective, given))
     names = [objective.name for objective in objectives]
     if not names or len(set(names)) < len(names):
         raise ValueError(
@@ -130,9 +157,11 @@ def as_objectives(
     return objectives
 
 
-def _as_objective(term: Objective | Callable[[Tensor, Tensor], Tensor]) -> Objective:
-    if isinstance(term, Objective):
-        return term
-    if callable(term):
-        return UserTerm(term, getattr(term, "__name__", type(term).__name__))
-    raise TypeError(f"expected an objective or a function (images, logits) -> scalar, got {term!r}")
+def _as_objective(given: Objective | Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    if isinstance(given, Objective):
+        return given
+    if callable(given):
+        return UserTerm(given, getattr(given, "__name__", type(given).__name__))
+    raise TypeError(
+        f"expected an objective or a function (images, logits) -> scalar, got {given!r}"
+    )

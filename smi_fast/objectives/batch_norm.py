@@ -1,4 +1,4 @@
-"""DeepInversion's prior: images whose features have the statistics that a CNN's BatchNorm keeps."""
+"""DeepInversion's objective: features of a CNN match the statistics that its BatchNorm recorded."""
 
 from __future__ import annotations
 
@@ -19,37 +19,42 @@ if TYPE_CHECKING:
 
 
 class BatchNormMatching(Objective):
-    """Distance between the statistics of every BatchNorm's input and those that it recorded.
+    """Distance of the statistics of each BatchNorm's input from those that the layer recorded.
 
-    With the layers' inputs ``x_l`` and ``first_weight`` on the first of them, equal to::
+    ``x_l`` is the input of layer l. ``w_l`` is ``first_weight`` in the first layer and 1 in the
+    others. Equal to::
 
         sum(w_l * (torch.dist(var(x_l), running_var_l) + torch.dist(mean(x_l), running_mean_l)))
 
-    where mean and biased variance are over batch, rows and columns. Source: DeepInversion (arXiv
-    1912.08795), equation 4; the weight of the first layer is its code's. The default weight is that
-    code's for ResNet-50.
+    The mean and the biased variance are over batch, rows and columns. Source: DeepInversion (arXiv
+    1912.08795), equation 4, with the weights of its code for ResNet-50.
 
-    The CNN is a prior beside the teacher: it sees the whole jittered image, as in the published
-    loop (arXiv 2510.27186), also when patches have stopped. The background then stands as it was
-    left, it counts in the statistics, and only kept patches follow the term's gradient; so the cost
-    of the CNN doesn't fall with the patches. ``every`` cuts it instead.
+    The CNN is a second network beside the teacher. It sees the whole jittered image, as in the
+    published loop (arXiv 2510.27186), also after patches have stopped. The background then counts
+    in the statistics, but only active patches follow the gradient. So the CNN's cost doesn't fall
+    with the number of kept patches; ``every`` reduces it instead.
+
+    >>> objective = BatchNormMatching(load_cnn("fashion-canvas"), weight=0.01)
+    >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
+    >>> list(invert(teacher, [7], objectives=[CrossEntropy(), objective], **options).history)
+    ['cross_entropy', 'batch_norm']
 
     Args:
-        cnn: any network with ``BatchNorm2d`` or timm's ``BatchNormAct2d``; a frozen copy over the
-            same weights is made once, it is itself left as it was.
+        cnn: any network with ``BatchNorm2d`` or timm's ``BatchNormAct2d``. It stays unchanged: the
+            objective runs a frozen copy over the same weights.
         first_weight: factor of the first layer, in the order of ``cnn.modules()``.
-        weight: factor of the term.
-        every: iterations from one evaluation to the next. The value counts that many times in the
-            step that has it, as lazy regularisation does (arXiv 1912.04958, appendix B), and is 0
-            in the steps between.
-        mean: of each channel, of the space in which the CNN takes images; by default from its
-            ``pretrained_cfg``, and a CNN without one takes them as the teacher does.
-        std: likewise.
+        weight: factor.
+        every: iterations from one evaluation to the next. An evaluated value is multiplied by
+            ``every``, as in lazy regularisation (arXiv 1912.04958, appendix B). In between the
+            value is 0.
+        mean: [C], of the normalised space in which the CNN takes images; by default from its
+            ``pretrained_cfg``. A CNN without one takes images as the teacher does.
+        std: [C], likewise.
 
     Raises:
-        ValueError: no layer with statistics, a kind of BatchNorm that isn't known, or an option out
-            of range; at the start of an inversion, a CNN of another data type or device than the
-            teacher.
+        ValueError: a CNN without BatchNorm statistics or with an unknown kind of BatchNorm, or an
+            option out of range; at the start of an inversion, a CNN whose data type or device isn't
+            the teacher's.
     """
 
     name = "batch_norm"
@@ -69,8 +74,8 @@ class BatchNormMatching(Objective):
         if (mean is None) != (std is None):
             raise ValueError("expected mean and std, or neither")
         self.weight, self.first_weight, self.every = weight, first_weight, every
-        self._found = _Found()
-        self._cnn, self._layers = _with_matching(cnn, first_weight, self._found)
+        self._record = _Record()
+        self._cnn, self._layers = _with_matching(cnn, first_weight, self._record)
         own = getattr(cnn, "pretrained_cfg", None) or {}
         space = (own.get("mean"), own.get("std")) if mean is None else (mean, std)
         like = self._layers[0].running_mean
@@ -93,14 +98,15 @@ class BatchNormMatching(Objective):
     def __call__(self, inputs: LossInputs) -> Tensor:
         if inputs.iteration % self.every:
             return inputs.images.new_zeros(())
-        self._found.backend = inputs.backend
-        self._found.distances.clear()
-        self._cnn(self._as_the_cnn_takes(inputs))
-        total = torch.stack(self._found.distances).sum() * self.every
-        self._found.distances.clear()
+        self._record.backend = inputs.backend
+        self._record.distances.clear()
+        self._cnn(self._cnn_images(inputs))
+        total = torch.stack(self._record.distances).sum() * self.every
+        self._record.distances.clear()
         return total
 
-    def _as_the_cnn_takes(self, inputs: LossInputs) -> Tensor:
+    def _cnn_images(self, inputs: LossInputs) -> Tensor:
+        """The jittered images [B, C, H, W] in the CNN's normalised space."""
         if self._mean is None or self._std is None:
             return inputs.jittered
         space = inputs.space
@@ -108,8 +114,8 @@ class BatchNormMatching(Objective):
         return torch.addcmul(offset[:, None, None], inputs.jittered, scale[:, None, None])
 
 
-class _Found:
-    """What the layers have found in this step, and the backend that they are to use."""
+class _Record:
+    """The layers' distances in this iteration, and the backend that the layers use."""
 
     def __init__(self) -> None:
         self.distances: list[Tensor] = []
@@ -117,14 +123,14 @@ class _Found:
 
 
 class _MatchingBatchNorm(nn.Module):
-    """A BatchNorm in eval mode that also says how far its input is from its statistics."""
+    """A BatchNorm in eval mode that also records the distance of its input's statistics."""
 
     running_mean: Tensor
     running_var: Tensor
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, norm: nn.BatchNorm2d, factor: float, found: _Found) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, factor: float, record: _Record) -> None:
         super().__init__()
         if norm.running_mean is None or norm.running_var is None:
             raise ValueError("expected BatchNorm that keeps running statistics, got one without")
@@ -133,7 +139,7 @@ class _MatchingBatchNorm(nn.Module):
         one, zero = torch.ones_like(norm.running_var), torch.zeros_like(norm.running_var)
         self.register_buffer("weight", norm.weight.detach() if norm.affine else one)
         self.register_buffer("bias", norm.bias.detach() if norm.affine else zero)
-        self.eps, self.factor, self.found = norm.eps, factor, found
+        self.eps, self.factor, self.record = norm.eps, factor, record
         self.act = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,17 +150,17 @@ class _MatchingBatchNorm(nn.Module):
             self.weight,
             self.bias,
             self.eps,
-            backend=self.found.backend,
+            backend=self.record.backend,
         )
-        self.found.distances.append(distance if self.factor == 1 else distance * self.factor)
+        self.record.distances.append(distance if self.factor == 1 else distance * self.factor)
         activated: Tensor = self.act(y)
         return activated
 
 
 def _with_matching(
-    cnn: nn.Module, first_weight: float, found: _Found
+    cnn: nn.Module, first_weight: float, record: _Record
 ) -> tuple[nn.Module, tuple[_MatchingBatchNorm, ...]]:
-    """A frozen copy in which every BatchNorm is a matching one, and these."""
+    """A frozen copy with a matching layer in place of every BatchNorm, and these layers."""
     copied = frozen_copy(cnn)
     replaced: dict[nn.Module, _MatchingBatchNorm] = {}
     for name, module in list(copied.named_modules(remove_duplicate=False)):
@@ -165,7 +171,7 @@ def _with_matching(
             raise ValueError(f"expected {name} to be BatchNorm2d or BatchNormAct2d, got {kind}")
         if module not in replaced:
             factor = 1.0 if replaced else first_weight
-            replaced[module] = _MatchingBatchNorm(module, factor, found)
+            replaced[module] = _MatchingBatchNorm(module, factor, record)
         copied.set_submodule(name, replaced[module])
     if not replaced:
         raise ValueError(f"expected a network with BatchNorm2d, {type(cnn).__name__} has none")

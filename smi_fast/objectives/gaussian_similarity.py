@@ -1,4 +1,4 @@
-"""MaskAQ's form of the patch-similarity entropy: closed, under a Gaussian, on sampled rows."""
+"""MaskAQ's patch-similarity entropy: in closed form for a Gaussian, on a sample of patches."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ if TYPE_CHECKING:
 
 
 class GaussianSimilarity(Objective):
-    """Negative entropy that the patches' similarities would have if they were Gaussian.
+    """Negative entropy of the patches' similarities, as if these had a Gaussian distribution.
 
-    A patch is described by its attention scores towards the patches, averaged over heads; of these
-    rows ``rows`` are sampled for each image. See :func:`gaussian_entropy` for the rest; the mean is
-    taken over images and blocks. Source: MaskAQ (arXiv 2606.04373), with the numbers of its code,
-    which weights it 1.
+    The features of a patch are its attention scores for the patches, averaged over heads. ``rows``
+    patches of each image are sampled. The entropy is :func:`gaussian_entropy`, averaged over
+    blocks. Source: MaskAQ (arXiv 2606.04373), with the numbers of its code.
 
-    The published code samples anew in every iteration. Here each image has a random order of its
-    patches, drawn once, and successive iterations take the next ``rows`` of it. With fewer kept
-    patches than ``rows`` all of them are taken.
+    The published code draws a new sample in every iteration. Here a random order of the patches is
+    drawn once for each image, and each iteration takes the next ``rows`` patches in that order.
+    When fewer than ``rows`` patches are kept, it takes all of them.
+
+    >>> GaussianSimilarity(blocks=[0, -1]).taps(depth=12)
+    ('attention.0.scores', 'attention.11.scores')
 
     Args:
-        blocks: from 0, or from the end when negative; None for all, as published.
-        rows: sampled patches of each image.
+        blocks: indices of blocks, from the end when negative; None for all, as published.
+        rows: number of sampled patches of each image, from 2.
         weight: factor.
+
+    Raises:
+        ValueError: rows out of range.
     """
 
     name = "gaussian_similarity"
@@ -69,7 +74,7 @@ class GaussianSimilarity(Objective):
         return -torch.stack(entropies).mean()
 
     def _pick(self, kept: int, done: Tensor | None) -> Tensor:
-        """int64 [B, rows], of each image the patches whose turn it is after ``done`` steps."""
+        """The patches int64 [B, rows] of the iteration ``done``, out of ``kept`` patches."""
         if self._rank is None:
             raise RuntimeError(
                 "begin() draws the order of patches: call it before the first iteration"
@@ -83,14 +88,18 @@ class GaussianSimilarity(Objective):
 
 
 def gaussian_entropy(features: Tensor) -> Tensor:
-    """Entropy of a Gaussian with the variance of all pairs' cosine similarities, mean over images.
+    """Entropy of a Gaussian with the variance of the pairwise cosine similarities.
 
-    With ``s`` [B, n²], each feature's similarity with itself included, equal to::
+    ``s`` [B, n²] are the similarities of all pairs of features, including each feature with itself.
+    Equal to::
 
         0.5 * (2 * math.pi * math.e * (s.var(1, correction=0) + 1e-8)).log().mean()
 
     Args:
         features: [B, n, D].
+
+    Returns:
+        the mean over images, a scalar.
     """
     unit = F.normalize(features, dim=-1, eps=1e-6)
     variance = (unit @ unit.mT).flatten(1).var(1, correction=0) + 1e-8

@@ -1,4 +1,4 @@
-"""MimiQ's prior: for a real image the heads of a block attend to similar shapes."""
+"""MimiQ's objective: the heads of a block attend to similar shapes, as they do for real images."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ LUMINANCE, CONTRAST = 0.01**2, 0.03**2
 
 
 class HeadSimilarity(Objective):
-    """How unlike the attention maps of a block's heads are, mean over blocks.
+    """Dissimilarity of the attention maps of a block's heads, averaged over blocks.
 
-    Each patch's scores towards the patches, as a query, make one map of each head; see
-    :func:`head_dissimilarity` for the rest. Source: MimiQ (arXiv 2407.20021), the inter-head
+    For each head and query patch, the attention scores for the patches are one map. The
+    dissimilarity is :func:`head_dissimilarity`. Source: MimiQ (arXiv 2407.20021), inter-head
     attention similarity, with the numbers of its code: scores before the softmax, SSIM over the
     whole map, weight 1.
 
-    The SSIM of a whole map doesn't depend on the order of its patches. So with kept patches the
-    maps have K pixels, and only kept patches are queries.
+    The SSIM of a whole map doesn't depend on the order of its patches. So the maps have one value
+    for each of the K kept patches, and only kept patches are queries.
+
+    >>> HeadSimilarity(blocks=[0, -1]).taps(depth=12)
+    ('attention.0.scores', 'attention.11.scores')
 
     Args:
-        blocks: from 0, or from the end when negative; None for all, as published.
+        blocks: indices of blocks, from the end when negative; None for all, as published.
         weight: factor.
     """
 
@@ -46,22 +49,22 @@ class HeadSimilarity(Objective):
         scores = (
             inputs.taps[name][:, :, patches, patches] for name in self.taps(inputs.teacher.depth)
         )
-        return torch.stack([head_dissimilarity(of_block) for of_block in scores]).mean()
+        return torch.stack([head_dissimilarity(block) for block in scores]).mean()
 
 
 def head_dissimilarity(scores: Tensor) -> Tensor:
-    """Mean of 1 - SSIM² over all pairs of heads, each with itself included, queries and images.
+    """Mean of 1 - SSIM² over images, queries and all pairs of heads, each with itself included.
 
-    With each map brought to [0, 1] by its least and greatest score, and means, variances and
-    covariances over its K pixels, the SSIM of heads i and j is::
+    Each map is scaled linearly to [0, 1]. With means, variances and covariances over its K values,
+    the SSIM of heads i and j is::
 
         (2 * mean_i * mean_j + 0.01**2) * (2 * cov_ij + 0.03**2)
         / ((mean_i**2 + mean_j**2 + 0.01**2) * (var_i + var_j + 0.03**2))
 
-    All pairs of heads come from one matrix product a query; no map of a pair is ever held.
+    One matrix product for each query gives all pairs of heads, so no map of a pair is stored.
 
     Args:
-        scores: [B, heads, N, K].
+        scores: [B, heads, N, K], of N queries and K keys.
     """
     maps = scores.transpose(1, 2)
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""PSAQ-ViT's prior: patches of a real image are unlike each other in many degrees."""
+"""PSAQ-ViT's objective: the similarities of patches are as diverse as in real images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from smi_fast.teacher.taps import of_blocks
 
 BANDWIDTH = 0.01
 POINTS = 10
-# Added to the density under the logarithm.
+# FLOOR is added to the density under the logarithm.
 FLOOR = 1e-4
-# Cosine similarity's least norm.
+# EPS is the smallest norm in the cosine similarity.
 EPS = 1e-8
-# Distance, in bandwidths·√2, from which a kernel counts as exp(-81): far below the last digit of
-# the floor, and not denormal, which processors are slow with.
+# Distances are clamped to FAR, in units of bandwidth · √2. There the kernel is exp(-81): too small
+# to change FLOOR, but not a denormal number, which processors compute slowly.
 FAR = 9.0
-# Kernel values held at once: small enough for a core's cache, large enough for a GPU.
+# Kernel values in memory at once: few enough for a core's cache, or enough to fill a GPU.
 TILE = {"cpu": 1 << 18}
 TILE_ELSEWHERE = 1 << 24
 
@@ -31,14 +31,15 @@ TILE_ELSEWHERE = 1 << 24
 class PatchSimilarity(Objective):
     """Negative entropy of the patches' cosine similarities, summed over blocks.
 
-    For each block the heads' outputs are averaged over heads and prefix tokens left out; see
-    :func:`similarity_entropy` for the rest. Source: PSAQ-ViT (arXiv 2203.02250), equations 5 to 8,
-    with the numbers of its code, which weights it 1.
+    The features of a patch are the outputs of a block's heads, averaged over heads. The K² pairs of
+    kept patches have the entropy :func:`similarity_entropy`. Source: PSAQ-ViT (arXiv 2203.02250),
+    equations 5 to 8, with the numbers of its code.
 
-    With kept patches the similarities are those among kept patches, K² of them.
+    >>> PatchSimilarity(blocks=[0, -1]).taps(depth=12)
+    ('attention.0.output', 'attention.11.output')
 
     Args:
-        blocks: from 0, or from the end when negative; None for all, as published.
+        blocks: indices of blocks, from the end when negative; None for all, as published.
         weight: factor.
     """
 
@@ -62,27 +63,31 @@ class PatchSimilarity(Objective):
 
 
 def similarity_entropy(features: Tensor) -> Tensor:
-    """Differential entropy of the cosine similarities of all pairs of features, mean over images.
+    """Differential entropy of the cosine similarities of all pairs of features.
 
-    With every pair's similarity ``s`` [B, N²], each with itself included, and ten points ``x`` from
-    the least to the greatest of the batch, which get no gradient, equal to::
+    ``s`` [B, N²] are the similarities of all pairs, including each feature with itself. ``x`` [10]
+    are evenly spaced points from the batch's smallest to its largest similarity, without gradient.
+    Equal to::
 
         kernel = torch.exp(-((x[:, None] - s[:, None]) ** 2) / (2 * 0.01**2))
         density = kernel.mean(-1) / (2 * math.pi * 0.01**2) ** 0.5 + 1e-4
         torch.trapezoid(-density * density.log(), x).mean()
 
-    Value and gradient come in one pass over tiles of pairs i <= j; neither the kernel [B, 10, N²]
-    nor its gradient is ever held.
+    One pass over tiles of the pairs i <= j computes value and gradient, so the kernel [B, 10, N²]
+    is never stored.
 
     Args:
         features: [B, N, D].
+
+    Returns:
+        the mean over images, a scalar.
     """
     entropy: Tensor = _SimilarityEntropy.apply(F.normalize(features, dim=-1, eps=EPS))
     return entropy
 
 
 class _SimilarityEntropy(torch.autograd.Function):
-    """Of unit features; the gradient is taken with the value, since both need the same kernel."""
+    """The entropy for features of norm 1. Forward computes the gradient from the same kernel."""
 
     @staticmethod
     def forward(ctx: Any, unit: Tensor) -> Tensor:
@@ -107,9 +112,10 @@ class _SimilarityEntropy(torch.autograd.Function):
 
 
 class _Tiles:
-    """Similarities [B, R, M] of R rows with the M columns from the first of them on.
+    """The similarity matrix [B, N, N] on and above its diagonal, cut into tiles [B, R, M].
 
-    Columns after the R first stand for both (i, j) and (j, i).
+    A tile has R rows, and the M columns from its first row's diagonal element to the end. Its first
+    R columns hold both (i, j) and (j, i). Each value in a later column stands for these two pairs.
     """
 
     def __init__(self, unit: Tensor) -> None:
@@ -123,12 +129,12 @@ class _Tiles:
         ]
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest similarity of the batch."""
+        """The smallest and the largest similarity of the batch, two scalars."""
         ends = torch.stack([torch.stack(tile.aminmax()) for tile in self.similarities])
         return ends[:, 0].amin(), ends[:, 1].amax()
 
     def density(self, x: Tensor) -> Tensor:
-        """[B, POINTS], of all pairs at the points."""
+        """The density [B, POINTS] of all pairs at the points x [POINTS]."""
         batch, count, _ = self.unit.shape
         total = self.unit.new_zeros(batch, POINTS)
         for tile in self.similarities:
@@ -138,7 +144,7 @@ class _Tiles:
         return total / (count**2 * math.sqrt(2 * math.pi) * BANDWIDTH)
 
     def gradient(self, x: Tensor, slope: Tensor) -> Tensor:
-        """[B, N, D], of the sum of slope [B, POINTS] times density."""
+        """The features' gradient [B, N, D] of the sum of slope [B, POINTS] times density."""
         unit, count = self.unit, self.unit.shape[1]
         # d kernel / ds = kernel (x - s) / h², and distances are in units of h √2.
         scale = math.sqrt(2) / BANDWIDTH / (count**2 * math.sqrt(2 * math.pi) * BANDWIDTH)
@@ -146,16 +152,16 @@ class _Tiles:
         result = torch.zeros_like(unit)
         for start, tile in zip(self.starts, self.similarities, strict=True):
             kernel, distance = _kernel(tile, x)
-            of_pairs = (slope @ kernel.mul_(distance).flatten(2)).reshape(tile.shape)
+            pairs = (slope @ kernel.mul_(distance).flatten(2)).reshape(tile.shape)
             rows = tile.shape[1]
-            result[:, start : start + rows] += of_pairs @ unit[:, start:]
-            rest = of_pairs[..., rows:].mT @ unit[:, start : start + rows]
+            result[:, start : start + rows] += pairs @ unit[:, start:]
+            rest = pairs[..., rows:].mT @ unit[:, start : start + rows]
             result[:, start + rows :] += rest
         return result
 
 
 def _kernel(tile: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gaussian [B, POINTS, R, M] of each similarity around each point, and their distance."""
+    """Gaussian kernel and scaled distance, each [B, POINTS, R, M], of points and similarities."""
     unit = BANDWIDTH * math.sqrt(2)
     distance = (x / unit)[:, None, None] - (tile / unit)[:, None]
     distance.clamp_(-FAR, FAR)

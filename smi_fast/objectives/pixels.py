@@ -1,4 +1,4 @@
-"""Objectives that read the pixels: total variation in three forms, and their norm."""
+"""Objectives that read the pixels: total variation in three forms, and the L2 norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smi_fast.ops.grid import patch_mask
 if TYPE_CHECKING:
     from smi_fast.teacher import SparseViT
 
-# The published bounds are for so many pixel values.
+# Pixel values of the batch that the published bounds of VariationTarget are for.
 PUBLISHED_VALUES = 32 * 3 * 224 * 224
 
 
@@ -24,9 +24,15 @@ PUBLISHED_VALUES = 32 * 3 * 224 * 224
 class TotalVariation(Objective):
     """Total variation of the whole batch, see :func:`smi_fast.ops.total_variation`.
 
+    While the background is frozen, only differences with a pixel in an active patch count.
+
+    >>> TotalVariation(weight=1e-3, norm="l1").name
+    'total_variation_l1'
+
     Args:
-        weight: factor; the published l2 one is 1e-4 (arXiv 2510.27186).
-        norm: "l2", the sum of four Frobenius norms, or "l1", of four mean absolute differences.
+        weight: factor; published for "l2" is 1e-4 (SMI, arXiv 2510.27186).
+        norm: "l2", the sum of four Frobenius norms; or "l1", the sum of four mean absolute
+            differences.
 
     Raises:
         ValueError: another norm.
@@ -55,12 +61,19 @@ class TotalVariation(Objective):
 
 @dataclass(frozen=True)
 class L2Norm(Objective):
-    """Norm of all pixels of the batch; of those in kept patches while the others are frozen.
+    """L2 norm of the normalised pixels.
+
+    While the background is frozen, only pixels of active patches count.
+
+    >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
+    >>> list(invert(teacher, [7], objectives=[CrossEntropy(), L2Norm()], **options).history)
+    ['cross_entropy', 'l2_norm']
 
     Args:
         weight: factor; DeepInversion's is 1e-5 (arXiv 1912.08795).
-        per_image: the mean of the images' norms, as in DeepInversion's code; without it the norm
-            of the batch, as in SMI's.
+        name: key of its values in the history.
+        per_image: True for the mean of the images' norms, as in DeepInversion's code; False for the
+            norm of the whole batch, as in SMI's (arXiv 2510.27186).
     """
 
     weight: float = 1e-5
@@ -70,7 +83,7 @@ class L2Norm(Objective):
     def __call__(self, inputs: LossInputs) -> Tensor:
         pixels = inputs.images
         if inputs.active is not None:
-            # Made on the device: numbers of the host would be copied to it in every iteration.
+            # Made on the device, because numbers of the host would be copied in every iteration.
             shift, flip = inputs.active.new_zeros(2), inputs.active.new_zeros((), dtype=torch.bool)
             pixels, _ = ops.gather_patches(
                 pixels,
@@ -88,22 +101,26 @@ class L2Norm(Objective):
 
 @dataclass(frozen=True)
 class PatchSeamTV(Objective):
-    """Sum over the seams of the grid of the norm of the jump across each.
+    """Norms of the differences across the seams between patches, summed over the seams.
 
-    With patches of P pixels the sum, for each k-th row and column of the grid but the first, of::
+    P is the side of a patch. Each k from 1 adds a seam between two rows of patches and one between
+    two columns::
 
         torch.linalg.vector_norm(images[:, :, P * k] - images[:, :, P * k - 1])
         torch.linalg.vector_norm(images[:, :, :, P * k] - images[:, :, :, P * k - 1])
 
-    each norm over batch, channels and the length of the seam. Source: GradViT (arXiv 2203.11894),
-    the patch prior, of the images without jitter. The paper's weight could not be looked up, the
-    default is that of total variation.
+    Source: the patch prior of GradViT (arXiv 2203.11894), on images without jitter. The paper's
+    weight could not be looked up; the default is that of total variation.
 
-    While the background is frozen only jumps at kept patches count, on either side: the others are
-    constant.
+    While the background is frozen, only differences with a pixel in an active patch count.
+
+    >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
+    >>> list(invert(teacher, [7], objectives=[CrossEntropy(), PatchSeamTV()], **options).history)
+    ['cross_entropy', 'patch_seams']
 
     Args:
         weight: factor.
+        name: key of its values in the history.
     """
 
     weight: float = 1e-4
@@ -119,25 +136,33 @@ class PatchSeamTV(Objective):
             below, beside = mask[:, :, 1:] | mask[:, :, :-1], mask[..., 1:] | mask[..., :-1]
             rows = rows * below.repeat_interleave(size, dim=3)
             columns = columns * beside.repeat_interleave(size, dim=2)
-        of_rows: Tensor = torch.linalg.vector_norm(rows, dim=(0, 1, 3)).sum()
-        of_columns: Tensor = torch.linalg.vector_norm(columns, dim=(0, 1, 2)).sum()
-        return of_rows + of_columns
+        row_norms: Tensor = torch.linalg.vector_norm(rows, dim=(0, 1, 3))
+        column_norms: Tensor = torch.linalg.vector_norm(columns, dim=(0, 1, 2))
+        return row_norms.sum() + column_norms.sum()
 
 
 class VariationTarget(Objective):
-    """Distance of the batch's total variation from an amount drawn once for each batch.
+    """Distance of the batch's total variation from a target that is drawn once for each batch.
 
-    Equal to ``abs(total_variation(images)[1] - target)`` with the target uniform in [low, high].
-    Source: PSAQ-ViT (arXiv 2203.02250), whose code has 2500 to 3000 for 32 images of 224 px, at
-    weight 0.05; it measures the jittered images. The norms grow with the root of the number of
-    pixels, so other batches and sizes scale the bounds by that.
+    Equal to ``abs(total_variation(images)[1] - target)``, with the target uniform in [low, high].
+    Source: PSAQ-ViT (arXiv 2203.02250). Its code has these bounds and this weight for 32 images of
+    224 px, and measures the jittered images. Total variation grows with the root of the number of
+    pixel values, so the target is scaled by that root for other batches and sizes.
 
-    It is the whole image whose variation is to reach the target: frozen patches count too.
+    The target is for whole images: frozen patches count too.
+
+    >>> objectives = [CrossEntropy(), VariationTarget()]
+    >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
+    >>> list(invert(teacher, [7], objectives=objectives, **options).history)
+    ['cross_entropy', 'variation_target']
 
     Args:
-        low: least target, of a batch of the published size.
-        high: greatest target.
+        low: smallest target, for a batch of the published size; from 0.
+        high: largest target, likewise.
         weight: factor.
+
+    Raises:
+        ValueError: bounds out of range.
     """
 
     name = "variation_target"

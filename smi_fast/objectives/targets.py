@@ -1,4 +1,4 @@
-"""Targets other than one class: soft ones, and several at once."""
+"""Targets beyond one class for each image: soft targets, and several classes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ def soft_targets(
     high: float = 10.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Probabilities from random logits of the wanted classes, for :class:`CrossEntropy`.
+    """Soft targets: probabilities from random logits, for :class:`smi_fast.CrossEntropy`.
 
-    Equal to the softmax of logits that are uniform in [low, high] at the wanted classes and 0
-    elsewhere. Source: SARDFQ (arXiv 2412.16553), soft-label learning, with its bounds; what the
-    other logits are isn't stated there.
+    The softmax of logits that are uniform in [low, high] at the wanted classes and 0 elsewhere.
+    Source: soft-label learning of SARDFQ (arXiv 2412.16553), with its bounds. The paper doesn't say
+    what the other logits are.
+
+    >>> soft = targets.soft_targets(torch.tensor([3, 5]), classes=10)
+    >>> soft.shape, soft.argmax(1).tolist()
+    (torch.Size([2, 10]), [3, 5])
 
     Args:
-        labels: int64 [B], or [B, n] for n classes of each image.
-        classes: of the teacher.
-        low: least logit of a wanted class.
-        high: greatest.
-        generator: draws the logits, on the CPU.
+        labels: int64 [B], or int64 [B, n] for n classes in each image.
+        classes: number of the teacher's classes.
+        low: smallest logit of a wanted class.
+        high: largest logit of a wanted class.
+        generator: draws the logits, on the CPU; None for torch's own.
 
     Returns:
         float32 [B, classes] on the device of the labels.
@@ -40,11 +44,16 @@ def soft_targets(
 
 
 def multi_targets(labels: Tensor, classes: int) -> Tensor:
-    """1 at each wanted class and 0 elsewhere, for :class:`BinaryCrossEntropy`.
+    """Targets of several classes, for :class:`smi_fast.BinaryCrossEntropy`.
+
+    They are 1 at each wanted class and 0 elsewhere.
+
+    >>> targets.multi_targets(torch.tensor([[0, 2]]), classes=4)
+    tensor([[1., 0., 1., 0.]])
 
     Args:
-        labels: int64 [B, n], n classes of each image.
-        classes: of the teacher.
+        labels: int64 [B, n], n classes in each image.
+        classes: number of the teacher's classes.
 
     Returns:
         float32 [B, classes] on the device of the labels.

@@ -1,4 +1,4 @@
-"""Statistic matching for the tokens of a ViT, which keeps no statistics of its own."""
+"""Statistic matching for the tokens of a ViT, with statistics recorded from images."""
 
 from __future__ import annotations
 
@@ -12,31 +12,36 @@ from smi_fast.objectives.base import LossInputs, Objective
 from smi_fast.teacher import SparseViT
 from smi_fast.teacher.taps import of_blocks
 
-# Of each tap: mean [D] and variance [D] of every channel.
+# Mean [D] and variance [D] of the channels, by the name of a tap.
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class TokenStatistics(Objective):
-    """Distance between the statistics of patch tokens and given ones, block by block.
+    """Distance of the statistics of patch tokens from recorded ones, summed over blocks.
 
-    With the patch tokens ``x_l`` [B, K, D] of each block, without prefix tokens, equal to::
+    ``x_l`` [B, K, D] are the kept patches' tokens after block l, without prefix tokens. Equal to::
 
         sum(torch.dist(var(x_l), var_l) + torch.dist(mean(x_l), mean_l))
 
-    where mean and biased variance are over images and patches. Source: DeepInversion's term (arXiv
-    1912.08795, equation 4), whose BatchNorm statistics are here those that
-    :func:`collect_statistics` records, or that were published with a teacher. No weight is
-    published for tokens.
+    The mean and the biased variance are over images and patches. Source: DeepInversion (arXiv
+    1912.08795), equation 4, with :func:`collect_statistics` in place of the statistics of
+    BatchNorm. There is no published weight for tokens.
 
-    The statistics are of all patches, the term sees the kept ones: it then asks that the kept
-    patches together look like a whole image.
+    The recorded statistics are those of all patches of an image. So the objective asks the kept
+    patches to have the statistics of a whole image.
+
+    >>> statistics = collect_statistics(teacher, [torch.randn(4, 3, 64, 64)], blocks=[0, -1])
+    >>> TokenStatistics(statistics)
+    TokenStatistics(2 blocks, weight=0.05)
 
     Args:
-        statistics: of taps such as "block.3.tokens", mean and variance [D] on the teacher's device.
+        statistics: mean [D] and variance [D] on the teacher's device, by the name of a tap such as
+            "block.3.tokens".
         weight: factor.
 
     Raises:
-        ValueError: no statistics, or of something that isn't tokens.
+        ValueError: an empty mapping, or a tap that isn't tokens; at the start of an inversion,
+            statistics of another width or device than the teacher's.
     """
 
     name = "token_statistics"
@@ -75,19 +80,23 @@ class TokenStatistics(Objective):
 def collect_statistics(
     teacher: nn.Module, loader: Iterable[Any], blocks: Sequence[int] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of each channel of patch tokens, for :class:`TokenStatistics`.
+    """Record mean and variance of each channel of the patch tokens, for :class:`TokenStatistics`.
+
+    >>> statistics = collect_statistics(teacher, [torch.randn(4, 3, 64, 64)], blocks=[0])
+    >>> [tensor.shape for tensor in statistics["block.0.tokens"]]
+    [torch.Size([128]), torch.Size([128])]
 
     Args:
         teacher: a timm ``VisionTransformer`` or a :class:`SparseViT`.
-        loader: gives batches of normalised images [B, C, H, W], alone or first in a tuple or list.
-        blocks: from 0, or from the end when negative; None for all.
+        loader: yields batches of normalised images [B, C, H, W], alone or first in a tuple or list.
+        blocks: indices of blocks, from the end when negative; None for all.
 
     Returns:
-        for each tap "block.N.tokens" mean [D] and biased variance [D], of all tokens together,
-        summed in float64.
+        mean [D] and biased variance [D] over all images and patches, summed in float64, by the name
+        of the tap, "block.N.tokens".
 
     Raises:
-        ValueError: no image at all, or a block that isn't there.
+        ValueError: a loader without images, or a block that the teacher doesn't have.
     """
     sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher)
     names = of_blocks("block.{}.tokens", blocks, sparse.depth)
@@ -108,16 +117,16 @@ def collect_statistics(
 
 
 def _joined(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], share: float
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], fraction: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of two samples together (Chan, Golub and LeVeque, 1979).
+    """Mean and variance of the union of two samples (Chan, Golub and LeVeque, 1979).
 
     Args:
-        first: mean and variance of one.
-        second: likewise of the other.
-        share: of the other in both.
+        first: mean and variance of the first sample.
+        second: mean and variance of the second sample.
+        fraction: size of the second sample over that of the union.
     """
     (mean, var), (other_mean, other_var) = first, second
     apart = other_mean - mean
-    joined = torch.lerp(var, other_var, share) + share * (1 - share) * apart.square()
-    return mean + share * apart, joined
+    joined = torch.lerp(var, other_var, fraction) + fraction * (1 - fraction) * apart.square()
+    return mean + fraction * apart, joined

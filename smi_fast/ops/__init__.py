@@ -1,7 +1,7 @@
-"""The public ops: checked arguments, a chosen backend, and first-order gradients.
+"""The public ops: each checks its arguments, chooses a backend, and has first-order gradients.
 
-The docstring of each op has the PyTorch expression that it equals. :mod:`smi_fast.ops.reference` is
-the specification, and a backend too.
+The docstring of each op gives the PyTorch expression that it equals. :mod:`smi_fast.ops.reference`
+is the specification, and one of the backends.
 """
 
 from smi_fast.ops.adam_clamp import adam_clamp_

@@ -1,4 +1,4 @@
-"""Checks of arguments: what was expected, and what came."""
+"""Checks of the arguments of ops. They say what was expected and what came."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from torch import Tensor
 
 
 def expect(holds: bool, expected: str, got: Tensor) -> None:
+    """Raise a ValueError unless ``holds``, with the data type and shape of ``got``."""
     if not holds:
         raise ValueError(f"expected {expected}, got {got.dtype} {list(got.shape)}")
 
 
 def expect_device(tensor: Tensor, like: Tensor) -> None:
+    """Raise a ValueError unless two tensors are on one device."""
     if tensor.device != like.device:
         raise ValueError(f"expected all tensors on {like.device}, got one on {tensor.device}")
 
 
 def expect_patches(images: Tensor, patch_size: int) -> None:
+    """Raise a ValueError unless whole patches cover the images [..., H, W]."""
     height, width = images.shape[-2:]
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(
@@ -26,6 +29,10 @@ def expect_patches(images: Tensor, patch_size: int) -> None:
 
 
 def expect_index(name: str, index: Tensor, like: Tensor) -> None:
+    """Raise a ValueError unless ``index`` is int64 [B, K] on the device of ``like`` [B, ...].
+
+    Its values are not checked: that would wait for the device.
+    """
     fits = index.dim() == 2 and len(index) == len(like) and index.dtype == torch.int64
     expect(fits, f"{name} int64 [{len(like)}, K]", index)
     expect_device(index, like)

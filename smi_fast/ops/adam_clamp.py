@@ -1,4 +1,4 @@
-"""One Adam step on pixels and a clamp, in place."""
+"""One step of Adam on pixels and a clamp, in place."""
 
 from __future__ import annotations
 
@@ -25,25 +25,31 @@ def adam_clamp_(
     patch_size: int = 1,
     backend: str = AUTO,
 ) -> None:
-    """One step of Adam (arXiv 1412.6980, eps 1e-8) on pixels, then a clamp of each channel; in
-    place.
+    """One step of Adam on pixels and a clamp of each channel, in place.
 
-    Equal to ``torch.optim.Adam`` followed by ``images.clamp_(low[:, None, None], high[:, None,
-    None])``, on all pixels or on those of active patches.
+    Equal to a step of ``torch.optim.Adam`` (arXiv 1412.6980, eps 1e-8) followed by
+    ``images.clamp_(low[:, None, None], high[:, None, None])``, on all pixels or on those of active
+    patches.
+
+    >>> pixels, *moments = torch.zeros(3, 1, 1, 2, 2)
+    >>> bounds = {"low": torch.tensor([-0.2]), "high": torch.tensor([0.2])}
+    >>> ops.adam_clamp_(pixels, pixels + 1, *moments, step=1, lr=0.25, betas=(0.5, 0.99), **bounds)
+    >>> pixels.unique()
+    tensor([-0.2000])
 
     Args:
         images: [B, C, H, W], changed.
         grad: [B, C, H, W].
         exp_avg: [B, C, H, W], running mean of the gradient, changed.
-        exp_avg_sq: [B, C, H, W], running mean of its square, changed.
-        step: the number of this step, from 1; a tensor is int64 [], and its value isn't checked,
-            for that would wait for the device.
+        exp_avg_sq: [B, C, H, W], running mean of the squared gradient, changed.
+        step: number of this step, from 1. A tensor is int64 []; its value isn't checked, because
+            that would wait for the device.
         lr: learning rate.
-        betas: decay of both means, each in [0, 1).
-        low: [C], least value of each channel.
-        high: [C], greatest value of each channel.
-        active: int64 [B, K], distinct patches of the grid to touch; None touches every pixel.
-        patch_size: side of a patch in pixels; needed with ``active`` only.
+        betas: decay rates of the two means, each in [0, 1).
+        low: [C], smallest value of each channel.
+        high: [C], largest value of each channel.
+        active: int64 [B, K], distinct patches of the grid whose pixels change; None for all pixels.
+        patch_size: side of a patch in pixels; read only with ``active``.
         backend: see :mod:`smi_fast.ops.backends`.
 
     Raises:

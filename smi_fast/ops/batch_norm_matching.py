@@ -22,7 +22,7 @@ def batch_norm_matching(
     *,
     backend: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """BatchNorm in eval mode together with DeepInversion's statistic-matching term for its input.
+    """BatchNorm in eval mode, and DeepInversion's statistic-matching loss of its input.
 
     Equal to::
 
@@ -32,17 +32,22 @@ def batch_norm_matching(
 
     Source: DeepInversion (arXiv 1912.08795), equation 4. Only ``x`` gets a gradient.
 
+    >>> x, ones, zeros = torch.randn(2, 3, 8, 8), torch.ones(3), torch.zeros(3)
+    >>> y, loss = ops.batch_norm_matching(x, zeros, ones, ones, zeros)
+    >>> y.shape, loss.shape
+    (torch.Size([2, 3, 8, 8]), torch.Size([]))
+
     Args:
         x: [B, C, H, W], not empty.
-        running_mean: [C], as are running_var, weight and bias.
-        running_var: recorded variance.
-        weight: scale of the layer.
-        bias: offset of the layer.
-        eps: added to the variance.
+        running_mean: [C], recorded mean.
+        running_var: [C], recorded variance.
+        weight: [C], scale of the layer.
+        bias: [C], offset of the layer.
+        eps: added to ``running_var`` under the root.
         backend: see :mod:`smi_fast.ops.backends`.
 
     Returns:
-        y [B, C, H, W] and loss, a scalar.
+        y [B, C, H, W], and the loss, a scalar of the data type of ``x``.
 
     Raises:
         ValueError: wrong shape, data type or device.
@@ -87,7 +92,7 @@ class _BatchNormMatching(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         x, running_mean, running_var, weight, mean, var = ctx.saved_tensors
-        # d mean / dx = 1/n and d var / dx = 2 (x - mean)/n, so the term's gradient is linear in x.
+        # d mean / dx = 1/n and d var / dx = 2 (x - mean)/n, so the loss's gradient is linear in x.
         count = x.numel() // x.shape[1]
         to_mean = grad_loss * _direction(mean - running_mean) / count
         to_var = grad_loss * _direction(var - running_var) / count
@@ -98,6 +103,6 @@ class _BatchNormMatching(torch.autograd.Function):
 
 
 def _direction(difference: Tensor) -> Tensor:
-    """Gradient of a vector's norm; zero for the zero vector."""
+    """Gradient of the norm of a vector [C]; zero for the zero vector."""
     norm = torch.linalg.vector_norm(difference)
     return torch.where(norm > 0, difference / norm, 0.0)

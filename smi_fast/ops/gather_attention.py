@@ -1,4 +1,4 @@
-"""Self-attention among a set of tokens."""
+"""Self-attention among some or all tokens of each image."""
 
 from __future__ import annotations
 
@@ -21,29 +21,39 @@ def gather_attention(
     importance: bool = False,
     backend: str = AUTO,
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention among kept tokens, from the QKV projection's layout to the output
-    projection's.
+    """Self-attention among some or all tokens of each image.
 
-    With ``rows = qkv if token_index is None else qkv.gather(1, kept…)`` equal to::
+    It reads the output of the QKV projection and writes the input of the output projection, without
+    a permuted copy. Equal to::
 
-        q, k, v = rows.permute(2, 0, 3, 1, 4)
+        if token_index is not None:
+            index = token_index[:, :, None, None, None].expand(-1, -1, *qkv.shape[2:])
+            qkv = qkv.gather(1, index)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         probabilities = (q @ k.mT / D**0.5).softmax(-1)
         out = (probabilities @ v).transpose(1, 2).flatten(2)
         importance = probabilities[:, :, 0].mean(1)
 
     :class:`smi_fast.SparseViT` gathers patches as pixels, before they are embedded, and calls this
-    without ``token_index``. That argument serves loops that drop tokens inside of the network.
+    without ``token_index``. That argument serves loops that drop tokens inside the network.
+
+    >>> qkv = torch.randn(2, 65, 3, 4, 32)
+    >>> out, importance = ops.gather_attention(qkv, importance=True)
+    >>> out.shape, importance.shape
+    (torch.Size([2, 65, 128]), torch.Size([2, 65]))
 
     Args:
         qkv: [B, N, 3, H, D], any strides.
-        token_index: int64 [B, K], distinct rows of ``qkv`` to attend among, prefix tokens
-            included; None takes all of them in order.
-        lengths: int64 [B], how many of the K tokens each image has; later rows of ``out`` are zero.
-        importance: also return how much the first token attends to each; it has no gradient.
+        token_index: int64 [B, K], the distinct rows of ``qkv`` that attend to each other, prefix
+            tokens included; None for all rows in order.
+        lengths: int64 [B], number of tokens of each image, from 0 to K; later rows of ``out`` are
+            zero. None for K in each image.
+        importance: also return the importance. It has no gradient.
         backend: see :mod:`smi_fast.ops.backends`.
 
     Returns:
-        out [B, K, H·D], and importance [B, K] or None.
+        out [B, K, H·D]; and the importance [B, K] or None: the first token's attention
+        probabilities, averaged over heads.
 
     Raises:
         ValueError: wrong shape, data type or device.

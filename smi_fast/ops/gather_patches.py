@@ -21,27 +21,35 @@ def gather_patches(
     patch_size: int,
     backend: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """The kept patches of jittered images, without jittering the images.
+    """The kept patches of jittered images, read without jittering the images.
 
-    A kept patch follows the shift to the nearest cell of the grid (a half rounds up) and then the
-    flip; that cell shows a displaced, wrapped-around window of the original image. Equal to::
+    The shift moves a kept patch to the nearest cell of the grid (halves round up), and the flip
+    mirrors that cell. The cell shows a displaced, wrapped-around window of the original image.
+    Equal to::
 
         jittered = images.roll((shift[0], shift[1]), (2, 3))
         jittered = jittered.flip(3) if flip else jittered
         patches = unfold(jittered, patch_size, stride=patch_size).mT
-        patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
+        patches = patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
+
+    Only ``images`` gets a gradient.
+
+    >>> images, kept = torch.rand(2, 3, 64, 64), torch.tensor([[0, 9], [5, 63]])
+    >>> patches, positions = ops.gather_patches(images, kept, shift=(8, 0), patch_size=8)
+    >>> patches.shape, positions.tolist()
+    (torch.Size([2, 2, 192]), [[8, 17], [13, 7]])
 
     Args:
         images: [B, C, H, W], H and W multiples of ``patch_size``.
         kept: int64 [B, K], distinct patches of the un-jittered grid, row by row from 0.
         shift: pixels (rows, columns) that all images are rolled by; a tensor is int64 [2].
-        flip: whether all images are mirrored left to right afterwards; a tensor is bool [].
+        flip: whether all images are then mirrored left to right; a tensor is bool [].
         patch_size: side P of a patch in pixels.
         backend: see :mod:`smi_fast.ops.backends`.
 
     Returns:
-        patches [B, K, C·P·P], pixels in the order of a convolution's weight, and positions int64
-        [B, K], the grid cell that each one has in the jittered image.
+        patches [B, K, C·P·P], with pixels in the order of a convolution's weight; and positions
+        int64 [B, K], the cell of each patch in the grid of the jittered image.
 
     Raises:
         ValueError: wrong shape, data type or device.

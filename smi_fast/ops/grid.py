@@ -1,36 +1,35 @@
-"""Where a patch lies: the geometry that the specification, the kernels and the loop share."""
+"""Geometry of the grid of patches, shared by the specification, the kernels and the loop."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Neighbour offsets (rows, columns) of the four differences: horizontal, vertical and both
-# diagonals.
+# Neighbour offsets (rows, columns) of total variation: horizontal, vertical and the two diagonals.
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 def nearest_cells(shift: Tensor, patch_size: int) -> Tensor:
-    """Whole patches in a shift of pixels: rounded to the nearest, half upwards."""
+    """The shift in whole patches: pixels over ``patch_size``, rounded to the nearest, halves up."""
     return torch.div(2 * shift + patch_size, 2 * patch_size, rounding_mode="floor")
 
 
 def window_indices(
     kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Where the pixels of each kept patch come from under jitter, and which cell it lands on.
+    """The source pixels of each kept patch under jitter, and the cell that shows them.
 
     Args:
         kept: int64 [B, K], patches of the un-jittered grid.
-        shift: int64 [2], pixels that the image is rolled by, (rows, columns).
+        shift: int64 [2], pixels (rows, columns) that the image is rolled by.
         flip: bool [], whether the rolled image is mirrored left to right.
         patch_size: side of a patch, in pixels.
         height: of the image, in pixels.
         width: of the image, in pixels.
 
     Returns:
-        pixels int64 [B, K, P, P], flat positions in an image plane, and cells int64 [B, K], the
-        patch of the jittered grid.
+        pixels int64 [B, K, P, P], flat positions in an image plane [H·W]; and cells int64 [B, K]
+        of the jittered grid.
     """
     rows, columns = height // patch_size, width // patch_size
     moved = nearest_cells(shift, patch_size)
@@ -38,7 +37,7 @@ def window_indices(
     column = (kept % columns + moved[1]) % columns
     inside = torch.arange(patch_size, device=kept.device)
     y = (row[..., None] * patch_size + inside - shift[0]) % height
-    # In a mirrored patch the pixels run from right to left.
+    # A mirrored patch reads its pixels from right to left.
     across = torch.where(flip, patch_size - 1 - inside, inside)
     x = (column[..., None] * patch_size + across - shift[1]) % width
     cells = row * columns + torch.where(flip, columns - 1 - column, column)
@@ -46,12 +45,12 @@ def window_indices(
 
 
 def patch_mask(kept: Tensor, rows: int, columns: int) -> Tensor:
-    """Which patches are kept, as bool [B, rows, columns]."""
+    """A mask bool [B, rows, columns], true at the patches kept int64 [B, K]."""
     flat = torch.zeros(len(kept), rows * columns, dtype=torch.bool, device=kept.device)
     return flat.scatter(1, kept, True).reshape(-1, rows, columns)
 
 
 def pixel_mask(kept: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Which pixels belong to kept patches, as bool [B, 1, height, width]."""
+    """A mask bool [B, 1, height, width], true at the pixels of the patches kept int64 [B, K]."""
     patches = patch_mask(kept, height // patch_size, width // patch_size)
     return patches.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]

@@ -1,8 +1,7 @@
 """The specification of every op in plain PyTorch, forward and backward.
 
-Each function is what a kernel of any backend must compute. It runs on every device and in float64,
-and it is the backend called ``reference``. Inputs are taken as valid: :mod:`smi_fast.ops` checks
-them.
+Each function defines what the kernels of every backend compute. It runs on every device and in
+float64, and is itself the backend ``reference``. :mod:`smi_fast.ops` has checked the inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def gather_patches_backward(
     height: int,
     width: int,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the images: windows never overlap, so a scatter without sums."""
+    """Gradient [B, C, H, W] of the images. Windows don't overlap, so a scatter adds nothing up."""
     channels = grad.shape[2] // patch_size**2
     pixels, _ = window_indices(kept, shift, flip, patch_size, height, width)
     flat = pixels.flatten(1)[:, None].expand(-1, channels, -1)
@@ -54,20 +53,20 @@ def _rows(qkv: Tensor, token_index: Tensor | None) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √D) [B, H, K, K]; rows and columns from ``lengths`` on are zero."""
+    """softmax(q kᵀ / √D) [B, H, K, K], with zeros in rows and columns from ``lengths`` on."""
     scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if lengths is None:
         return scores.softmax(dim=-1)
     valid = torch.arange(k.shape[-2], device=k.device) < lengths[:, None, None, None]
     probabilities = scores.masked_fill(~valid, -torch.inf).softmax(dim=-1)
-    # A row of an image without any token is all -inf, its softmax nan: masked like the other rows.
+    # In an image without tokens every score is -inf and every softmax NaN: the mask removes them.
     return probabilities.masked_fill(~(valid & valid.transpose(-2, -1)), 0.0)
 
 
 def gather_attention(
     qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None, importance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`smi_fast.ops.gather_attention`; importance is [B, 0] when it isn't wanted."""
+    """See :func:`smi_fast.ops.gather_attention`; without ``importance`` the second is [B, 0]."""
     q, k, v = _rows(qkv, token_index)
     probabilities = _probabilities(q, k, lengths)
     out = (probabilities @ v).transpose(1, 2).flatten(2)
@@ -79,8 +78,9 @@ def gather_attention(
 def gather_attention_backward(
     grad: Tensor, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """Gradient [B, N, 3, H, D] of ``qkv``; rows that weren't chosen get zero. P is computed again.
+    """Gradient [B, N, 3, H, D] of ``qkv``; rows outside of ``token_index`` get zero.
 
+    It computes P again, and then
     dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K / √D, dK = dSᵀ Q / √D.
     """
     q, k, v = _rows(qkv, token_index)
@@ -89,8 +89,12 @@ def gather_attention_backward(
     d_probabilities = grad @ v.transpose(-2, -1)
     weighted = probabilities * d_probabilities
     d_scores = (weighted - probabilities * weighted.sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    parts = (d_scores @ k, d_scores.transpose(-2, -1) @ q, probabilities.transpose(-2, -1) @ grad)
-    rows = torch.stack([part.transpose(1, 2) for part in parts], dim=2)
+    gradients = (
+        d_scores @ k,
+        d_scores.transpose(-2, -1) @ q,
+        probabilities.transpose(-2, -1) @ grad,
+    )
+    rows = torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2)
     if token_index is None:
         return rows
     index = token_index[:, :, None, None, None].expand(-1, -1, *rows.shape[2:])
@@ -98,7 +102,7 @@ def gather_attention_backward(
 
 
 def _pair(images: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Views of all pixels that have a neighbour at an offset, and of those neighbours."""
+    """Two views: the pixels that have a neighbour at an offset, and these neighbours."""
     down, right = offset
     height, width = images.shape[-2:]
     here = images[..., : height - down, max(-right, 0) : width - max(right, 0)]
@@ -107,13 +111,17 @@ def _pair(images: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _counted(mask: Tensor, offset: tuple[int, int]) -> Tensor:
+    """Which differences have at least one active pixel."""
     here, there = _pair(mask, offset)
     return here | there
 
 
 def total_variation(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
-    """The sums of :func:`smi_fast.ops.total_variation`: [3, 4], for each of the four differences
-    the sum of absolute values, the Frobenius norm, and the number of differences that count."""
+    """The sums [3, 4] of :func:`smi_fast.ops.total_variation`.
+
+    The columns are the four directions of :data:`smi_fast.ops.grid.NEIGHBOURS`. The rows are the
+    sum of absolute differences, their Frobenius norm, and the number of differences that count.
+    """
     mask = None if active is None else pixel_mask(active, patch_size, *images.shape[-2:])
     sums = []
     for offset in NEIGHBOURS:
@@ -136,10 +144,10 @@ def total_variation_backward(
     patch_size: int,
     sums: Tensor,
 ) -> Tensor:
-    """Gradient of the images: for each difference d, sign(d)/count and d/norm, plus here, minus
-    there.
+    """Gradient [B, C, H, W] of the images.
 
-    A norm of zero has the subgradient zero.
+    Each difference d = here − there adds the slope grad_l1 sign(d)/count + grad_l2 d/norm to here
+    and subtracts it from there. A norm of zero has the subgradient zero.
     """
     mask = None if active is None else pixel_mask(active, patch_size, *images.shape[-2:])
     result = torch.zeros_like(images, memory_format=torch.contiguous_format)
@@ -160,7 +168,7 @@ def total_variation_backward(
 def batch_norm_matching(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm in eval mode of x [B, C, H, W]; the mean and biased variance [C] of x itself."""
+    """BatchNorm in eval mode of x [B, C, H, W], and the mean and biased variance [C] of x."""
     scale = weight * (running_var + eps).rsqrt()
     y = x * scale[:, None, None] + (bias - running_mean * scale)[:, None, None]
     var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -176,7 +184,10 @@ def batch_norm_matching_backward(
     offset: Tensor,
     slope: Tensor,
 ) -> Tensor:
-    """Gradient of x: grad·w/√(running_var + eps) + offset_c + slope_c·x, offset and slope [C]."""
+    """Gradient [B, C, H, W] of x: grad · weight/√(running_var + eps) + offset + slope · x.
+
+    ``offset`` and ``slope`` [C] come from the gradient of the loss.
+    """
     scale = weight * (running_var + eps).rsqrt()
     per_channel = (t[:, None, None] for t in (scale, offset, slope))
     scale, offset, slope = per_channel
@@ -204,7 +215,8 @@ def adam_clamp_(
         _adam_clamp_(tensors, step, lr, beta1, beta2, *bounds)
         return
     columns = images.shape[3] // patch_size
-    # As [B, rows, columns, C, P, P], so that indexing the first three copies only active patches.
+    # As [B, rows, columns, C, P, P], so that an index of the first three axes copies only active
+    # patches.
     cells = [
         t.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size)).permute(0, 2, 4, 1, 3, 5)
         for t in tensors

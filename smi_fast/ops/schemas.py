@@ -1,9 +1,11 @@
 """Schemas, fakes and default kernels of the ops as ``torch.ops.smi_fast.*``.
 
-The reference is the default kernel of each op; a compiled backend registers its own under the key
-of its device. The Triton kernels are ops of their own, ``*_triton``, so that both can be there on a
-GPU. Autograd stays in :mod:`smi_fast.ops`: an ``autograd.Function`` costs a third of a registered
-one.
+- The default kernel of each op is the reference. A compiled backend registers its kernels under the
+  dispatch key of its device.
+- Each Triton kernel is an op of its own, ``*_triton``, so that CUDA and Triton kernels of one op
+  can exist side by side.
+- Autograd stays in :mod:`smi_fast.ops`: a call of an ``autograd.Function`` costs a third of one
+  through a registered formula.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ TRITON = "_triton"
 
 
 def triton_kernel(name: str) -> Callable[..., Any]:
-    """A function of ``smi_fast.kernels``, imported at the first call: that imports triton."""
+    """A function of ``smi_fast.kernels``. Its first call imports that package, and so triton."""
 
     def kernel(*arguments: Any) -> Any:
         return getattr(importlib.import_module("smi_fast.kernels"), name)(*arguments)
@@ -158,4 +160,4 @@ def _(
 
 @_fake("adam_clamp_")
 def _(*_: object) -> None:
-    """The op writes only into its arguments."""
+    """Returns nothing: the op writes only into its arguments."""

@@ -15,21 +15,27 @@ from smi_fast.ops.backends import AUTO, Backend, choose
 def total_variation(
     images: Tensor, active: Tensor | None = None, *, patch_size: int = 1, backend: str = AUTO
 ) -> tuple[Tensor, Tensor]:
-    """Total variation of a batch over horizontal, vertical and both diagonal neighbours.
+    """Total variation of a batch over horizontal, vertical and the two diagonal neighbours.
 
-    With the four differences ``d`` of neighbouring pixels of the whole batch equal to::
+    ``differences`` has a tensor for each of the four directions: the differences of neighbouring
+    pixels of the whole batch. Equal to::
 
         l1 = sum(d.abs().mean() for d in differences)
         l2 = sum(torch.linalg.vector_norm(d) for d in differences)
 
-    as DeepInversion (arXiv 1912.08795) and SMI (arXiv 2510.27186) use it. With ``active``, only
-    differences count that have at least one pixel in an active patch: the others are constant while
-    the background is frozen.
+    Source: the published code of DeepInversion (arXiv 1912.08795) and SMI (arXiv 2510.27186). With
+    ``active`` a difference counts if at least one of its pixels is in an active patch: the others
+    are constant while the background is frozen.
+
+    >>> images = torch.zeros(1, 1, 4, 4).index_fill(3, torch.tensor([2, 3]), 1.0)
+    >>> l1, l2 = ops.total_variation(images)
+    >>> round(float(l1), 3), round(float(l2), 3)
+    (1.0, 5.464)
 
     Args:
         images: [B, C, H, W].
         active: int64 [B, K], distinct patches of the grid; None counts every difference.
-        patch_size: side of a patch in pixels; needed with ``active`` only.
+        patch_size: side of a patch in pixels; read only with ``active``.
         backend: see :mod:`smi_fast.ops.backends`.
 
     Returns:
@@ -53,17 +59,17 @@ class _TotalVariation(torch.autograd.Function):
     def forward(
         ctx: Any, images: Tensor, active: Tensor | None, patch_size: int, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        parts = backend.functions.total_variation(images, active, patch_size)
-        ctx.save_for_backward(images, active, parts)
+        sums = backend.functions.total_variation(images, active, patch_size)
+        ctx.save_for_backward(images, active, sums)
         ctx.patch_size, ctx.backend = patch_size, backend
-        sums, norms, counts = parts
-        return (sums / counts.clamp(min=1)).sum(), norms.sum()
+        absolute, norms, counts = sums
+        return (absolute / counts.clamp(min=1)).sum(), norms.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_l1: Tensor, grad_l2: Tensor) -> tuple[Tensor | None, ...]:
-        images, active, parts = ctx.saved_tensors
+        images, active, sums = ctx.saved_tensors
         gradient = ctx.backend.functions.total_variation_backward(
-            grad_l1, grad_l2, images, active, ctx.patch_size, parts
+            grad_l1, grad_l2, images, active, ctx.patch_size, sums
         )
         return gradient, None, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ class Fourier(Parametrization):
     With z [B, C, H, W // 2 + 1] complex, stored as its real and imaginary parts, equal to::
 
         s = frequency.clamp(min=1 / max(H, W)) ** -decay
-        u = torch.fft.irfft2(z * s / rms(s) / 2**0.5, s=(H, W), norm="ortho")
+        u = torch.fft.irfft2(c * s * z, s=(H, W), norm="ortho")
         images = (torch.sigmoid(u) - mean) / std
 
-    where the frequency is in cycles per pixel, and rms is the root mean square over all H·W
-    frequencies. So parameters with a standard deviation of 1 give u a standard deviation of 1,
-    whatever the size of the image and the decay. An iteration of Adam moves each parameter by about
-    ``lr``, and so the contrast of u by about ``lr``: one learning rate suits every size.
+    where the frequency is in cycles per pixel, and the constant c is chosen so that standard normal
+    parameters give u a standard deviation of 1, whatever the size of the image and the decay. An
+    iteration of Adam moves each parameter by about ``lr``, and so the contrast of u by about
+    ``lr``: one learning rate suits every size.
 
     Source: the scaling by frequency is from "Feature Visualization" (Olah et al., Distill, 2017).
     Its normalisation, the quiet start and the default decay were chosen by measurement.
@@ -54,6 +54,8 @@ class Fourier(Parametrization):
     decay: float = 1.5
     start: float = 0.02
     colour: bool = False
+    _scale: Tensor = field(init=False, repr=False)
+    _colours: Tensor | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.decay) and self.decay >= 0):
@@ -94,9 +96,16 @@ def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
     rows = torch.fft.fftfreq(space.height, dtype=torch.float64)
     columns = torch.fft.fftfreq(space.width, dtype=torch.float64)
     frequency = torch.hypot(rows[:, None], columns).clamp(min=1 / max(space.height, space.width))
-    scale = frequency**-decay
-    scale = scale / scale.square().mean().sqrt() / math.sqrt(2)
-    return scale[:, : space.width // 2 + 1].to(space.mean).contiguous()
+    scale = (frequency**-decay)[:, : space.width // 2 + 1]
+    # The variance that each coefficient, with parts of variance 1, adds to HW pixels: a conjugate
+    # pair adds 4, but irfft2 reads only the Hermitian half of the columns that are their own pair.
+    variance = torch.full((scale.shape[1],), 4.0, dtype=torch.float64)
+    variance[0] = 1
+    if space.width % 2 == 0:
+        variance[-1] = 1
+    pixels = space.height * space.width
+    normalized: Tensor = scale / ((scale.square() * variance).sum() / pixels).sqrt()
+    return normalized.to(space.mean)
 
 
 def _colours(space: ImageSpace) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pools: inverted images on disk, with their masks and provenance."""
+"""Pools: folders of inverted images, with their masks and provenance."""
 
 from smi_fast.pool.pool import (
     CONTACT_SHEET,

@@ -1,4 +1,4 @@
-"""Pictures of a pool: what was inverted, and how the loss fell."""
+"""Pictures of a pool: a contact sheet of its images, and the curves of the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from smi_fast.pool.pool import Pool, write_atomically
 
-# A sheet is to be looked at: a thousand classes of fifty images would fit no screen, and no memory.
+# Limits of a contact sheet, so that it fits on a screen and in memory.
 MOST_CLASSES, MOST_PER_CLASS = 40, 8
 SMALLEST_TILE = 112
 GAP = 12
@@ -20,15 +20,15 @@ STOP_COLOUR = "#d62728"
 
 
 def contact_sheet(pool: str | Path, path: str | Path) -> None:
-    """Draws a pool, a row per class: each image whole and, right of it, its kept patches.
+    """Draw the images of a pool, one row for each class.
 
-    The teacher's confidence stands below. Of a large pool the first images of the first classes are
-    drawn, and the title says how many.
+    Each whole image has its kept patches to its right, and the teacher's confidence below it. From
+    a large pool it draws the first images of the first classes, and the title says how many.
 
     Args:
-        pool: the folder of a pool. Its records have a ``label``, and may have a ``class_name`` and
-            a ``confidence`` in [0, 1].
-        path: the PNG to write.
+        pool: folder of the pool. Its records have a ``label``, and may have a ``class_name`` and a
+            ``confidence`` in [0, 1].
+        path: PNG file to write.
 
     Raises:
         ValueError: the pool is empty.
@@ -76,19 +76,19 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
 def loss_curves(
     history: Mapping[str, Sequence[float]], stops: Sequence[int], path: str | Path
 ) -> None:
-    """Draws each term of the objective over the iterations, with a vertical line at each stop.
+    """Draw each objective over the iterations, with a vertical line at each stop.
 
-    The scale is logarithmic unless a value is negative; it leaves zeros out.
+    The scale is logarithmic and omits zeros; with a negative value it is linear.
 
     Args:
-        history: the values of each term by its name, one per iteration.
-        stops: the iterations at which patches were dropped.
-        path: the PNG to write.
+        history: values of each objective by its name, one for each iteration.
+        stops: iterations of the stops.
+        path: PNG file to write.
 
     Raises:
         OSError: the file can't be written.
     """
-    # Takes half a second; a Figure of its own draws with Agg, and leaves pyplot's state alone.
+    # Imported here because that takes half a second. Figure without pyplot has no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -2,14 +2,15 @@
 
 A pool is a folder::
 
-    settings.json        what decided the images
-    manifest.jsonl       one line per image: its files, and whatever is known about it
+    settings.json        the settings that decided the images
+    manifest.jsonl       one line per image: its files and its record
     images/000000.png    the whole image
     masked/000000.png    its kept patches, on black
     masks/000000.png     one pixel per patch: 255 kept, 0 stopped
 
-Every line of the manifest has all its files, whatever interrupted the writing. A file without a
-line is a left-over: it doesn't count, and the next image of its number replaces it.
+All files of a line in the manifest exist, even if writing was interrupted. A file without a line
+remains from an interrupted write: readers ignore it, and the next image with its number replaces
+it.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ class PoolError(OSError):
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file that is there as a whole or not at all.
+    """Write a file completely, or leave it as it was.
 
     Args:
         path: the file; replaced when it exists, its folder made when missing.
-        write: writes the content to the binary file that it is called with.
+        write: called with a binary file, to which it writes the content.
 
     Raises:
-        OSError: as the system says; the file is as it was before.
+        OSError: the system's error. The file is then as it was before.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
@@ -65,7 +66,19 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 class Pool:
-    """A pool of images: :meth:`create` or :meth:`resume` it to add to it, or just read its records.
+    """A folder of inverted images and their records.
+
+    ``Pool(path)`` reads the records of a pool. :meth:`create` and :meth:`resume` return a pool to
+    which images can be added.
+
+    >>> result = invert(teacher, [7], iterations=3, schedule=Dense(), progress=False)
+    >>> pool = Pool.create(folder / "pool", {"teacher": "fashion-canvas"})
+    >>> pool.add(result.images, result.masked_images, result.masks, [{"label": 7}])
+    >>> pool.records[0]["label"], pool.records[0]["image"]
+    (7, 'images/000000.png')
+
+    Args:
+        path: the folder.
 
     Attributes:
         path: the folder.
@@ -78,16 +91,16 @@ class Pool:
     def create(
         cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> Pool:
-        """Starts an empty pool.
+        """Start an empty pool.
 
         Args:
-            path: a folder that is missing or empty.
-            settings: what decides the images, as JSON can hold it.
-            overwrite: first delete the pool that is there, and nothing that isn't part of it.
+            path: a missing or empty folder.
+            settings: the settings that decide the images, as JSON values.
+            overwrite: delete an existing pool in the folder first, but no other files.
 
         Raises:
-            PoolError: the folder isn't empty and not to be overwritten, or what it holds is no
-                pool, or it can't be written.
+            PoolError: without ``overwrite``, the folder isn't empty; with it, the folder holds
+                something else than a pool; or the folder can't be written.
         """
         pool = cls(path)
         content = (json.dumps(settings, indent=2, allow_nan=False) + "\n").encode()
@@ -104,11 +117,11 @@ class Pool:
 
     @classmethod
     def resume(cls, path: str | Path, settings: Mapping[str, Any]) -> Pool:
-        """Continues a pool, or starts one where nothing is.
+        """Continue a pool, or start one where the folder has none.
 
         Args:
             path: the folder.
-            settings: what decides the images, the same as the pool was made with.
+            settings: the settings that the pool was made with.
 
         Raises:
             PoolError: the pool was made with other settings, or can't be read or written.
@@ -131,7 +144,7 @@ class Pool:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What the manifest says about each image, in the order of their index.
+        """The record of each image, in the order of their index.
 
         Raises:
             PoolError: the manifest can't be read.
@@ -146,18 +159,18 @@ class Pool:
         masks: Tensor,
         records: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Adds a batch of images: all of them, or none.
+        """Add a batch of images. After an error the pool has none of them.
 
         Args:
             images: [B, 3, H, W] in [0, 1], stored with 8 bits.
-            masked_images: [B, 3, H, W] in [0, 1], black where patches are stopped.
-            masks: bool [B, rows, columns], true where patches are kept.
-            records: what else is known about each image, as JSON can hold it. The pool adds
-                ``index`` and the files: ``image``, ``masked`` and ``mask``.
+            masked_images: [B, 3, H, W] in [0, 1], black in stopped patches.
+            masks: bool [B, rows, columns], true at kept patches.
+            records: further entries of each image's record, as JSON values. The pool adds ``index``
+                and the files ``image``, ``masked`` and ``mask``.
 
         Raises:
-            ValueError: shapes or types don't fit, or a record holds a NaN or an infinity.
-            PoolError: something can't be written; the pool is as it was before.
+            ValueError: shapes or types don't fit, or a record has a NaN or an infinity.
+            PoolError: a file can't be written. The pool is then as it was before.
         """
         _check_batch(images, masked_images, masks, len(records))
         lines = self.records
@@ -183,15 +196,15 @@ class Pool:
         shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
 
     def add_unfinished(self, images: Tensor) -> None:
-        """Keeps images of a batch that was cut short, to look at: ``unfinished/000000.png`` …
+        """Save the images of an interrupted batch as ``unfinished/000000.png`` and so on.
 
-        They are no part of the pool, and the next batch that is added deletes them.
+        They are not part of the pool, and :meth:`add` deletes them.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
 
         Raises:
-            PoolError: they can't be written.
+            PoolError: a file can't be written.
         """
         held = len(self.records)
         for index, pixels in enumerate(_to_uint8(images), start=held):
@@ -210,7 +223,7 @@ class Pool:
             write_atomically(self.path / name, write)
 
     def _delete(self) -> None:
-        """Deletes the manifest first, so that no line outlives its files, and the settings last."""
+        """Delete the pool. The manifest goes first, so that no line outlives its files."""
         if not any((self.path / name).exists() for name in (MANIFEST, SETTINGS)):
             raise PoolError(f"{self.path} is not a pool of images, so it is not overwritten")
         with _explained(f"deleting {self.path}"):
@@ -224,7 +237,7 @@ class Pool:
 
 @contextmanager
 def _explained(action: str, outcome: str = "") -> Iterator[None]:
-    """Turns what the system or JSON says into one sentence about the pool."""
+    """Turn an error of the system or of JSON into a PoolError with one sentence."""
     try:
         yield
     except (OSError, ValueError) as error:

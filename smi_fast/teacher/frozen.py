@@ -12,7 +12,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen_copy(module: Module) -> Module:
-    """A copy of the modules over the same weights, in eval mode, without gradients or hooks."""
+    """A copy of the module and its children over the same weights, in eval mode.
+
+    The copy has no hooks, and its parameters get no gradients.
+    """
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()
     }

@@ -26,12 +26,12 @@ Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
 
 
 class SparseOutput(NamedTuple):
-    """What :class:`SparseViT` returns.
+    """Output of :class:`SparseViT`.
 
     Attributes:
         logits: [B, classes].
-        importance: [B, K], the attention of the rows that the head reads to each kept patch in the
-            last block, or None when it wasn't asked for. It has no gradient.
+        importance: [B, K], the importance of each kept patch, without gradient; None unless it was
+            asked for.
         taps: the requested tensors by name, see :mod:`smi_fast.teacher.taps`.
     """
 
@@ -41,34 +41,38 @@ class SparseOutput(NamedTuple):
 
 
 class SparseViT(nn.Module):
-    """A frozen view of a timm ``VisionTransformer`` that takes a set of kept patches.
+    """A frozen timm ``VisionTransformer`` that computes only the kept patches of images.
 
-    The weights are shared with the wrapped model, not copied, and never get a gradient; the wrapped
-    module itself is left as it was. With every patch kept the logits are those of the model in eval
-    mode.
+    - It shares the weights with the wrapped model and computes no gradient for them. The wrapped
+      model stays unchanged. With every patch kept the logits equal those of the model in eval mode.
+    - Patches are gathered as pixels, before they are embedded. With token pooling the last block
+      computes only the rows that the head reads, those of the class and distillation tokens.
+    - Importance [B, K] is the attention probability of each kept patch, averaged over heads. The
+      query is the class token in the last block with token pooling, and the latent query with map
+      pooling. With other poolings it is the mean over all patches as queries in the last block.
 
-    The last block computes only the rows that the head reads: with token pooling those of the class
-    (and distillation) token. Importance is the attention of those rows, averaged over heads: the
-    class token's row with token pooling, the pooling's own latent query with map pooling, the mean
-    of all patches' rows when patches are averaged.
+    >>> kept = torch.tensor([[3, 9, 27, 28], [0, 1, 2, 63]])
+    >>> output = SparseViT(teacher)(torch.randn(2, 3, 64, 64), kept, importance=True)
+    >>> output.logits.shape, output.importance.shape
+    (torch.Size([2, 10]), torch.Size([2, 4]))
 
     Args:
-        teacher: a timm ``VisionTransformer`` with global attention and square patches: any prefix
-            tokens, LayerScale, q/k norm, pre-norm, token, average, maximum or map pooling. One that
-            the published code has patched is taken as the model it was.
+        teacher: a timm ``VisionTransformer`` with global attention and square patches. It may have
+            any prefix tokens, LayerScale, q/k norm, pre-norm, and token, average, maximum or map
+            pooling. Patches of the published code to its methods are ignored.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         probe: whether to compare logits and pixel gradients of one image with the teacher's own,
             which costs a forward and a backward pass of each.
 
     Attributes:
-        channels: of an image.
+        channels: channels of an image.
         image_size: (height, width) in pixels.
         patch_size: side of a patch in pixels.
         grid: patches per side, (rows, columns).
         num_classes: length of the logits.
 
     Raises:
-        UnsupportedTeacher: for anything that it can't compute exactly.
+        UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
     """
 
@@ -91,27 +95,27 @@ class SparseViT(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Patches of a whole image."""
+        """Number of patches of a whole image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self.vit.blocks)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class, distillation and register tokens."""
+        """Number of class, distillation and register tokens."""
         return int(self.vit.num_prefix_tokens)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the weights, and so of the images."""
+        """Data type of the weights and of images."""
         return self._weight.dtype
 
     @property
@@ -140,18 +144,18 @@ class SparseViT(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> SparseViT:
-        """Stays in eval mode: a frozen teacher has no other."""
+        """Stay in eval mode: a frozen teacher has no training mode."""
         return super().train(False)
 
     def every_patch(self, batch: int) -> Tensor:
-        """The set that keeps all patches, int64 [batch, rows·columns]."""
+        """The set ``kept`` of all patches, int64 [batch, rows·columns]."""
         return torch.arange(self.num_patches, device=self.device).expand(batch, -1)
 
     def pixel_mask(self, kept: Tensor) -> Tensor:
-        """Which pixels belong to kept patches, bool [B, 1, H, W].
+        """A mask bool [B, 1, H, W], true at the pixels of the patches kept int64 [B, K].
 
-        A loop of your own freezes the background with it: after each iteration,
-        ``torch.where(mask, images, background)``.
+        A loop of your own freezes the background with it: after each iteration
+        ``images = torch.where(mask, images, background)``.
         """
         return pixel_mask(kept, self.patch_size, *self.image_size)
 
@@ -164,19 +168,19 @@ class SparseViT(nn.Module):
         importance: bool = False,
         taps: Collection[str] = (),
     ) -> SparseOutput:
-        """Logits of the kept patches of (jittered) images.
+        """Logits of the kept patches of images, or of jittered images.
 
         Args:
-            images: [B, C, H, W] of the model's own size, normalised as the model expects.
-            kept: int64 [B, K], distinct patches of the un-jittered grid; None keeps all.
-            jitter: (shift, flip) as :func:`smi_fast.ops.gather_patches` takes them; None for
-                neither.
+            images: [B, C, H, W] of the model's image size, normalised as the model expects.
+            kept: int64 [B, K], distinct patches of the un-jittered grid; None for all.
+            jitter: (shift, flip) as in :func:`smi_fast.ops.gather_patches`; None for no jitter.
             importance: also return the importance of each kept patch.
-            taps: also return these intermediate tensors, see :mod:`smi_fast.teacher.taps`.
+            taps: names of intermediate tensors to return, see :mod:`smi_fast.teacher.taps`.
 
         Raises:
-            ValueError: wrong shape, data type or device of the images or of ``kept``, or a tap that
-                doesn't exist.
+            ValueError: wrong shape, data type or device of the images or of ``kept``, or an unknown
+                tap.
+            BackendUnavailable: the backend can't run these images.
         """
         self._check_images(images)
         if not torch.compiler.is_compiling():
@@ -219,14 +223,14 @@ class SparseViT(nn.Module):
 
 
 def _rows_read(vit: VisionTransformer) -> int | None:
-    """How many of the first tokens the head reads after the last block; None for all."""
+    """Number of tokens, from the first, that the head reads after the last block; None for all."""
     if vit.global_pool != "token" or vit.attn_pool is not None:
         return None
     return int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1
 
 
 def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens [1, prefix, D] with positions added, and the positions [rows·columns, D]."""
+    """Prefix tokens [1, P, D] with their position embedding, and that of patches [patches, D]."""
     tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
     found = [token for token in tokens if token is not None]
     if not found:

@@ -53,7 +53,7 @@ _MERGE = (
 
 
 class UnsupportedTeacher(TypeError):
-    """The model can't be computed exactly on kept patches; the message names the module and why."""
+    """The model can't be computed exactly on kept patches; the message names the module."""
 
 
 def freeze(vit: VisionTransformer) -> VisionTransformer:

@@ -1,17 +1,17 @@
 """Taps: the names of intermediate tensors that :class:`smi_fast.SparseViT` returns on request.
 
-A tap names a block, counted from 0 or ``last``, and a tensor of it. There are P prefix tokens, then
-the K kept patches in the order of ``kept``:
+A tap names a block and one of its tensors. Blocks are counted from 0; ``last`` is the last one. The
+tokens are P prefix tokens, then the K kept patches in the order of ``kept``:
 
-- ``block.3.tokens`` [B, P + K, D], the block's output, before the final norm;
+- ``block.3.tokens`` [B, P + K, D], the block's output;
 - ``attention.3`` [B, heads, P + K, P + K], softmax probabilities;
-- ``attention.3.scores`` [B, heads, P + K, P + K], the input of the softmax, scaled by 1/sqrt(d);
+- ``attention.3.scores`` [B, heads, P + K, P + K], the input of the softmax, with its 1/sqrt(d);
 - ``attention.3.output`` [B, P + K, heads, d], the heads' outputs, before the output projection;
-- ``attention.3.row`` [B, heads, P + K], the probabilities of the first token, the class token.
+- ``attention.3.row`` [B, heads, P + K], the probabilities of the class token, the first one.
 
-All of them have gradients. Tokens and rows cost next to nothing. Scores and probabilities make the
-block keep its attention in memory. A tapped last block computes every row, unless ``row`` is its
-only tap. Without taps nothing is added.
+All taps have gradients. Tokens and rows cost almost nothing. For scores and probabilities the block
+stores its attention matrix. A last block with taps computes every row, unless ``row`` is its only
+tap. A forward pass without taps costs nothing extra.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def of_blocks(form: str, blocks: Sequence[int] | None, depth: int) -> tuple[str,
     """The names of one tap in several blocks, from a form such as "attention.{}".
 
     Args:
-        form: a name with {} for the block.
-        blocks: from 0, or from the end when negative; None for all.
-        depth: number of blocks.
+        form: a name with {} in place of the block.
+        blocks: indices of blocks, from the end when negative; None for all.
+        depth: number of the teacher's blocks.
 
     Raises:
-        ValueError: a block that isn't there.
+        ValueError: a block that the teacher doesn't have.
     """
     chosen = range(depth) if blocks is None else blocks
     if any(not -depth <= block < depth for block in chosen):
@@ -43,11 +43,16 @@ def of_blocks(form: str, blocks: Sequence[int] | None, depth: int) -> tuple[str,
 
 
 def parse(names: Iterable[str], depth: int, prefix: int) -> dict[int, dict[str, str]]:
-    """Parses names of taps into {block: {name: kind}}.
+    """Parse names of taps into {block: {name: kind}}.
+
+    Args:
+        names: of taps.
+        depth: number of the teacher's blocks.
+        prefix: number of the teacher's prefix tokens.
 
     Raises:
-        ValueError: a name that isn't a tap, a block that isn't there, or a row of a teacher without
-            class token.
+        ValueError: a name that isn't a tap, a block that the teacher doesn't have, or a row of a
+            teacher without class token.
     """
     wanted: dict[int, dict[str, str]] = {}
     for name in names:
@@ -55,12 +60,12 @@ def parse(names: Iterable[str], depth: int, prefix: int) -> dict[int, dict[str, 
         if match is None:
             forms = "block.3.tokens, attention.3, attention.3.row, .scores or .output"
             raise ValueError(f"expected a tap such as {forms}, or of last, got {name!r}")
-        block, tokens, attention, part = match.groups()
+        block, tokens, attention, kind = match.groups()
         place = block or attention
         index = depth - 1 if place == "last" else int(place)
         if index >= depth:
             raise ValueError(f"expected a tap of blocks 0..{depth - 1}, got {name!r}")
-        if part == ROW and prefix == 0:
+        if kind == ROW and prefix == 0:
             raise ValueError(f"the teacher has no class token: no {name!r}")
-        wanted.setdefault(index, {})[name] = tokens or part or PROBABILITIES
+        wanted.setdefault(index, {})[name] = tokens or kind or PROBABILITIES
     return wanted

@@ -52,7 +52,7 @@ def test_contexts_without_gradients_do_not_reach_into_an_inversion(context: type
     assert torch.equal(found, expected)
 
 
-def test_autocast_is_obeyed(each_backend: str) -> None:
+def test_autocast_is_obeyed() -> None:
     """Each layer takes the type that autocast gives it, which the engine could not."""
     teacher = tiny_vit()
     sparse, images = SparseViT(teacher), random_images(teacher)

@@ -154,7 +154,7 @@ def published_forward(self: VisionTransformer, x: Tensor, absolute: Tensor, rela
     [
         (lambda x: 1.1 * x, "computes something else than timm's: the logits of one image differ"),
         # The value stays, the gradient is cut: logits alone would not tell.
-        (lambda x: x.detach() + 0 * x, "the pixel gradients of one image differ by 1"),
+        (lambda x: x.detach() + 0 * x, "the pixel gradients of one image differ by"),
     ],
 )
 def test_a_patch_with_a_published_name_is_judged_by_what_it_computes(
@@ -258,6 +258,7 @@ def test_weight_norm_parametrized_is_exact_and_old_weight_norm_is_refused() -> N
         SparseViT(teacher)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_weights_are_refused() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(tiny_vit(), {nn.Linear})
     with pytest.raises(UnsupportedTeacher, match=r"blocks\.0\.attn\.qkv to be a plain Linear"):

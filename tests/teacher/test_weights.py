@@ -165,6 +165,5 @@ def test_copies_work_at_any_time(passes: int, way: str) -> None:
 def test_training_is_refused() -> None:
     with pytest.raises(ValueError, match="computes no gradients of weights"):
         SparseViT(tiny_vit()).requires_grad_(True)
-    assert not any(
-        p.requires_grad for p in SparseViT(tiny_vit()).requires_grad_(False).parameters()
-    )
+    frozen = SparseViT(tiny_vit()).requires_grad_(False)
+    assert not any(weight.requires_grad for weight in frozen.parameters())
