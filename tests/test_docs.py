@@ -1,10 +1,12 @@
-"""README.md says what the code does and what was recorded."""
+"""README.md and docs/ say what the code does and what was recorded."""
 
 from __future__ import annotations
 
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,14 @@ def test_table_of_speed_is_what_was_recorded() -> None:
     assert row("needed FLOPs") == [f"{peak:.0%}".replace("%", " %") for peak in peaks]
     memory = [m["memory"]["share_of_published_dense"]["our_sparse"] for m in models]
     assert row("peak memory") == [f"{share:.2f}" for share in memory]
+
+
+def test_pages_can_be_built(tmp_path: Path) -> None:
+    """With every link, every table, and every name of the reference."""
+    pytest.importorskip("mkdocs", reason="needs the extra smi-fast[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    reference = (tmp_path / "reference" / "index.html").read_text()
+    assert "SparseInverter" in reference and not re.search(r":(class|func|mod):|::</p>", reference)
+    assert "bf16" in (tmp_path / "backends" / "index.html").read_text()
