@@ -23,7 +23,7 @@ WIDTHS = (32, 64, 80, 128)
 
 def ops() -> list[str]:
     """Which data types each backend takes for each op, wherever that backend is installed."""
-    # What this machine lacks is no property of a backend, so nothing is taken as missing here.
+    # The table is the same on every machine: each backend counts as installed.
     native.WHY_NO_CPU = native.WHY_NO_CUDA = None
     backends._HAS_TRITON = True
     columns = [backend.name for backend in backends.BACKENDS]
