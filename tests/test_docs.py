@@ -1,0 +1,92 @@
+"""README.md and docs/ say what the code does and what was recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smi_fast import load_teacher
+from smi_fast.ops import backends, native
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+FROM_PYTHON, OWN_LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_invert_from_python() -> None:
+    names: dict[str, Any] = {}
+    exec(FROM_PYTHON.replace("iterations=400", "iterations=301, progress=False"), names)
+    result = names["result"]
+    assert result.masked_images.shape == (3, 3, 64, 64)
+    assert result.kept.shape == (3, 14) and result.confidence.shape == (3,)
+
+
+def test_own_loop_leaves_stopped_pixels_alone() -> None:
+    """With an optimiser that adds 1 to every pixel, a pixel counts its iterations."""
+    names: dict[str, Any] = {
+        "iterations": 301,
+        "images": torch.zeros(1, 3, 64, 64),
+        "shift": torch.ones(301, 2, dtype=torch.int64),
+        "flip": torch.ones(301, dtype=torch.bool),
+        "teacher": load_teacher("fashion-canvas"),
+    }
+    with torch.no_grad():
+        exec(f"import smi_fast, torch\n{OWN_LOOP.replace('...', 'images.data += 1')}", names)
+    iterations, pixels = names["images"].unique(return_counts=True)
+    assert iterations.tolist() == [50, 100, 200, 300, 301]
+    patches = pixels // (3 * 8 * 8)
+    assert patches.tolist() == [20, 14, 9, 7, 14]
+
+
+def test_table_of_backends_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The script takes every backend as installed; these put its changes back afterwards.
+    monkeypatch.setattr(native, "WHY_NO_CPU", native.WHY_NO_CPU)
+    monkeypatch.setattr(native, "WHY_NO_CUDA", native.WHY_NO_CUDA)
+    monkeypatch.setattr(backends, "_HAS_TRITON", backends._HAS_TRITON)
+    lines = runpy.run_path(str(ROOT / "docs" / "_backends.py"))["ops"]()
+    assert "\n".join(lines) in README
+
+
+def test_table_of_speed_is_what_was_recorded() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/end_to_end.json").read_text())["models"]
+    models = [recorded[f"deit_{size}"] for size in ("tiny", "small", "base")]
+
+    def row(text: str) -> list[str]:
+        line = next(line for line in README.splitlines() if line.startswith(f"| {text}"))
+        return [cell.strip() for cell in line.split("|")[2:-1]]
+
+    for text, name in (
+        ("published-style dense ÷", "published_dense"),
+        ("published-style sparse ÷", "published_sparse"),
+        ("our dense ÷", "our_dense"),
+    ):
+        ratios = [m["ratios_to_our_sparse"]["whole_schedule"][name]["median"] for m in models]
+        assert row(text) == [f"{ratio:.1f}" for ratio in ratios]
+    hours = [
+        [model["variants"][name]["images_per_hour"] for name in ("published_dense", "our_sparse")]
+        for model in models
+    ]
+    assert row("images an hour") == [f"{dense:.0f} → {sparse:.0f}" for dense, sparse in hours]
+    peaks = [m["variants"]["our_sparse"]["steps"][-1]["share_of_sgemm"]["median"] for m in models]
+    assert row("needed FLOPs") == [f"{peak:.0%}".replace("%", " %") for peak in peaks]
+    memory = [m["memory"]["share_of_published_dense"]["our_sparse"] for m in models]
+    assert row("peak memory") == [f"{share:.2f}" for share in memory]
+
+
+def test_pages_can_be_built(tmp_path: Path) -> None:
+    """With every link, every table, and every name of the reference."""
+    pytest.importorskip("mkdocs", reason="needs the extra smi-fast[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    reference = (tmp_path / "reference" / "index.html").read_text()
+    assert "SparseInverter" in reference and not re.search(r":(class|func|mod):|::</p>", reference)
+    assert "bf16" in (tmp_path / "backends" / "index.html").read_text()

@@ -1,0 +1,101 @@
+"""Each example runs, at a small size, and does what it shows."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from smi_fast import SparseInverter, StopSchedule, load_teacher
+from smi_fast.ops.grid import pixel_mask
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# The fewest iterations at which StopSchedule.scaled keeps the published stops apart.
+FEWEST = 60
+
+
+def example(name: str) -> dict[str, Any]:
+    """The names that an example defines."""
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def test_invert_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With random weights of a small timm model: any checkpoint will do to run it."""
+    checkpoint = tmp_path / "random.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), checkpoint)
+    options = ["--checkpoint", str(checkpoint), "--iterations", str(FEWEST), "--out"]
+    example("invert_imagenet.py")["main"](["test_vit", *options, str(tmp_path)])
+    images = [f"class_{label}.png" for label in (207, 281, 817)]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == images
+    assert "class 817: the teacher is " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["deit_tiny"], "expected fashion-canvas or a timm model, got 'deit_tiny'"),
+        (["deit_tiny_patch16_224", "--checkpoint", "missing.pth"], "expected a checkpoint file"),
+    ],
+)
+def test_invert_imagenet_without_weights(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        example("invert_imagenet.py")["main"](arguments)
+
+
+def test_own_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    example("own_objective.py")["main"](["--iterations", str(FEWEST)])
+    lines = capsys.readouterr().out.splitlines()
+    names = ["cross_entropy", "total_variation", "attention_entropy", "redness"]
+    assert [line.split()[0] for line in lines] == names
+    first, last = (float(word) for word in lines[3].split()[1::2])
+    assert last < first - 0.05
+
+
+def test_deepinversion_prior(capsys: pytest.CaptureFixture[str]) -> None:
+    example("deepinversion_prior.py")["main"](["--iterations", "4"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("distance"))
+    first, _, last = line.split()[-3:]
+    assert float(last) < float(first)
+
+
+def own_loop(teacher: nn.Module, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and kept patches after each iteration of the example."""
+    for _, images, kept in example("own_loop.py")["inversion"](teacher, targets, FEWEST):
+        yield images.clone(), kept
+
+
+def test_own_loop_never_changes_a_stopped_pixel() -> None:
+    counts = []
+    steps = own_loop(load_teacher("fashion-canvas"), torch.arange(2))
+    for (before, _), (images, kept) in pairwise(steps):
+        moves = pixel_mask(kept, 8, 64, 64).expand_as(images)
+        assert torch.equal(images[~moves], before[~moves])
+        assert not torch.equal(images[moves], before[moves])
+        counts.append(kept.shape[1])
+    assert sorted(set(counts), reverse=True) == [44, 30, 21, 14]
+
+
+def test_own_loop_makes_the_images_of_sparse_inverter() -> None:
+    teacher, targets = load_teacher("fashion-canvas"), torch.arange(2)
+    torch.manual_seed(0)
+    own = list(own_loop(teacher, targets))
+    schedule = StopSchedule.scaled(FEWEST)
+    ours: list[tuple[Tensor, Tensor]] = []
+    torch.manual_seed(0)
+    SparseInverter(teacher, schedule=schedule, iterations=FEWEST).invert(
+        targets,
+        progress=False,
+        callback=lambda _, images, kept: ours.append((images.clone(), kept)),
+    )
+    for (images, kept), (expected, expected_kept) in zip(own, ours, strict=True):
+        assert torch.equal(kept, expected_kept)
+        # The loops round differently, and Adam amplifies it from iteration to iteration.
+        torch.testing.assert_close(images, expected, atol=0.01, rtol=0)
