@@ -104,8 +104,9 @@ def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
     if space.width % 2 == 0:
         variance[-1] = 1
     pixels = space.height * space.width
-    normalized: Tensor = scale / ((scale.square() * variance).sum() / pixels).sqrt()
-    return normalized.to(space.mean)
+    scale = scale / ((scale.square() * variance).sum() / pixels).sqrt()
+    normalized: Tensor = scale.to(space.mean)
+    return normalized
 
 
 def _colours(space: ImageSpace) -> Tensor:
