@@ -111,4 +111,5 @@ def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
 
 def _colours(space: ImageSpace) -> Tensor:
     colours = torch.tensor(COLOURS, dtype=torch.float64)
-    return (colours / colours.norm(dim=0).max()).to(space.mean)
+    scaled: Tensor = (colours / colours.norm(dim=0).max()).to(space.mean)
+    return scaled
