@@ -46,7 +46,10 @@ def _is_ours(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__
+    if trace is None:
+        return False
+    package = str(trace.tb_frame.f_globals.get("__package__"))
+    return package == __package__ or package.startswith(f"{__package__}.")
 
 
 def _print_version(wanted: bool) -> None:

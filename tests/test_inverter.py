@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,7 +269,7 @@ def test_empty_batch(teacher: VisionTransformer) -> None:
         ({"mean": None}, "pretrained_cfg has no mean"),
         ({"mean": (0.5,)}, r"mean of 3 channels, got \(0.5,\)"),
         ({"std": (0.2, 0.0, 0.2)}, "std above 0"),
-        ({"objectives": []}, "one or more terms"),
+        ({"objectives": []}, "one or more objectives"),
         ({"objectives": [CrossEntropy(), CrossEntropy(2)]}, "different names"),
     ],
 )
@@ -276,14 +278,14 @@ def test_bad_options_are_refused(teacher: VisionTransformer, options: dict, mess
         make(teacher, **options)
 
 
-def test_what_is_no_term_is_refused(teacher: VisionTransformer) -> None:
-    with pytest.raises(TypeError, match=r"a term or a function .* got 3"):
+def test_what_is_no_objective_is_refused(teacher: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match=r"an objective or a function .* got 3"):
         make(teacher, objectives=[3])
 
     def vector(images: Tensor, logits: Tensor) -> Tensor:
         return logits
 
-    with pytest.raises(ValueError, match=r"term vector to return a scalar tensor, got \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"objective vector to return a scalar tensor, got \[2, 5\]"):
         run(teacher, objectives=[vector])
 
 
@@ -315,8 +317,34 @@ def test_bad_arguments_are_refused(
 
 
 def test_progress_bar_tells_loss_and_kept_patches(
-    teacher: VisionTransformer, capsys: pytest.CaptureFixture[str]
+    teacher: VisionTransformer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     make(teacher).invert(TARGETS)
     bar = capsys.readouterr().err.splitlines()[-1]
     assert "10/10" in bar and "cross_entropy" in bar and "kept 6" in bar and "images/s" in bar
+
+
+def test_progress_is_a_line_per_phase_where_no_terminal_can_redraw_it(
+    teacher: VisionTransformer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(teacher).invert(TARGETS)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "\r" not in captured.err
+    lines = captured.err.splitlines()
+    for line, (done, kept) in zip(lines, ((3, 24), (6, 12), (10, 6)), strict=True):
+        assert line.startswith(f"iteration {done} of 10: cross_entropy ")
+        assert f"kept {kept}, " in line and line.endswith(" images/s")
+
+
+def test_progress_can_be_turned_off(
+    teacher: VisionTransformer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=is_terminal: answer)
+        make(teacher).invert(TARGETS, progress=False)
+    assert capsys.readouterr() == ("", "")

@@ -20,16 +20,17 @@ from smi_fast import (
     CrossEntropy,
     L2Norm,
     NonFiniteLoss,
+    Selection,
     SparseInverter,
     SparseViT,
     TotalVariation,
-    graph,
-    inverter,
 )
-from smi_fast.inversion.cuda_graph import WARM_UP, Captured, NotCapturable
+from smi_fast.inversion import InversionState, cuda_graph, loop
+from smi_fast.inversion.cuda_graph import WARM_UP, CapturedCall, NotCapturable
+from smi_fast.inversion.loop import Loop
+from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult
-from smi_fast.inversion.state import Iteration
-from smi_fast.objectives import Objective, Step
+from smi_fast.objectives import LossInputs, Objective
 
 __all__ = ["teacher"]
 TERMS = (CrossEntropy(), TotalVariation(), TotalVariation(1e-3, "l1"), L2Norm())
@@ -40,15 +41,15 @@ class Planted(Objective):
 
     name, weight = "planted", 1.0
 
-    def __init__(self, fault: Callable[[Step], object]) -> None:
+    def __init__(self, fault: Callable[[LossInputs], object]) -> None:
         self.fault = fault
 
-    def __call__(self, step: Step) -> Tensor:
-        self.fault(step)
-        return step.images.sum() * 0
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        self.fault(inputs)
+        return inputs.images.sum() * 0
 
 
-def iteration(inverter: SparseInverter) -> Iteration:
+def start(inverter: SparseInverter) -> InversionState:
     return inverter.start(TARGETS, generator=torch.Generator().manual_seed(0))
 
 
@@ -57,46 +58,49 @@ def iteration(inverter: SparseInverter) -> Iteration:
 def test_reads_nothing_on_the_host(
     each_backend: str, teacher: VisionTransformer, background: str, kept: int
 ) -> None:
-    step = iteration(make(teacher, objectives=TERMS, background=background))
-    step.kept = step.kept[:, :kept].contiguous()
-    before = step.images.clone()
+    state = start(make(teacher, objectives=TERMS, background=background))
+    state.keep(Selection(state.kept[:, :kept].contiguous()))
+    before = state.images().clone()
     with HostGuard():
-        step()
-        importance = step(score=True)
+        state.step()
+        importance = state.step(score=True)
     assert importance is not None and importance.shape == (2, kept)
-    assert step.taken() == 2 and not torch.equal(step.images, before)
+    assert state.done() == 2 and not torch.equal(state.images(), before)
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda step: step.logits.sum().item(), "_local_scalar_dense.default waits"),
-        (lambda step: bool(step.images.any()), "waits for the device"),
-        (lambda step: torch.equal(step.logits, step.logits), "equal.default waits"),
-        (lambda step: step.logits[step.logits > 0], "with a mask has a shape that depends on data"),
-        (lambda step: step.targets.unique(), "waits for the device"),
-        (lambda step: torch.tensor([1.0, 2.0]), "numbers of the host is copied"),
-        (lambda step: step.logits.detach().to("meta"), "copies from"),
+        (lambda inputs: inputs.logits.sum().item(), "_local_scalar_dense.default waits"),
+        (lambda inputs: bool(inputs.images.any()), "waits for the device"),
+        (lambda inputs: torch.equal(inputs.logits, inputs.logits), "equal.default waits"),
+        (
+            lambda inputs: inputs.logits[inputs.logits > 0],
+            "with a mask has a shape that depends on data",
+        ),
+        (lambda inputs: inputs.targets.unique(), "waits for the device"),
+        (lambda inputs: torch.tensor([1.0, 2.0]), "numbers of the host is copied"),
+        (lambda inputs: inputs.logits.detach().to("meta"), "copies from"),
     ],
 )
 def test_guard_catches(
-    teacher: VisionTransformer, fault: Callable[[Step], object], message: str
+    teacher: VisionTransformer, fault: Callable[[LossInputs], object], message: str
 ) -> None:
-    step = iteration(make(teacher, objectives=[CrossEntropy(), Planted(fault)]))
+    state = start(make(teacher, objectives=[CrossEntropy(), Planted(fault)]))
     with pytest.raises(HostAccessError, match=message), HostGuard():
-        step()
+        state.step()
 
 
 def test_compiles_into_one_graph(
     teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
-    plain, traced = (iteration(make(teacher, objectives=TERMS)) for _ in range(2))
-    compiled = torch.compile(lambda: traced(), fullgraph=True, backend="aot_eager")
+    plain, traced = (start(make(teacher, objectives=TERMS)) for _ in range(2))
+    compiled = torch.compile(lambda: traced.step(), fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        plain()
+        plain.step()
         compiled()
-    torch.testing.assert_close(traced.images, plain.images)
+    torch.testing.assert_close(traced.images(), plain.images())
     torch.testing.assert_close(traced.record, plain.record)
 
 
@@ -114,9 +118,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             with HostGuard():
                 self.function()
 
-    monkeypatch.setattr(inverter, "Captured", Graph)
-    monkeypatch.setattr(inverter, "CHECK_EVERY", 2)
-    monkeypatch.setattr(SparseInverter, "_is_captured", lambda self: True)
+    monkeypatch.setattr(loop, "CapturedCall", Graph)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    monkeypatch.setattr(Loop, "_can_capture", lambda self: True)
     return calls
 
 
@@ -147,17 +151,17 @@ def test_captured_loop_gives_the_same_bytes(
 
 
 class Seldom(Objective):
-    """A term of every third step."""
+    """An objective of every third iteration."""
 
     name, weight, every = "seldom", 1e-3, 3
 
-    def __call__(self, step: Step) -> Tensor:
-        if step.iteration % self.every:
-            return step.images.new_zeros(())
-        return step.images.square().sum()
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        if inputs.iteration % self.every:
+            return inputs.images.new_zeros(())
+        return inputs.images.square().sum()
 
 
-def test_captured_loop_takes_seldom_terms_when_they_are_due(
+def test_captured_loop_evaluates_seldom_objectives_when_they_are_due(
     teacher: VisionTransformer, request: pytest.FixtureRequest
 ) -> None:
     def inverted() -> InversionResult:
@@ -178,36 +182,24 @@ class Spoilt(Objective):
 
     name, weight = "spoilt", 1.0
 
-    def __init__(self, step: int, broken: str) -> None:
-        self.step, self.broken, self.iteration = step, broken, None
+    def __init__(self, at: int, broken: str) -> None:
+        self.at, self.broken = at, broken
 
-    def __call__(self, step: Step) -> Tensor:
-        late = self.iteration.done[0] >= self.step
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        late = inputs.iteration_tensor >= self.at
         if self.broken == "value":
-            return step.images.sum() * torch.where(late, torch.nan, 0.0)
+            return inputs.images.sum() * torch.where(late, torch.nan, 0.0)
         # The slope of a root is infinite at zero.
-        return (step.images * 0 + torch.where(late, 0.0, 1.0)).sqrt().sum()
+        return (inputs.images * 0 + torch.where(late, 0.0, 1.0)).sqrt().sum()
 
 
 @pytest.mark.parametrize("broken", ["value", "gradient"])
 @pytest.mark.parametrize("at", [3, 5, 6, 9])
 def test_captured_loop_stops_with_the_last_finite_images(
-    teacher: VisionTransformer,
-    replays: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    at: int,
-    broken: str,
+    teacher: VisionTransformer, replays: list[int], at: int, broken: str
 ) -> None:
-    term = Spoilt(at, broken)
-    run = make(teacher, objectives=[CrossEntropy(), term])
-    begin = run.start
+    run = make(teacher, objectives=[CrossEntropy(), Spoilt(at, broken)])
     frames: dict[int, Tensor] = {}
-
-    def noted(*arguments: object) -> Iteration:
-        term.iteration = begin(*arguments)
-        return term.iteration
-
-    monkeypatch.setattr(run, "start", noted)
     with pytest.raises(NonFiniteLoss) as caught:
         run.invert(
             TARGETS,
@@ -216,7 +208,7 @@ def test_captured_loop_stops_with_the_last_finite_images(
         )
     name = "spoilt" if broken == "value" else "gradient"
     result = caught.value.result
-    assert (caught.value.iteration, caught.value.term, result.iterations) == (at, name, at)
+    assert (caught.value.iteration, caught.value.objective, result.iterations) == (at, name, at)
     assert all(len(values) == at for values in result.history.values())
     mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
     torch.testing.assert_close(result.images, (frames[at - 1] * std + mean).clamp(0, 1))
@@ -237,9 +229,13 @@ def test_what_is_captured(teacher: VisionTransformer, monkeypatch: pytest.Monkey
         return images.sum() * logits.sum().item()
 
     plain, function = make(teacher), make(teacher, objectives=[CrossEntropy(), reads])
-    assert not plain._is_captured()
+    loops = [
+        Loop(start(inverter), frozenset(), Progress(10, False), None)
+        for inverter in (plain, function)
+    ]
+    assert not loops[0]._can_capture()
     monkeypatch.setattr(SparseViT, "device", torch.device("cuda"))
-    assert plain._is_captured() and not function._is_captured()
+    assert [each._can_capture() for each in loops] == [True, False]
 
 
 def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +250,10 @@ def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
 
     work, cuda = MagicMock(side_effect=lambda: capturing or done.append(1)), MagicMock()
     done: list[int] = []
-    monkeypatch.setattr(graph.torch, "cuda", cuda)
+    monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
     cuda.graph = capture
     cuda.CUDAGraph.return_value.replay = lambda: done.append(1)
-    captured = Captured(work, torch.device("cuda"))
+    captured = CapturedCall(work, torch.device("cuda"))
     for calls in range(1, 8):
         captured()
         assert len(done) == calls
@@ -267,8 +263,8 @@ def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
         if capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    captured = Captured(fails, torch.device("cuda"))
+    captured = CapturedCall(fails, torch.device("cuda"))
     for _ in range(WARM_UP):
         captured()
-    with pytest.raises(NotCapturable, match=r"not permitted .* no term of the loss may read"):
+    with pytest.raises(NotCapturable, match=r"not permitted .* no objective may read"):
         captured()

@@ -123,16 +123,16 @@ def test_adam_clamp_takes_its_step_from_a_tensor(each_backend: str) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_adam_clamp_touches_kept_patches_only() -> None:
+def test_adam_clamp_touches_active_patches_only() -> None:
     state, dense = adam_state(2, 3, 8, 12), adam_state(2, 3, 8, 12)
     dense["images"].copy_(state["images"])
     before = state["images"].clone()
-    kept, grad = random_kept(2, 3, 6), torch.randn(2, 3, 8, 12, dtype=F64)
+    active, grad = random_kept(2, 3, 6), torch.randn(2, 3, 8, 12, dtype=F64)
     for step in (1, 2):
         arguments = {"grad": grad, "step": step, **BOUNDS, **RATE}
-        ops.adam_clamp_(kept=kept, patch_size=4, **state, **arguments)
+        ops.adam_clamp_(active=active, patch_size=4, **state, **arguments)
         ops.adam_clamp_(**dense, **arguments)
-    mask = torch.zeros(2, 6, dtype=torch.bool).scatter(1, kept, True).reshape(2, 1, 2, 3)
+    mask = torch.zeros(2, 6, dtype=torch.bool).scatter(1, active, True).reshape(2, 1, 2, 3)
     mask = mask.repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(before)
     for name, tensor in state.items():
         assert torch.equal(tensor[mask], dense[name][mask])
@@ -165,7 +165,7 @@ def test_batch_norm_matching_is_batch_norm_and_the_published_term() -> None:
         ({"step": torch.tensor([1])}, r"step int64 \[\], got torch.int64 \[1\]"),
         ({"step": torch.tensor(1, device="meta")}, "tensors on cpu, got one on meta"),
         (
-            {"kept": torch.zeros(2, 3, dtype=torch.int64), "patch_size": 3},
+            {"active": torch.zeros(2, 3, dtype=torch.int64), "patch_size": 3},
             "patch size 3, got 8 x 8",
         ),
     ],
