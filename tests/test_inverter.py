@@ -285,7 +285,9 @@ def test_what_is_no_objective_is_refused(teacher: VisionTransformer) -> None:
     def vector(images: Tensor, logits: Tensor) -> Tensor:
         return logits
 
-    with pytest.raises(ValueError, match=r"objective vector to return a scalar tensor, got \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"objective vector to return a scalar tensor, got \[2, 5\]"
+    ):
         run(teacher, objectives=[vector])
 
 

@@ -14,32 +14,16 @@ from torch import Tensor, nn
 
 import smi_fast
 from smi_fast import objectives, targets
-from smi_fast.objectives import Objective, Step
+from smi_fast.objectives import Objective
 from smi_fast.objectives.adversarial import clamped_js
 from smi_fast.objectives.attention_prior import random_mixtures
 from smi_fast.objectives.gaussian_similarity import gaussian_entropy
 from smi_fast.objectives.head_similarity import head_dissimilarity
 from smi_fast.objectives.patch_similarity import similarity_entropy
+from tests.helpers.loss_inputs import compare, loss_inputs
 
 F64 = torch.float64
 SPARSE = {"schedule": smi_fast.StopSchedule((2, 4), (0.5, 0.5)), "iterations": 6}
-
-
-def step(images: Tensor | None = None, logits: Tensor | None = None, **options: object) -> Step:
-    images = torch.zeros(2, 3, 8, 12, dtype=F64) if images is None else images
-    logits = torch.zeros(len(images), 5, dtype=F64) if logits is None else logits
-    options = {"targets": torch.zeros(len(images)), "kept": None, "patch_size": 4, **options}
-    return Step(images, logits, **options)
-
-
-def compare(ours: Callable, plain: Callable, given: Tensor, rtol: float = 1e-9) -> None:
-    """Equal values, and equal gradients of autograd over the plain formula."""
-    given = given.detach().requires_grad_()
-    pair = ours(given), plain(given)
-    torch.testing.assert_close(*pair, rtol=rtol, atol=1e-12)
-    gradients = [torch.autograd.grad(value, given)[0] for value in pair]
-    torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-12)
-    assert gradients[1].abs().max() > 1e-6
 
 
 def published_entropy(features: Tensor) -> Tensor:
@@ -96,10 +80,10 @@ def test_patch_similarity_reads_mean_outputs_of_patches() -> None:
     expected = -sum(published_entropy(x[:, 2:].mean(2)) for x in outputs.values())
     term = smi_fast.PatchSimilarity()
     assert term.taps(4) == tuple(outputs)
-    torch.testing.assert_close(term(step(taps=outputs, depth=4, prefix=2)), expected)
+    torch.testing.assert_close(term(loss_inputs(taps=outputs, depth=4, prefix=2)), expected)
     last = smi_fast.PatchSimilarity(blocks=(-1,))
     expected = -published_entropy(outputs["attention.3.output"][:, 2:].mean(2))
-    torch.testing.assert_close(last(step(taps=outputs, depth=4, prefix=2)), expected)
+    torch.testing.assert_close(last(loss_inputs(taps=outputs, depth=4, prefix=2)), expected)
 
 
 def published_gaussian(features: Tensor) -> Tensor:
@@ -132,7 +116,7 @@ def test_gaussian_similarity_goes_through_all_patches() -> None:
     scores = {f"attention.{i}.scores": torch.randn(2, 3, 5, 5, dtype=F64) for i in range(2)}
     rows = [x.mean(1)[:, 1:, 1:] for x in scores.values()]
     expected = -sum(map(published_gaussian, rows)) / 2
-    torch.testing.assert_close(term(step(taps=scores, depth=2, prefix=1)), expected)
+    torch.testing.assert_close(term(loss_inputs(taps=scores, depth=2, prefix=1)), expected)
 
 
 def published_head_similarity(scores: Tensor) -> Tensor:
@@ -161,7 +145,7 @@ def test_head_similarity() -> None:
     taps = {f"attention.{i}.scores": torch.randn(1, 2, 6, 6, dtype=F64) for i in (1, 2)}
     expected = sum(published_head_similarity(x[:, :, 2:, 2:]) for x in taps.values()) / 2
     term = smi_fast.HeadSimilarity(blocks=(1, -1))
-    torch.testing.assert_close(term(step(taps=taps, depth=3, prefix=2)), expected)
+    torch.testing.assert_close(term(loss_inputs(taps=taps, depth=3, prefix=2)), expected)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -189,7 +173,7 @@ def test_attention_prior(sparse: bool) -> None:
 
     def ours(rows: Tensor) -> Tensor:
         taps = dict(zip(term.taps(5), rows, strict=True))
-        return term(step(taps=taps, depth=5, prefix=1, seen=kept if sparse else None))
+        return term(loss_inputs(taps=taps, depth=5, prefix=1, kept=kept))
 
     term._mixtures = mixtures
     compare(ours, plain, rows)
@@ -234,7 +218,7 @@ def test_adversarial_student_sees_the_jittered_image() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 12, 5)).double().eval()
     images, logits = torch.randn(2, 3, 8, 12, dtype=F64), torch.randn(2, 5, dtype=F64)
     jitter = (torch.tensor([2, -3]), torch.tensor(True))
-    given = step(images, logits, jitter=jitter)
+    given = loss_inputs(images, logits, jitter=jitter)
     js = published_js(network(images.roll((2, -3), (2, 3)).flip(3)), logits, 3.0)
     torch.testing.assert_close(smi_fast.AdversarialJS(network)(given), 1 - js)
     torch.testing.assert_close(smi_fast.AdversarialJS(network, bounded=False)(given), -js)
@@ -257,16 +241,16 @@ def plain_seams(images: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_patch_seams(sparse: bool) -> None:
     images = torch.randn(2, 3, 12, 16, dtype=F64)
-    kept = torch.tensor([[0, 5], [6, 7]]) if sparse else None
+    active = torch.tensor([[0, 5], [6, 7]]) if sparse else None
     mask = torch.ones(2, 12, dtype=torch.bool)
     if sparse:
-        mask = torch.zeros_like(mask).scatter(1, kept, True)
+        mask = torch.zeros_like(mask).scatter(1, active, True)
     mask, term = mask.reshape(2, 3, 4), smi_fast.PatchSeamTV()
-    compare(lambda x: term(step(x, kept=kept)), lambda x: plain_seams(x, mask), images)
+    compare(lambda x: term(loss_inputs(x, active=active)), lambda x: plain_seams(x, mask), images)
     images.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: term(step(x, kept=kept)), images)
+    assert torch.autograd.gradcheck(lambda x: term(loss_inputs(x, active=active)), images)
     flat = torch.ones(1, 3, 8, 8, requires_grad=True)
-    term(step(flat)).backward()
+    term(loss_inputs(flat)).backward()
     assert not flat.grad.any()
 
 
@@ -287,14 +271,14 @@ def test_variation_target() -> None:
 
     for scale in (0.1, 10):
         images = scale * torch.randn(8, 3, 8, 8, dtype=F64)
-        compare(lambda x: term(step(x)), plain, images)
+        compare(lambda x: term(loss_inputs(x)), plain, images)
 
 
 def test_norm_of_each_image() -> None:
     images = torch.randn(3, 3, 4, 4, dtype=F64)
-    value = objectives.L2Norm(per_image=True)(step(images))
+    value = objectives.L2Norm(per_image=True)(loss_inputs(images))
     torch.testing.assert_close(value, sum(torch.norm(image) for image in images) / 3)
-    torch.testing.assert_close(objectives.L2Norm()(step(images)), torch.norm(images))
+    torch.testing.assert_close(objectives.L2Norm()(loss_inputs(images)), torch.norm(images))
 
 
 def test_token_statistics_from_images() -> None:
@@ -310,7 +294,7 @@ def test_token_statistics_from_images() -> None:
         torch.testing.assert_close(var, tokens.var(0, correction=0))
 
     term = smi_fast.TokenStatistics(found)
-    whole = term(step(taps=tapped, prefix=2))
+    whole = term(loss_inputs(taps=tapped, prefix=2))
     assert whole.item() < 1e-12
     other = torch.randn(2, 3, 64, 64, dtype=F64, requires_grad=True)
     kept = random_kept(2, 5, 16)
@@ -324,7 +308,9 @@ def test_token_statistics_from_images() -> None:
             total = total + torch.norm(channels.var(0, correction=0) - var)
         return total
 
-    compare(lambda x: term(step(taps=sparse(x, kept, taps=found).taps, prefix=2)), plain, other)
+    compare(
+        lambda x: term(loss_inputs(taps=sparse(x, kept, taps=found).taps, prefix=2)), plain, other
+    )
     with pytest.raises(ValueError, match="a loader with images, got none"):
         smi_fast.collect_statistics(teacher, [])
     with pytest.raises(ValueError, match=r"blocks in -3..2, got \(3,\)"):
@@ -348,12 +334,12 @@ def test_soft_and_multiple_targets() -> None:
     assert multi.tolist() == [[0, 1, 0, 0, 1], [1, 0, 1, 0, 0]]
 
     logits = torch.randn(2, 5, dtype=F64)
-    given = step(logits=logits, targets=multi.double())
+    given = loss_inputs(logits=logits, targets=multi.double())
     p = 1 / (1 + torch.exp(-logits))
     expected = -(multi * p.log() + (1 - multi) * (1 - p).log()).mean()
     torch.testing.assert_close(smi_fast.BinaryCrossEntropy()(given), expected)
     with pytest.raises(ValueError, match=r"probabilities \[2, 5\], got \[2\]"):
-        smi_fast.BinaryCrossEntropy()(step(logits=logits))
+        smi_fast.BinaryCrossEntropy()(loss_inputs(logits=logits))
     with pytest.raises(ValueError, match=r"labels in 0\.\.4"):
         targets.multi_targets(torch.tensor([[5]]), 5)
     with pytest.raises(ValueError, match=r"labels int64 \[B\]"):
@@ -400,20 +386,20 @@ def test_a_step_with_every_prior_can_be_captured(kept: int) -> None:
     teacher = smi_fast.SparseViT(make_teacher("deit_tiny_patch16_224", img_size=64, depth=2))
     space = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     inverter = smi_fast.SparseInverter(teacher, objectives=every_prior(teacher), **SPARSE, **space)
-    iteration = inverter.start([1, 2], None, None, torch.Generator().manual_seed(0))
-    iteration.kept = iteration.kept[:, :kept].contiguous()
-    before = iteration.images.clone()
+    state = inverter.start([1, 2], None, None, torch.Generator().manual_seed(0))
+    state.keep(smi_fast.Selection(state.kept[:, :kept].contiguous()))
+    before = state.images().clone()
     with HostGuard():
-        iteration()
-    assert iteration.non_finite(slice(0, 1)) is None
-    assert not torch.equal(iteration.images, before)
+        state.step()
+    assert state.non_finite(slice(0, 1)) is None
+    assert not torch.equal(state.images(), before)
 
 
 @pytest.mark.parametrize("name", ["GaussianSimilarity", "AttentionPrior", "VariationTarget"])
 def test_what_was_not_begun_is_refused(name: str) -> None:
     taps = {"attention.0.scores": torch.zeros(2, 1, 5, 5), "attention.0.row": torch.zeros(2, 1, 5)}
     with pytest.raises(RuntimeError, match=r"begin\(\) draws"):
-        getattr(smi_fast, name)()(step(taps=taps, depth=1, prefix=1))
+        getattr(smi_fast, name)()(loss_inputs(taps=taps, depth=1, prefix=1))
 
 
 @pytest.mark.parametrize(
