@@ -7,7 +7,6 @@ import copy
 import pytest
 import timm
 import torch
-from test_teacher import make_teacher, random_images, relative_error, with_gradient
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from smi_fast.engine import candidates, choose
 from smi_fast.engine.cpu import FoldedRun, LastBlock
 from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
+from tests.helpers.teachers import make_teacher, random_images, relative_error, with_gradient
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"

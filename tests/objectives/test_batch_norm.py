@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast import BatchNormMatching, CrossEntropy, SparseInverter, StopSchedule, load_teacher
-from smi_fast.jitter import jitter_images
 from tests.helpers.loss_inputs import loss_inputs
 
 F64 = torch.float64
@@ -100,18 +99,6 @@ def test_the_cnn_sees_the_jittered_image(flip: bool) -> None:
     torch.testing.assert_close(value, expected)
     gradients = [torch.autograd.grad(v, images)[0] for v in (value, expected)]
     torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize(("shift", "flip"), [((0, 0), False), ((5, -9), True), ((-1, 30), False)])
-def test_jittered_images_are_rolled_then_mirrored(shift: tuple[int, int], flip: bool) -> None:
-    images = torch.randn(2, 3, 7, 10, dtype=F64, requires_grad=True)
-    expected = images.roll(shift, (2, 3))
-    expected = expected.flip(3) if flip else expected
-    jittered = jitter_images(images, torch.tensor(shift), torch.tensor(flip))
-    assert torch.equal(jittered, expected)
-    weights = torch.randn_like(images)
-    gradients = [torch.autograd.grad((x * weights).sum(), images)[0] for x in (jittered, expected)]
-    assert torch.equal(*gradients)
 
 
 def test_images_are_brought_into_the_space_of_the_cnn() -> None:
