@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import smi_fast
-from smi_fast import CrossEntropy, Dense, L2Norm, NonFiniteLoss, SparseViT, TotalVariation
+from smi_fast import (
+    CrossEntropy,
+    Dense,
+    L2Norm,
+    NonFiniteLoss,
+    SparseInverter,
+    SparseViT,
+    TotalVariation,
+)
 from smi_fast.schedules import still_iterations
 from tests.helpers.inversions import (
     SPACE,
@@ -199,6 +210,39 @@ def test_invert_is_the_one_liner(teacher: VisionTransformer) -> None:
     options = {"schedule": STOPS, "iterations": 10, **SPACE}
     result = smi_fast.invert(teacher, TARGETS, generator=generator, progress=False, **options)
     assert torch.equal(result.images, run(teacher).images)
+
+
+def test_invert_has_every_option_with_its_default() -> None:
+    parts = (SparseInverter.__init__, SparseInverter.invert)
+    of_parts = [inspect.signature(part).parameters for part in parts]
+    expected = {name: each for part in of_parts for name, each in part.items() if name != "self"}
+    assert len(expected) == sum(map(len, of_parts)) - 2, "no name means two things"
+    given = inspect.signature(smi_fast.invert).parameters
+    assert given == expected
+    assert list(given)[:2] == ["teacher", "targets"]
+    assert typing.get_type_hints(smi_fast.invert) == {
+        **typing.get_type_hints(SparseInverter.__init__),
+        **typing.get_type_hints(SparseInverter.invert),
+    }
+
+
+def test_invert_forwards_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: dict[str, object] = {}
+
+    class Recorder:
+        def __init__(self, teacher: object, **options: object) -> None:
+            got.update(teacher=teacher, **options)
+
+        def invert(self, targets: object, **options: object) -> str:
+            got.update(targets=targets, **options)
+            return "result"
+
+    monkeypatch.setattr("smi_fast.inversion.inverter.SparseInverter", Recorder)
+    marks = {name: object() for name in inspect.signature(smi_fast.invert).parameters}
+    teacher, targets = marks["teacher"], marks["targets"]
+    options = {name: mark for name, mark in marks.items() if name not in ("teacher", "targets")}
+    assert smi_fast.invert(teacher, targets, **options) == "result"
+    assert got == marks
 
 
 def test_empty_batch(teacher: VisionTransformer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smi_fast import SparseViT
 from smi_fast.verify.cases import random_kept
+from tests.helpers.inversions import pixels_of
 from tests.helpers.teachers import (
     TEACHERS,
     make_teacher,
@@ -209,3 +210,20 @@ def test_compiles_into_one_graph() -> None:
     traced = compiled(images, kept, jitter=jitter, importance=True)
     torch.testing.assert_close(traced.logits, expected.logits)
     torch.testing.assert_close(traced.importance, expected.importance)
+
+
+def test_pixel_mask_is_of_the_kept_patches(teacher: VisionTransformer) -> None:
+    sparse, kept = SparseViT(teacher), torch.tensor([[0, 8, 23], [5, 6, 7]])
+    mask = sparse.pixel_mask(kept)
+    assert mask.dtype == torch.bool and torch.equal(mask.expand(-1, 3, -1, -1), pixels_of(kept))
+    assert mask.shape == (2, 1, 32, 48) and sparse.pixel_mask(sparse.every_patch(2)).all()
+    assert not sparse.pixel_mask(kept[:, :0]).any()
+
+
+def test_a_loop_of_your_own_freezes_the_background_with_it(teacher: VisionTransformer) -> None:
+    sparse, kept = SparseViT(teacher), random_kept(2, 5, 24)
+    background = random_images(teacher).double()
+    images = background.clone().requires_grad_()
+    frozen = torch.where(sparse.pixel_mask(kept), images, background)
+    (gradient,) = torch.autograd.grad(sparse(frozen, kept).logits.square().sum(), images)
+    assert torch.equal(gradient != 0, pixels_of(kept))
