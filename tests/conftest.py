@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
+from smi_fast.inversion import loop
 from smi_fast.ops import backends
 from smi_fast.verify.cases import random_kept
+from tests.helpers.host_guard import HostGuard
+from tests.helpers.teachers import tiny_vit
 
 __all__ = ["random_kept"]
 
@@ -22,3 +28,30 @@ def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         pytest.skip(reason)
     monkeypatch.setattr(backends, "DEFAULT", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def teacher() -> VisionTransformer:
+    """The tiny ViT in float64, which no test may change."""
+    torch.manual_seed(1)
+    return tiny_vit().double()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The captured loop, whose graph is called under the guard; one entry for each replay."""
+    calls: list[int] = []
+
+    class Graph:
+        def __init__(self, function: Callable[[], object], device: torch.device) -> None:
+            self.function = function
+
+        def __call__(self) -> None:
+            calls.append(1)
+            with HostGuard():
+                self.function()
+
+    monkeypatch.setattr(loop, "CapturedCall", Graph)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    monkeypatch.setattr(loop.Loop, "_can_capture", lambda self: True)
+    return calls

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import smi_fast.inversion.inverter
+import smi_fast
 from smi_fast import cli
+from smi_fast.inversion.loop import Loop
+from smi_fast.objectives import LossInputs
 from smi_fast.ops import backends, native
 from smi_fast.pool import Pool
 
@@ -77,7 +79,7 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
 ) -> None:
     smi.invert(tmp_path / "whole", "--batch-size", 2)
     calls = []
-    step = smi_fast.SparseInverter._checked_step
+    step = Loop._checked_step
 
     def interrupted(self: object, *arguments: object) -> object:
         calls.append(None)
@@ -86,7 +88,7 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(smi_fast.SparseInverter, "_checked_step", interrupted)
+        patch.setattr(Loop, "_checked_step", interrupted)
         code, _, err = smi.invert(tmp_path / "parts", "--batch-size", 2)
     assert code == 130 and "interrupted after 1 iterations" in err and "--resume" in err
     assert len(Pool(tmp_path / "parts").records) == 2
@@ -113,8 +115,8 @@ def test_existing_pool_is_kept_unless_told(smi: Smi, tmp_path: Path) -> None:
 def test_non_finite_loss_saves_the_last_images(
     smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: object, step: smi_fast.objectives.Step) -> torch.Tensor:
-        return step.logits.sum() * torch.nan
+    def broken(self: object, inputs: LossInputs) -> torch.Tensor:
+        return inputs.logits.sum() * torch.nan
 
     monkeypatch.setattr(smi_fast.CrossEntropy, "__call__", broken)
     code, _, err = smi.invert(tmp_path / "pool")

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
 from smi_fast.compat import SMI
+from tests.helpers.teachers import tiny_vit
 
 NORMALIZER = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 @pytest.fixture
 def teacher() -> VisionTransformer:
-    return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
-    )
+    return tiny_vit(img_size=32)
 
 
 def make(teacher: nn.Module, folder: Path, **options: object) -> SMI:

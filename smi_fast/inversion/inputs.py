@@ -77,7 +77,8 @@ def first_parameters(
             from images.
     """
     if init is None:
-        return parametrization.initial(batch, generator)
+        # The update is in place on a flat view, which other strides don't have.
+        return parametrization.initial(batch, generator).contiguous()
     space = parametrization.space
     shape = (batch, space.channels, space.height, space.width)
     if init.shape != shape or not init.is_floating_point() or init.device != space.mean.device:

@@ -14,7 +14,7 @@ from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVar
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 

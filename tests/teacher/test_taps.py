@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_kept
-from test_teacher import make_teacher, random_images
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smi_fast import SparseViT
+from smi_fast.verify.cases import random_kept
+from tests.helpers.teachers import make_teacher, random_images
 
 GEOMETRIES = {
     "deit_tiny_patch16_224": {"depth": 3},

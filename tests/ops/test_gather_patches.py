@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_kept
 from torch import Tensor
 
 from smi_fast import ops
+from smi_fast.verify.cases import random_kept
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

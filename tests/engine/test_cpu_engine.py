@@ -7,15 +7,16 @@ import copy
 import pytest
 import timm
 import torch
-from test_teacher import make_teacher, random_images, relative_error, with_gradient
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import smi_fast.engine.cpu
 from smi_fast import SparseInverter, SparseViT, StopSchedule
+from smi_fast.engine import candidates, choose
 from smi_fast.engine.cpu import FoldedRun, LastBlock
 from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
+from tests.helpers.teachers import make_teacher, random_images, relative_error, with_gradient
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
@@ -68,14 +69,14 @@ def test_first_rows_are_those_of_the_block(
     """And no other is computed after attention."""
     block = teacher.requires_grad_(False).blocks[-1]
     x = tokens(batch, count)
-    first, shares = LastBlock(block, rows)(x)
+    first, probabilities = LastBlock(block, rows)(x)
     plain = block(x)[:, :rows]
     assert relative_error(first, plain) < 1e-5
     assert first.grad_fn.saved_tensors[-1].shape == (batch * rows, block.mlp.fc1.out_features)
     assert relative_error(gradients(first, x), gradients(plain, x)) < 1e-5
     q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
-    assert relative_error(shares, (q[:, :, :rows] @ k.mT / 8).softmax(dim=-1)) < 1e-5
-    assert not shares.requires_grad
+    assert relative_error(probabilities, (q[:, :, :rows] @ k.mT / 8).softmax(dim=-1)) < 1e-5
+    assert not probabilities.requires_grad
     doubled = copy.deepcopy(block).double()
     exact, _ = LastBlock(doubled, rows)(x.double())
     assert relative_error(exact, doubled(x.double())[:, :rows]) < 1e-13
@@ -170,7 +171,9 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
     model = make_teacher("vit_tiny_patch16_224", img_size=32, depth=2, **options)
     assert all(foldable(block) == computed for block in model.blocks)
     images, sparse = random_images(model), SparseViT(model, backend="cpp")
-    assert sparse._folded.possible == computed
+    (candidate,) = candidates(sparse.vit.blocks)
+    chosen = choose([candidate], sparse.device, sparse.dtype, "cpp")
+    assert chosen is (candidate if computed else None)
     for ours, theirs in zip(
         with_gradient(sparse, images), with_gradient(model, images), strict=True
     ):

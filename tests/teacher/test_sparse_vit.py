@@ -1,64 +1,22 @@
-"""SparseViT against timm: logits, pixel gradients, subsets, refusals, a teacher left alone."""
+"""SparseViT against timm: logits, pixel gradients, subsets, and a teacher left alone."""
 
 from __future__ import annotations
 
-from types import MethodType
-
 import pytest
-import timm
 import torch
-from conftest import random_kept
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast import SparseViT, UnsupportedTeacher
-
-# Name, and what makes it quick: few blocks and few classes; the geometry is the model's own.
-TEACHERS = {
-    "deit_tiny_patch16_224": {},
-    "deit_small_patch16_224": {},
-    "deit_base_patch16_224": {"depth": 2},
-    "deit_tiny_distilled_patch16_224": {},
-    "vit_base_patch32_224": {"depth": 2},
-    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 224},
-    "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 224},
-    "vit_base_patch16_clip_quickgelu_224": {"depth": 2},
-    "vit_base_patch16_siglip_224": {"depth": 2},
-    "vit_medium_patch16_gap_256": {"depth": 2},
-    "deit_tiny_patch16_224 rectangle": {"img_size": (96, 160), "depth": 3},
-    "vit_tiny_patch16_224 no block to spare": {"depth": 1},
-    "vit_tiny_patch16_224 qk norm": {"depth": 2, "qk_norm": True, "init_values": 0.1},
-    "vit_tiny_patch16_224 average with class token": {"depth": 2, "global_pool": "avg"},
-    "vit_tiny_patch16_224 maximum": {"depth": 2, "global_pool": "max"},
-    "vit_tiny_patch16_224 no bias": {"depth": 2, "qkv_bias": False},
-}
-
-
-def make_teacher(name: str, **options: object) -> VisionTransformer:
-    """A timm model whose every parameter is random: zero-initialised ones would hide mistakes."""
-    options = {"num_classes": 10, **TEACHERS.get(name, {}), **options}
-    teacher = timm.create_model(name.split()[0], **options).eval()
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(0.05 * noise if parameter.dim() > 1 else 1 + 0.2 * noise)
-    return teacher
-
-
-def random_images(teacher: VisionTransformer, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, *teacher.patch_embed.img_size)
-
-
-def with_gradient(model: nn.Module, images: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    images = images.clone().requires_grad_()
-    logits = model(images, *arguments)
-    logits = logits if isinstance(logits, Tensor) else logits.logits
-    (gradient,) = torch.autograd.grad(torch.linalg.vector_norm(logits), images)
-    return logits.detach(), gradient
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).abs().max() / expected.abs().max()).item()
+from smi_fast import SparseViT
+from smi_fast.verify.cases import random_kept
+from tests.helpers.inversions import pixels_of
+from tests.helpers.teachers import (
+    TEACHERS,
+    make_teacher,
+    random_images,
+    relative_error,
+    with_gradient,
+)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -229,63 +187,6 @@ def test_last_block_computes_only_rows_that_are_read() -> None:
     assert list(sizes.values()) == [[1], [2], [256]]
 
 
-def test_model_patched_by_the_published_code_is_the_model_it_was() -> None:
-    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
-    images = torch.randn(1, 3, 224, 224)
-    expected = teacher(images)
-
-    def vit_forward(
-        self: nn.Module, x: Tensor, current_abs_index: Tensor, next_index: Tensor
-    ) -> Tensor:
-        raise AssertionError("SparseViT must not call the patched method")
-
-    def vit_block_forward(self: nn.Module, x: Tensor) -> Tensor:
-        raise AssertionError("SparseViT must not call the patched method")
-
-    teacher.forward = MethodType(vit_forward, teacher)
-    for block in teacher.blocks:
-        block.forward = MethodType(vit_block_forward, block)
-    assert relative_error(SparseViT(teacher)(images).logits, expected) < 1e-5
-    assert teacher.forward.__name__ == "vit_forward"
-
-
-def replaced_forward(teacher: VisionTransformer) -> VisionTransformer:
-    teacher.forward = lambda images: images
-    return teacher
-
-
-class OwnHead(VisionTransformer):
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return x[:, 0]
-
-
-def changed(path: str, module: nn.Module) -> VisionTransformer:
-    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
-    teacher.set_submodule(path, module)
-    return teacher
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: nn.Linear(2, 2), "expected a timm VisionTransformer, got torch.nn.*Linear"),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
-        (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Beit"),
-        (lambda: timm.create_model("vit_relpos_small_patch16_224"), "VisionTransformerRelPos"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
-        (lambda: replaced_forward(make_teacher("deit_tiny_patch16_224")), "forward replaced"),
-        (lambda: OwnHead(depth=1, embed_dim=48, num_heads=3), "OwnHead with a forward_head"),
-        (lambda: changed("blocks.1.attn", nn.Identity()), "blocks.1.attn to be Attention"),
-        (lambda: changed("blocks.0.mlp", nn.Identity()), "blocks.0.mlp to be Mlp or .*"),
-        (lambda: timm.create_model("vit_tiny_patch16_224", global_pool=""), "global_pool=''"),
-        (lambda: VisionTransformer(patch_size=(8, 16), depth=1), "square patches, .* 8 x 16"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_exact_is_refused_by_name(make: object, message: str) -> None:
-    with pytest.raises(UnsupportedTeacher, match=message):
-        SparseViT(make())
-
-
 def test_bad_images_are_refused() -> None:
     sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=1))
     with pytest.raises(
@@ -309,3 +210,20 @@ def test_compiles_into_one_graph() -> None:
     traced = compiled(images, kept, jitter=jitter, importance=True)
     torch.testing.assert_close(traced.logits, expected.logits)
     torch.testing.assert_close(traced.importance, expected.importance)
+
+
+def test_pixel_mask_is_of_the_kept_patches(teacher: VisionTransformer) -> None:
+    sparse, kept = SparseViT(teacher), torch.tensor([[0, 8, 23], [5, 6, 7]])
+    mask = sparse.pixel_mask(kept)
+    assert mask.dtype == torch.bool and torch.equal(mask.expand(-1, 3, -1, -1), pixels_of(kept))
+    assert mask.shape == (2, 1, 32, 48) and sparse.pixel_mask(sparse.every_patch(2)).all()
+    assert not sparse.pixel_mask(kept[:, :0]).any()
+
+
+def test_a_loop_of_your_own_freezes_the_background_with_it(teacher: VisionTransformer) -> None:
+    sparse, kept = SparseViT(teacher), random_kept(2, 5, 24)
+    background = random_images(teacher).double()
+    images = background.clone().requires_grad_()
+    frozen = torch.where(sparse.pixel_mask(kept), images, background)
+    (gradient,) = torch.autograd.grad(sparse(frozen, kept).logits.square().sum(), images)
+    assert torch.equal(gradient != 0, pixels_of(kept))

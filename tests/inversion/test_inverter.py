@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,55 +19,19 @@ from smi_fast import (
     NonFiniteLoss,
     SparseInverter,
     SparseViT,
-    StopSchedule,
     TotalVariation,
 )
 from smi_fast.schedules import still_iterations
-
-SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
-STOPS = StopSchedule((3, 6), (0.5, 0.5))
-TARGETS = [1, 4]
-
-
-@pytest.fixture(scope="module")
-def teacher() -> VisionTransformer:
-    torch.manual_seed(1)
-    model = VisionTransformer(
-        img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.double().eval()
-
-
-def make(teacher: VisionTransformer, **options: object) -> SparseInverter:
-    options = {"schedule": STOPS, "iterations": 10, **SPACE, **options}
-    return SparseInverter(teacher, **options)
-
-
-def run(teacher: VisionTransformer, seed: int = 0, **options: object) -> smi_fast.InversionResult:
-    generator = torch.Generator().manual_seed(seed)
-    return make(teacher, **options).invert(TARGETS, generator=generator, progress=False)
-
-
-def frames(inverter: SparseInverter, **options: object) -> tuple[list[Tensor], list[Tensor]]:
-    """The pixels and the kept patches after every step."""
-    pixels, kept = [], []
-    inverter.invert(
-        TARGETS,
-        progress=False,
-        generator=torch.Generator().manual_seed(0),
-        callback=lambda _, images, patches: (pixels.append(images.clone()), kept.append(patches)),
-        **options,
-    )
-    return pixels, kept
-
-
-def pixel_mask(kept: Tensor) -> Tensor:
-    mask = torch.zeros(len(kept), 24, dtype=torch.bool).scatter(1, kept, True)
-    mask = mask.reshape(-1, 1, 4, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    return mask.expand(-1, 3, -1, -1)
+from tests.helpers.inversions import (
+    SPACE,
+    STOPS,
+    TARGETS,
+    denormalized,
+    frames,
+    make,
+    pixels_of,
+    run,
+)
 
 
 def test_dense_run_is_the_plain_loop(teacher: VisionTransformer) -> None:
@@ -110,20 +77,20 @@ def test_stops_keep_the_most_important_patches(teacher: VisionTransformer) -> No
 def test_frozen_background_does_not_change(teacher: VisionTransformer) -> None:
     pixels, kept = frames(make(teacher))
     for t in range(1, 10):
-        mask = pixel_mask(kept[t])
+        mask = pixels_of(kept[t])
         assert torch.equal(pixels[t][~mask], pixels[t - 1][~mask])
         assert (pixels[t][mask] != pixels[t - 1][mask]).double().mean() > 0.5
 
 
 def test_regularized_background_goes_on_changing(teacher: VisionTransformer) -> None:
     pixels, kept = frames(make(teacher, background="regularized"))
-    mask = pixel_mask(kept[9])
+    mask = pixels_of(kept[9])
     assert (pixels[9][~mask] != pixels[8][~mask]).double().mean() > 0.5
 
 
 def test_result_shows_kept_patches_and_is_in_range(teacher: VisionTransformer) -> None:
     result = run(teacher)
-    mask = pixel_mask(result.kept)
+    mask = pixels_of(result.kept)
     assert torch.equal(result.masks, mask[:, 0, ::8, ::8])
     assert torch.equal(result.masked_images[mask], result.images[mask])
     assert not result.masked_images[~mask].any()
@@ -212,8 +179,7 @@ def test_interrupt_gives_back_what_is_done(teacher: VisionTransformer) -> None:
     assert result.interrupted
     assert result.iterations == len(result.history["cross_entropy"]) == 5
     assert torch.equal(result.kept, kept[4])
-    mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
-    torch.testing.assert_close(result.images, pixels[4] * std + mean)
+    torch.testing.assert_close(result.images, denormalized(pixels[4]))
 
 
 @pytest.mark.parametrize("broken", ["value", "gradient"])
@@ -235,8 +201,7 @@ def test_non_finite_loss_stops_with_the_last_finite_images(
     result = caught.value.result
     assert result.iterations == 4
     assert all(len(values) == 4 for values in result.history.values())
-    mean, std = (torch.tensor(SPACE[k], dtype=torch.float64)[:, None, None] for k in SPACE)
-    torch.testing.assert_close(result.images, calls[-1] * std + mean)
+    torch.testing.assert_close(result.images, denormalized(calls[-1]))
     assert result.images.isfinite().all()
 
 
@@ -247,76 +212,41 @@ def test_invert_is_the_one_liner(teacher: VisionTransformer) -> None:
     assert torch.equal(result.images, run(teacher).images)
 
 
+def test_invert_has_every_option_with_its_default() -> None:
+    parts = (SparseInverter.__init__, SparseInverter.invert)
+    of_parts = [inspect.signature(part).parameters for part in parts]
+    expected = {name: each for part in of_parts for name, each in part.items() if name != "self"}
+    assert len(expected) == sum(map(len, of_parts)) - 2, "no name means two things"
+    given = inspect.signature(smi_fast.invert).parameters
+    assert given == expected
+    assert list(given)[:2] == ["teacher", "targets"]
+    assert typing.get_type_hints(smi_fast.invert) == {
+        **typing.get_type_hints(SparseInverter.__init__),
+        **typing.get_type_hints(SparseInverter.invert),
+    }
+
+
+def test_invert_forwards_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: dict[str, object] = {}
+
+    class Recorder:
+        def __init__(self, teacher: object, **options: object) -> None:
+            got.update(teacher=teacher, **options)
+
+        def invert(self, targets: object, **options: object) -> str:
+            got.update(targets=targets, **options)
+            return "result"
+
+    monkeypatch.setattr("smi_fast.inversion.inverter.SparseInverter", Recorder)
+    marks = {name: object() for name in inspect.signature(smi_fast.invert).parameters}
+    teacher, targets = marks["teacher"], marks["targets"]
+    options = {name: mark for name, mark in marks.items() if name not in ("teacher", "targets")}
+    assert smi_fast.invert(teacher, targets, **options) == "result"
+    assert got == marks
+
+
 def test_empty_batch(teacher: VisionTransformer) -> None:
     result = make(teacher, objectives=[TotalVariation()]).invert(
         torch.zeros(0, dtype=torch.int64), progress=False
     )
     assert result.images.shape == (0, 3, 32, 48)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"background": "black"}, "background frozen or regularized, got 'black'"),
-        ({"final_mask": "all"}, "final_mask kept or reranked, got 'all'"),
-        ({"iterations": 0}, "1 or more iterations, got 0"),
-        ({"lr": 0.0}, "lr above 0, got 0"),
-        ({"betas": (0.5, 1.0)}, r"two betas in \[0, 1\), got \(0.5, 1.0\)"),
-        ({"iterations": 6}, "the stop at 6 is past the end of 6 iterations"),
-        ({"schedule": StopSchedule((1,), (0.97,))}, "the stop at 1 drops all of 24 patches"),
-        ({"mean": None}, "pretrained_cfg has no mean"),
-        ({"mean": (0.5,)}, r"mean of 3 channels, got \(0.5,\)"),
-        ({"std": (0.2, 0.0, 0.2)}, "std above 0"),
-        ({"objectives": []}, "one or more terms"),
-        ({"objectives": [CrossEntropy(), CrossEntropy(2)]}, "different names"),
-    ],
-)
-def test_bad_options_are_refused(teacher: VisionTransformer, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(teacher, **options)
-
-
-def test_what_is_no_term_is_refused(teacher: VisionTransformer) -> None:
-    with pytest.raises(TypeError, match=r"a term or a function .* got 3"):
-        make(teacher, objectives=[3])
-
-    def vector(images: Tensor, logits: Tensor) -> Tensor:
-        return logits
-
-    with pytest.raises(ValueError, match=r"term vector to return a scalar tensor, got \[2, 5\]"):
-        run(teacher, objectives=[vector])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"targets": [1, 5]}, r"targets in 0\.\.4, got 1\.\.5"),
-        ({"targets": [-1, 2]}, r"targets in 0\.\.4, got -1\.\.2"),
-        ({"targets": torch.tensor([0.5, 1.0])}, r"whole numbers \[B\] or probabilities \[B, 5\]"),
-        ({"targets": torch.zeros(2, 4)}, r"probabilities \[B, 5\], got torch.float32 \[2, 4\]"),
-        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, "on cpu, .* got meta"),
-        ({"init": torch.zeros(2, 3, 32, 40)}, r"init as floating point \[2, 3, 32, 48\]"),
-        (
-            {"init": torch.zeros(2, 3, 32, 48, device="meta")},
-            "on cpu, got torch.float32 .* on meta",
-        ),
-        ({"jitter": (torch.zeros(9, 2).long(), torch.zeros(10) > 0)}, r"shift int64 \[10, 2\]"),
-        (
-            {"jitter": (torch.zeros(10, 2).long(), torch.zeros(10))},
-            r"flip bool \[10\], got torch.f",
-        ),
-    ],
-)
-def test_bad_arguments_are_refused(
-    teacher: VisionTransformer, arguments: dict, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(teacher).invert(**({"targets": TARGETS, "progress": False} | arguments))
-
-
-def test_progress_bar_tells_loss_and_kept_patches(
-    teacher: VisionTransformer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(teacher).invert(TARGETS)
-    bar = capsys.readouterr().err.splitlines()[-1]
-    assert "10/10" in bar and "cross_entropy" in bar and "kept 6" in bar and "images/s" in bar

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast import BatchNormMatching, CrossEntropy, SparseInverter, StopSchedule, load_teacher
-from smi_fast.jitter import jitter_images
-from smi_fast.objectives import Step
+from tests.helpers.loss_inputs import loss_inputs
 
 F64 = torch.float64
 
@@ -37,12 +36,6 @@ def tiny_cnn() -> nn.Module:
             nn.BatchNorm2d(5, affine=False, eps=1e-3),
             nn.SiLU(inplace=True),
         )
-    )
-
-
-def step(images: Tensor, **options: object) -> Step:
-    return Step(
-        images, images.new_zeros(len(images), 2), torch.zeros(len(images)), None, 8, **options
     )
 
 
@@ -84,7 +77,7 @@ def test_is_the_published_term(name: str) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=F64, requires_grad=True)
     expected = published(cnn, images, 10.0)
     (gradient,) = torch.autograd.grad(expected, images)
-    value = BatchNormMatching(cnn)(step(images))
+    value = BatchNormMatching(cnn)(loss_inputs(images))
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(torch.autograd.grad(value, images)[0], gradient)
 
@@ -93,7 +86,7 @@ def test_is_the_published_term(name: str) -> None:
 def test_gradient() -> None:
     term = BatchNormMatching(tiny_cnn(), first_weight=3.0, every=2)
     images = torch.randn(2, 3, 6, 8, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: term(step(x)), images)
+    assert torch.autograd.gradcheck(lambda x: term(loss_inputs(x)), images)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -102,22 +95,10 @@ def test_the_cnn_sees_the_jittered_image(flip: bool) -> None:
     moved = images.roll((-3, 2), (2, 3))
     expected = published(cnn, moved.flip(3) if flip else moved, 10.0)
     jitter = (torch.tensor([-3, 2]), torch.tensor(flip))
-    value = BatchNormMatching(cnn)(step(images, jitter=jitter))
+    value = BatchNormMatching(cnn)(loss_inputs(images, jitter=jitter))
     torch.testing.assert_close(value, expected)
     gradients = [torch.autograd.grad(v, images)[0] for v in (value, expected)]
     torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize(("shift", "flip"), [((0, 0), False), ((5, -9), True), ((-1, 30), False)])
-def test_jittered_images_are_rolled_then_mirrored(shift: tuple[int, int], flip: bool) -> None:
-    images = torch.randn(2, 3, 7, 10, dtype=F64, requires_grad=True)
-    expected = images.roll(shift, (2, 3))
-    expected = expected.flip(3) if flip else expected
-    jittered = jitter_images(images, torch.tensor(shift), torch.tensor(flip))
-    assert torch.equal(jittered, expected)
-    weights = torch.randn_like(images)
-    gradients = [torch.autograd.grad((x * weights).sum(), images)[0] for x in (jittered, expected)]
-    assert torch.equal(*gradients)
 
 
 def test_images_are_brought_into_the_space_of_the_cnn() -> None:
@@ -129,7 +110,7 @@ def test_images_are_brought_into_the_space_of_the_cnn() -> None:
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
     expected = published(cnn, normalised(*theirs), 10.0)
-    given = step(normalised(*ours), mean=ours[0], std=ours[1])
+    given = loss_inputs(normalised(*ours), mean=ours[0], std=ours[1])
     mean, std = (s.tolist() for s in theirs)
     torch.testing.assert_close(BatchNormMatching(cnn, mean=mean, std=std)(given), expected)
     cnn.pretrained_cfg = {"mean": mean, "std": std}
@@ -142,8 +123,8 @@ def test_images_are_brought_into_the_space_of_the_cnn() -> None:
 def test_every_third_step_counts_three_times() -> None:
     images, cnn = torch.randn(2, 3, 8, 8, dtype=F64), tiny_cnn()
     term, always = BatchNormMatching(cnn, every=3), BatchNormMatching(cnn)
-    values = [term(step(images, iteration=i)).item() for i in range(7)]
-    once = always(step(images)).item()
+    values = [term(loss_inputs(images, iteration=i)).item() for i in range(7)]
+    once = always(loss_inputs(images)).item()
     assert values == pytest.approx([3 * once, 0, 0, 3 * once, 0, 0, 3 * once], rel=1e-12)
 
 
@@ -153,7 +134,7 @@ def test_a_layer_used_twice_counts_at_each_use() -> None:
     images = torch.randn(2, 3, 4, 4, dtype=F64)
     uses = [images, cnn[1](norm(images))]
     expected = sum(published(nn.Sequential(norm), x, 10.0) for x in uses)
-    torch.testing.assert_close(BatchNormMatching(cnn)(step(images)), expected)
+    torch.testing.assert_close(BatchNormMatching(cnn)(loss_inputs(images)), expected)
 
 
 def test_the_cnn_is_left_as_it_was() -> None:
@@ -161,7 +142,7 @@ def test_the_cnn_is_left_as_it_was() -> None:
     state = {name: value.clone() for name, value in cnn.state_dict().items()}
     modules = list(cnn.modules())
     images = torch.randn(2, 3, 8, 8, dtype=F64, requires_grad=True)
-    BatchNormMatching(cnn)(step(images)).backward()
+    BatchNormMatching(cnn)(loss_inputs(images)).backward()
     assert cnn.training and all(p.requires_grad and p.grad is None for p in cnn.parameters())
     assert list(map(id, cnn.modules())) == list(map(id, modules))
     assert all(torch.equal(value, state[name]) for name, value in cnn.state_dict().items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -98,7 +100,8 @@ def test_attention_that_does_not_fit_goes_to_triton(
     for tokens, expected in ((most, "cuda"), (most + 1, "triton")):
         size = AttentionSize(tokens, width, gradient)
         assert backends.choose("gather_attention", GPU, dtype, attention=size).name == expected
-    sentence = rf"holds {most} tokens of width {width} in {dtype}.* of cuda:0, got {most + 1}$"
+    memory = f"in {machine[2]} bytes of shared memory"
+    sentence = rf"holds {most} tokens of width {width} in {dtype}.* {memory}, got {most + 1}$"
     with pytest.raises(BackendUnavailable, match=sentence) as refused:
         backends.choose("gather_attention", GPU, dtype, "cuda", size)
     assert ("for the gradient" in str(refused.value)) == gradient
@@ -121,7 +124,7 @@ def test_the_choice_knows_the_size_of_attention(monkeypatch: pytest.MonkeyPatch)
         sizes.append(arguments[-1])
         return backends.choose(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ops, "choose", choose)
+    monkeypatch.setattr(sys.modules["smi_fast.ops.gather_attention"], "choose", choose)
     qkv, kept = torch.randn(2, 9, 3, 2, 16, requires_grad=True), torch.zeros(2, 1, dtype=torch.long)
     ops.gather_attention(qkv)
     ops.gather_attention(qkv, kept)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_kept
 from torch import Tensor
 
 from smi_fast import ops
+from smi_fast.verify.cases import random_kept
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -90,7 +90,10 @@ def test_float32_error_is_that_of_eager_float32() -> None:
             {"qkv": torch.zeros(2, 5, 2, 3, 8)},
             r"expected qkv \[B, N, 3, H, D\], got .*\[2, 5, 2, 3, 8\]",
         ),
-        ({"kept": torch.zeros(2, 3)}, r"kept int64 \[2, K\], got torch.float32"),
+        (
+            {"token_index": torch.zeros(2, 3)},
+            r"token_index int64 \[2, K\], got torch.float32",
+        ),
         ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"lengths int64 \[2\], got .*\[3\]"),
         ({"lengths": torch.zeros(2)}, r"lengths int64 \[2\], got torch.float32"),
     ],

@@ -1,0 +1,45 @@
+"""A call that is captured after it has warmed up, with stand-ins for CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from smi_fast.inversion import cuda_graph
+from smi_fast.inversion.cuda_graph import WARM_UP, CapturedCall, NotCapturable
+
+
+def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA: a capture calls the function without doing its work."""
+    capturing = []
+
+    @contextmanager
+    def capture(graph: object, stream: object) -> Iterator[None]:
+        capturing.append(True)
+        yield
+        capturing.pop()
+
+    work, cuda = MagicMock(side_effect=lambda: capturing or done.append(1)), MagicMock()
+    done: list[int] = []
+    monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
+    cuda.graph = capture
+    cuda.CUDAGraph.return_value.replay = lambda: done.append(1)
+    captured = CapturedCall(work, torch.device("cuda"))
+    for calls in range(1, 8):
+        captured()
+        assert len(done) == calls
+    assert work.call_count == WARM_UP + 1
+
+    def fails() -> None:
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    captured = CapturedCall(fails, torch.device("cuda"))
+    for _ in range(WARM_UP):
+        captured()
+    with pytest.raises(NotCapturable, match=r"not permitted .* no objective may read"):
+        captured()

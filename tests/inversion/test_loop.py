@@ -1,0 +1,130 @@
+"""The loop that replays iterations from a CUDA graph, against the loop that takes them one by one.
+
+Capture itself needs a GPU. Here a stand-in calls what it would replay.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from smi_fast import CrossEntropy, InversionResult, NonFiniteLoss, SparseViT
+from smi_fast.inversion.loop import Loop
+from smi_fast.inversion.progress import Progress
+from smi_fast.objectives import LossInputs, Objective
+from tests.helpers.inversions import EVERY_PIXEL_OBJECTIVE, TARGETS, denormalized, make, start
+
+
+def test_captured_loop_gives_the_same_bytes(
+    teacher: VisionTransformer, request: pytest.FixtureRequest
+) -> None:
+    seen: list[list[Tensor]] = []
+
+    def inverted() -> object:
+        frames: list[Tensor] = []
+        seen.append(frames)
+        return make(teacher, objectives=EVERY_PIXEL_OBJECTIVE).invert(
+            TARGETS,
+            generator=torch.Generator().manual_seed(0),
+            progress=False,
+            callback=lambda step, images, kept: frames.append(images.clone()),
+        )
+
+    checked = inverted()
+    replays = request.getfixturevalue("replays")
+    captured = inverted()
+    assert len(replays) == 8  # of ten, for two are scored
+    for name in ("images", "kept", "logits"):
+        assert torch.equal(getattr(captured, name), getattr(checked, name))
+    assert captured.history == checked.history
+    assert [p.iterations for p in captured.timing] == [p.iterations for p in checked.timing]
+    assert all(map(torch.equal, *seen))
+
+
+class Seldom(Objective):
+    """An objective of every third iteration."""
+
+    name, weight, every = "seldom", 1e-3, 3
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        if inputs.iteration % self.every:
+            return inputs.images.new_zeros(())
+        return inputs.images.square().sum()
+
+
+def test_captured_loop_evaluates_seldom_objectives_when_they_are_due(
+    teacher: VisionTransformer, request: pytest.FixtureRequest
+) -> None:
+    def inverted() -> InversionResult:
+        run = make(teacher, objectives=[CrossEntropy(), Seldom()])
+        return run.invert(TARGETS, generator=torch.Generator().manual_seed(0), progress=False)
+
+    checked = inverted()
+    request.getfixturevalue("replays")
+    captured = inverted()
+    assert torch.equal(captured.images, checked.images)
+    assert captured.history == checked.history
+    due = [value > 0 for value in captured.history["seldom"]]
+    assert due == [step % 3 == 0 for step in range(10)]
+
+
+class Spoilt(Objective):
+    """Not finite where the images have been changed a number of times."""
+
+    name, weight = "spoilt", 1.0
+
+    def __init__(self, at: int, broken: str) -> None:
+        self.at, self.broken = at, broken
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        late = inputs.iteration_tensor >= self.at
+        if self.broken == "value":
+            return inputs.images.sum() * torch.where(late, torch.nan, 0.0)
+        # The slope of a root is infinite at zero.
+        return (inputs.images * 0 + torch.where(late, 0.0, 1.0)).sqrt().sum()
+
+
+@pytest.mark.parametrize("broken", ["value", "gradient"])
+@pytest.mark.parametrize("at", [3, 5, 6, 9])
+def test_captured_loop_stops_with_the_last_finite_images(
+    teacher: VisionTransformer, replays: list[int], at: int, broken: str
+) -> None:
+    run = make(teacher, objectives=[CrossEntropy(), Spoilt(at, broken)])
+    frames: dict[int, Tensor] = {}
+    with pytest.raises(NonFiniteLoss) as caught:
+        run.invert(
+            TARGETS,
+            progress=False,
+            callback=lambda step, images, kept: frames.setdefault(step, images.clone()),
+        )
+    name = "spoilt" if broken == "value" else "gradient"
+    result = caught.value.result
+    assert (caught.value.iteration, caught.value.objective, result.iterations) == (at, name, at)
+    assert all(len(values) == at for values in result.history.values())
+    torch.testing.assert_close(result.images, denormalized(frames[at - 1]).clamp(0, 1))
+
+
+def test_captured_loop_can_be_interrupted(teacher: VisionTransformer, replays: list[int]) -> None:
+    def interrupt(step: int, images: Tensor, kept: Tensor) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    result = make(teacher).invert(TARGETS, progress=False, callback=interrupt)
+    assert result.interrupted
+    assert result.iterations == len(result.history["cross_entropy"]) == 5
+
+
+def test_what_is_captured(teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reads(images: Tensor, logits: Tensor) -> Tensor:
+        return images.sum() * logits.sum().item()
+
+    plain, function = make(teacher), make(teacher, objectives=[CrossEntropy(), reads])
+    loops = [
+        Loop(start(inverter), frozenset(), Progress(10, False), None)
+        for inverter in (plain, function)
+    ]
+    assert not loops[0]._can_capture()
+    monkeypatch.setattr(SparseViT, "device", torch.device("cuda"))
+    assert [each._can_capture() for each in loops] == [True, False]

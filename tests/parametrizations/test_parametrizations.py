@@ -1,0 +1,171 @@
+"""Parametrizations in the loop: what moves, what stays frozen, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from smi_fast import CrossEntropy, Dense, Parametrization, Pixels, Selection, TotalVariation
+from tests.helpers.host_guard import HostGuard
+from tests.helpers.inversions import (
+    EVERY_PIXEL_OBJECTIVE,
+    TARGETS,
+    denormalized,
+    frames,
+    make,
+    pixels_of,
+    run,
+    start,
+)
+from tests.helpers.parametrizations import Linear, Sigmoid
+
+BOTH = pytest.mark.parametrize("kind", [Sigmoid, Linear])
+
+
+@BOTH
+def test_dense_run_is_adam_on_the_parameters(teacher: VisionTransformer, kind: Callable) -> None:
+    objectives = [CrossEntropy(2.0), TotalVariation(0.1)]
+    options = {"schedule": Dense(), "objectives": objectives, "parametrization": kind()}
+    inverter = make(teacher, **options)
+    jitter = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    result = inverter.invert(TARGETS, jitter=jitter, generator=generator, progress=False)
+
+    bound = inverter.settings.parametrization
+    moved = bound.initial(2, torch.Generator().manual_seed(0)).requires_grad_()
+    adam = torch.optim.Adam([moved], 0.25, (0.5, 0.99))
+    low, high = (bound.reshape(-1, *[1] * (moved.dim() - 2)) for bound in bound.bounds())
+    for iteration in range(10):
+        images = bound.images(moved)
+        entropy = torch.nn.functional.cross_entropy(teacher(images), torch.tensor(TARGETS))
+        straight = (images.diff(dim=2), images.diff(dim=3))
+        diagonals = (
+            images[..., 1:, 1:] - images[..., :-1, :-1],
+            images[..., 1:, :-1] - images[..., :-1, 1:],
+        )
+        variation = sum(map(torch.norm, straight + diagonals))
+        expected = result.history["cross_entropy"][iteration]
+        assert expected == pytest.approx(entropy.item(), rel=1e-9)
+        adam.zero_grad()
+        (2 * entropy + 0.1 * variation).backward()
+        adam.step()
+        with torch.no_grad():
+            moved.copy_(torch.clamp(moved, low, high))
+    images = denormalized(bound.images(moved.detach())).clamp(0, 1)
+    torch.testing.assert_close(result.images, images)
+
+
+@BOTH
+def test_stopped_pixels_stay_as_they_were_at_their_stop(
+    teacher: VisionTransformer, kind: Callable
+) -> None:
+    images, kept = frames(make(teacher, parametrization=kind()))
+    assert [patches.shape[1] for patches in kept] == [24] * 3 + [12] * 3 + [6] * 4
+    for number in range(1, 10):
+        mask = pixels_of(kept[number])
+        assert torch.equal(images[number][~mask], images[number - 1][~mask])
+        assert (images[number][mask] != images[number - 1][mask]).double().mean() > 0.5
+    stopped = ~pixels_of(kept[3])
+    assert torch.equal(images[-1][stopped], images[2][stopped])
+
+
+@BOTH
+def test_regularized_background_follows_the_parameters(
+    teacher: VisionTransformer, kind: Callable
+) -> None:
+    images, kept = frames(make(teacher, parametrization=kind(), background="regularized"))
+    stopped = ~pixels_of(kept[9])
+    assert (images[9][stopped] != images[8][stopped]).double().mean() > 0.5
+
+
+@BOTH
+def test_only_the_parameters_have_a_gradient(teacher: VisionTransformer, kind: Callable) -> None:
+    state = start(make(teacher, parametrization=kind(), objectives=EVERY_PIXEL_OBJECTIVE))
+    kept = torch.arange(6).expand(2, -1)
+    state.step()
+    state.keep(Selection(kept))
+    gradient, _ = state.evaluate()
+    assert gradient.shape == state.parameters.shape and gradient.any()
+    if kind is Sigmoid:  # its parameter of a stopped pixel moves nothing that is seen
+        assert not gradient[~pixels_of(kept)].any()
+    assert state.background is not None and not state.background.requires_grad
+    assert not state.parameters.requires_grad
+    assert all(weight.grad is None for weight in state.settings.teacher.parameters())
+    before, images = state.parameters.clone(), state.images().clone()
+    state.update(gradient)
+    assert not torch.equal(state.parameters, before)
+    stopped = ~pixels_of(kept)
+    assert torch.equal(state.images()[stopped], images[stopped])
+
+
+@BOTH
+@pytest.mark.usefixtures("each_backend")
+def test_reads_nothing_on_the_host(teacher: VisionTransformer, kind: Callable) -> None:
+    state = start(make(teacher, parametrization=kind(), objectives=EVERY_PIXEL_OBJECTIVE))
+    with HostGuard():
+        state.step()
+    state.keep(Selection(state.kept[:, :12].contiguous()))
+    with HostGuard():
+        state.step()
+        importance = state.step(score=True)
+    assert importance is not None and importance.shape == (2, 12)
+    assert state.done() == 3
+
+
+@BOTH
+def test_captured_loop_gives_the_same_bytes(
+    teacher: VisionTransformer, kind: Callable, request: pytest.FixtureRequest
+) -> None:
+    options = {"parametrization": kind(), "objectives": EVERY_PIXEL_OBJECTIVE}
+    checked = run(teacher, **options)
+    replays = request.getfixturevalue("replays")
+    captured = run(teacher, **options)
+    assert len(replays) == 8  # of ten, for two are scored
+    for name in ("images", "kept", "logits", "masks"):
+        assert torch.equal(getattr(captured, name), getattr(checked, name))
+    assert captured.history == checked.history
+
+
+@BOTH
+def test_given_images_are_refused(teacher: VisionTransformer, kind: Callable) -> None:
+    images = torch.zeros(2, 3, 32, 48, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^\w+ can't start from given images: leave init out$"):
+        make(teacher, parametrization=kind()).invert(TARGETS, init=images, progress=False)
+
+
+def test_parameters_may_have_strides_of_their_own(teacher: VisionTransformer) -> None:
+    class Strided(Sigmoid):
+        def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
+            return super().initial(batch, generator).mT.contiguous().mT
+
+    assert torch.equal(
+        run(teacher, parametrization=Strided()).images,
+        run(teacher, parametrization=Sigmoid()).images,
+    )
+
+
+def test_pixels_are_the_default(teacher: VisionTransformer) -> None:
+    assert torch.equal(run(teacher).images, run(teacher, parametrization=Pixels()).images)
+
+
+def test_binding_leaves_the_given_parametrization_as_it_was(teacher: VisionTransformer) -> None:
+    given = Linear()
+    inverter = make(teacher, parametrization=given)
+    assert not hasattr(given, "space") and not hasattr(given, "basis")
+    assert inverter.settings.parametrization.space is inverter.settings.space
+
+
+def test_pixels_start_from_a_copy(teacher: VisionTransformer) -> None:
+    images = torch.zeros(2, 3, 32, 48, dtype=torch.float64)
+    state = make(teacher).start(TARGETS, init=images)
+    state.step()
+    assert not images.any() and state.parameters.any()
+
+
+def test_a_parametrization_must_say_its_start_and_its_images() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Parametrization()

@@ -1,0 +1,71 @@
+"""Which teachers are taken, and what is refused by name."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from smi_fast import SparseViT, UnsupportedTeacher
+from tests.helpers.teachers import make_teacher, relative_error
+
+
+def test_model_patched_by_the_published_code_is_the_model_it_was() -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    images = torch.randn(1, 3, 224, 224)
+    expected = teacher(images)
+
+    def vit_forward(
+        self: nn.Module, x: Tensor, current_abs_index: Tensor, next_index: Tensor
+    ) -> Tensor:
+        raise AssertionError("SparseViT must not call the patched method")
+
+    def vit_block_forward(self: nn.Module, x: Tensor) -> Tensor:
+        raise AssertionError("SparseViT must not call the patched method")
+
+    teacher.forward = MethodType(vit_forward, teacher)
+    for block in teacher.blocks:
+        block.forward = MethodType(vit_block_forward, block)
+    assert relative_error(SparseViT(teacher)(images).logits, expected) < 1e-5
+    assert teacher.forward.__name__ == "vit_forward"
+
+
+def replaced_forward(teacher: VisionTransformer) -> VisionTransformer:
+    teacher.forward = lambda images: images
+    return teacher
+
+
+class OwnHead(VisionTransformer):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x[:, 0]
+
+
+def changed(path: str, module: nn.Module) -> VisionTransformer:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    teacher.set_submodule(path, module)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "expected a timm VisionTransformer, got torch.nn.*Linear"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Beit"),
+        (lambda: timm.create_model("vit_relpos_small_patch16_224"), "VisionTransformerRelPos"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
+        (lambda: replaced_forward(make_teacher("deit_tiny_patch16_224")), "forward replaced"),
+        (lambda: OwnHead(depth=1, embed_dim=48, num_heads=3), "OwnHead with a forward_head"),
+        (lambda: changed("blocks.1.attn", nn.Identity()), "blocks.1.attn to be Attention"),
+        (lambda: changed("blocks.0.mlp", nn.Identity()), "blocks.0.mlp to be Mlp or .*"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", global_pool=""), "global_pool=''"),
+        (lambda: VisionTransformer(patch_size=(8, 16), depth=1), "square patches, .* 8 x 16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exact_is_refused_by_name(make: object, message: str) -> None:
+    with pytest.raises(UnsupportedTeacher, match=message):
+        SparseViT(make())

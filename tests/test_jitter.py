@@ -1,0 +1,22 @@
+"""Jitter of whole images, as the priors beside a teacher see them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smi_fast.jitter import jitter_images
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize(("shift", "flip"), [((0, 0), False), ((5, -9), True), ((-1, 30), False)])
+def test_jittered_images_are_rolled_then_mirrored(shift: tuple[int, int], flip: bool) -> None:
+    images = torch.randn(2, 3, 7, 10, dtype=F64, requires_grad=True)
+    expected = images.roll(shift, (2, 3))
+    expected = expected.flip(3) if flip else expected
+    jittered = jitter_images(images, torch.tensor(shift), torch.tensor(flip))
+    assert torch.equal(jittered, expected)
+    weights = torch.randn_like(images)
+    gradients = [torch.autograd.grad((x * weights).sum(), images)[0] for x in (jittered, expected)]
+    assert torch.equal(*gradients)
