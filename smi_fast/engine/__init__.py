@@ -59,10 +59,10 @@ def choose(
         dtype: of the tokens.
         backend: as the ops take it; an engine of another backend is not chosen.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+    if torch.compiler.is_compiling():
         return None
     wanted = backends.resolve(backend)
     for engine in engines:
         if wanted in (backends.AUTO, engine.backend) and engine.why_not(device, dtype) is None:
-            return engine
+            return None if torch.is_autocast_enabled(device.type) else engine
     return None
