@@ -108,6 +108,7 @@ def test_a_compiler_sees_the_blocks_themselves(
 @needs_cpp
 def test_a_forward_asks_once(teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, choose = [], engine.choose
+    sparse = SparseViT(teacher)
 
     def counted(*arguments: object) -> engine.Engine | None:
         asked.append(arguments[1:])
@@ -115,5 +116,5 @@ def test_a_forward_asks_once(teacher: VisionTransformer, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(engine, "choose", counted)
     taps = ("block.0.tokens", "attention.1.row")
-    SparseViT(teacher)(torch.zeros(1, 3, 32, 48).double(), importance=True, taps=taps)
+    sparse(torch.zeros(1, 3, 32, 48).double(), importance=True, taps=taps)
     assert asked == [(CPU, torch.float64, "auto")]
