@@ -19,6 +19,15 @@ from tests.helpers.pools import SETTINGS, files, read
 LABELS = (4, 0, 0, 2, 3)
 
 
+@pytest.fixture
+def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a plot takes far longer than these batches."""
+    monkeypatch.setattr("smi_fast.fill.loss_curves", lambda *_: None)
+
+
+quick = pytest.mark.usefixtures("_without_curves")
+
+
 def filled(path: Path, inverter: SparseInverter, **options: object) -> Pool:
     pool = Pool.resume(path, SETTINGS)
     options = {"recipe": recipes.smi(), "batch_size": 2, "progress": False, **options}
@@ -69,11 +78,13 @@ def test_each_batch_is_its_inversion(teacher: VisionTransformer, tmp_path: Path)
             assert (record["confidence"], record["prediction"]) == (confidence, prediction)
 
 
+@quick
 def test_classes_have_their_numbers_by_default(teacher: VisionTransformer, tmp_path: Path) -> None:
     records = filled(tmp_path, make(teacher)).records
     assert [record["class_name"] for record in records] == ["4", "0", "0", "2", "3"]
 
 
+@quick
 def test_targets_are_those_of_the_recipe(teacher: VisionTransformer, tmp_path: Path) -> None:
     inverter, got = make(teacher), []
     invert = inverter.invert
@@ -88,6 +99,7 @@ def test_targets_are_those_of_the_recipe(teacher: VisionTransformer, tmp_path: P
     assert torch.cat(got).argmax(1).tolist() == list(LABELS)
 
 
+@quick
 def test_an_interrupted_fill_goes_on_where_it_stood(
     teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +117,7 @@ def test_an_interrupted_fill_goes_on_where_it_stood(
     assert whole == parts
 
 
+@quick
 def test_a_full_pool_is_left_as_it_is(teacher: VisionTransformer, tmp_path: Path) -> None:
     filled(tmp_path, make(teacher))
     before = files(tmp_path)
@@ -112,6 +125,7 @@ def test_a_full_pool_is_left_as_it_is(teacher: VisionTransformer, tmp_path: Path
     assert files(tmp_path) == before
 
 
+@quick
 def test_a_loss_that_is_not_finite_leaves_the_last_images(
     teacher: VisionTransformer, tmp_path: Path
 ) -> None:
