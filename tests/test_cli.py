@@ -59,6 +59,22 @@ def test_invert_fills_a_pool(smi: Smi, tmp_path: Path) -> None:
         assert Image.open(tmp_path / "pool" / name).size > (100, 100)
 
 
+def test_quiet_prints_nothing_but_the_result(smi: Smi, tmp_path: Path) -> None:
+    code, out, err = smi.invert(tmp_path / "pool", "--quiet")
+    assert (code, err) == (0, "")
+    result, where = out.splitlines()
+    assert result.startswith(f"6 images in {tmp_path / 'pool'}: ") and "confidence" in result
+    assert where == f"look at {tmp_path / 'pool' / 'contact_sheet.png'}"
+    code, out, err = smi.invert(tmp_path / "loud")
+    assert code == 0 and len(out.splitlines()) > 2 and "arXiv" in out
+    assert err.startswith("iteration 3 of 3: cross_entropy ") and err.count("\n") == 1
+
+
+def test_quiet_still_tells_what_went_wrong(smi: Smi, tmp_path: Path) -> None:
+    code, out, err = smi.invert(tmp_path / "pool", "--quiet", "--lr", 0)
+    assert (code, out) == (2, "") and err == "smi-fast: expected lr above 0, got 0.0\n"
+
+
 def test_masked_images_of_a_sparse_run_are_black_where_patches_stopped(
     smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +181,10 @@ def test_faults_of_ours_keep_their_trace(smi: Smi, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cli, "app", fault)
     with pytest.raises(RuntimeError, match="out of memory"):
         cli.main()
+
+
+def test_version(smi: Smi) -> None:
+    assert smi("--version") == (0, f"smi_fast {smi_fast.__version__}\n", "")
 
 
 def test_info_tells_versions_and_backends(smi: Smi) -> None:

@@ -198,7 +198,7 @@ def _float64() -> Iterator[None]:
 def test_batch_norm_and_student_follow_the_published_loop(
     teacher: VisionTransformer, tmp_path: Path
 ) -> None:
-    """Three steps of torch's own Adam on the published loss, jittered as it is drawn."""
+    """Three iterations of torch's own Adam on the published loss, jittered as it is drawn."""
     norms = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3, 2), norms[0], nn.ReLU(), nn.Conv2d(4, 4, 3), norms[1])
     student = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 5))

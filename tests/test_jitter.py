@@ -1,4 +1,4 @@
-"""Jitter of whole images, as the priors beside a teacher see them."""
+"""Jitter of whole images, as objectives beside the teacher see them."""
 
 from __future__ import annotations
 

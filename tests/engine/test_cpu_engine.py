@@ -137,7 +137,7 @@ def test_passes_may_overlap(engine: FoldedRun) -> None:
 
 
 def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
-    """Whoever shares the weights may change them, or their type."""
+    """The owner of the weights may change them, or their data type."""
     ours, plain = (SparseViT(teacher, backend=name) for name in ("cpp", "reference"))
     images = random_images(teacher)
     before, _ = with_gradient(ours, images)
@@ -182,7 +182,7 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch32_224"])
 def test_twenty_iterations_give_the_images_of_the_reference(name: str) -> None:
-    """To 1e-3, or as nearly as float32 gives those of float64: signs steer Adam's first steps."""
+    """The images agree to 1e-3, or as float32 agrees with float64: signs steer Adam at first."""
     teacher, init = make_teacher(name), torch.randn(2, 3, 224, 224)
     stops = StopSchedule((5, 10), (0.5, 0.5))
 

@@ -1,1 +1,1 @@
-"""What several test files share."""
+"""Teachers, inversions and guards that several test files share."""

@@ -68,7 +68,7 @@ def test_stops_keep_the_most_important_patches(teacher: VisionTransformer) -> No
     assert [k.shape[1] for k in kept] == [24] * 3 + [12] * 3 + [6] * 4
     sparse = SparseViT(teacher)
     for stop in (3, 6):
-        # The pixels before step t - 1 are those after step t - 2.
+        # The pixels before iteration t - 1 are those after iteration t - 2.
         before = sparse(pixels[stop - 2], kept[stop - 1], importance=True).importance
         top = before.topk(kept[stop].shape[1]).indices
         assert torch.equal(kept[stop], kept[stop - 1].gather(1, top).sort().values)
@@ -150,8 +150,8 @@ def test_soft_targets(teacher: VisionTransformer) -> None:
 
 def test_l2_norm_and_l1_variation_are_recorded(teacher: VisionTransformer) -> None:
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    terms = [CrossEntropy(), L2Norm(), TotalVariation(0.1, "l1")]
-    inverter = make(teacher, objectives=terms, iterations=7)
+    objectives = [CrossEntropy(), L2Norm(), TotalVariation(0.1, "l1")]
+    inverter = make(teacher, objectives=objectives, iterations=7)
     history = inverter.invert(TARGETS, init=init, progress=False).history
     assert history["l2_norm"][0] == pytest.approx(init.norm().item())
     l1 = sum(

@@ -29,7 +29,7 @@ def test_captured_loop_gives_the_same_bytes(
             TARGETS,
             generator=torch.Generator().manual_seed(0),
             progress=False,
-            callback=lambda step, images, kept: frames.append(images.clone()),
+            callback=lambda number, images, kept: frames.append(images.clone()),
         )
 
     checked = inverted()
@@ -67,7 +67,7 @@ def test_captured_loop_evaluates_seldom_objectives_when_they_are_due(
     assert torch.equal(captured.images, checked.images)
     assert captured.history == checked.history
     due = [value > 0 for value in captured.history["seldom"]]
-    assert due == [step % 3 == 0 for step in range(10)]
+    assert due == [number % 3 == 0 for number in range(10)]
 
 
 class Spoilt(Objective):
@@ -97,7 +97,7 @@ def test_captured_loop_stops_with_the_last_finite_images(
         run.invert(
             TARGETS,
             progress=False,
-            callback=lambda step, images, kept: frames.setdefault(step, images.clone()),
+            callback=lambda number, images, kept: frames.setdefault(number, images.clone()),
         )
     name = "spoilt" if broken == "value" else "gradient"
     result = caught.value.result
@@ -107,8 +107,8 @@ def test_captured_loop_stops_with_the_last_finite_images(
 
 
 def test_captured_loop_can_be_interrupted(teacher: VisionTransformer, replays: list[int]) -> None:
-    def interrupt(step: int, images: Tensor, kept: Tensor) -> None:
-        if step == 4:
+    def interrupt(number: int, images: Tensor, kept: Tensor) -> None:
+        if number == 4:
             raise KeyboardInterrupt
 
     result = make(teacher).invert(TARGETS, progress=False, callback=interrupt)

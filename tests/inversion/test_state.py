@@ -16,7 +16,7 @@ from tests.helpers.inversions import EVERY_PIXEL_OBJECTIVE, make, start
 
 
 class Planted(Objective):
-    """A term that does something before it returns nothing of weight."""
+    """Does something, and then returns 0."""
 
     name, weight = "planted", 1.0
 

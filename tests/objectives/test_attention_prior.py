@@ -16,11 +16,11 @@ from tests.helpers.teachers import make_teacher
 @pytest.mark.parametrize("sparse", [False, True])
 def test_attention_prior(sparse: bool) -> None:
     teacher = smi_fast.SparseViT(make_teacher("deit_tiny_patch16_224", img_size=48, depth=5))
-    term = smi_fast.AttentionPrior()
-    term.begin(teacher, 2, torch.Generator().manual_seed(0))
-    assert term.taps(5) == tuple(f"attention.{i}.row" for i in (1, 2, 3, 4))
+    objective = smi_fast.AttentionPrior()
+    objective.begin(teacher, 2, torch.Generator().manual_seed(0))
+    assert objective.taps(5) == tuple(f"attention.{i}.row" for i in (1, 2, 3, 4))
     assert smi_fast.AttentionPrior().taps(1) == ("attention.0.row",)
-    mixtures = term._mixtures.double()
+    mixtures = objective._mixtures.double()
     kept = random_kept(2, 4, 9) if sparse else torch.arange(9).expand(2, -1)
     rows = torch.rand(4, 2, 3, kept.shape[1] + 1, dtype=F64, requires_grad=True)
 
@@ -37,10 +37,10 @@ def test_attention_prior(sparse: bool) -> None:
         return total
 
     def ours(rows: Tensor) -> Tensor:
-        taps = dict(zip(term.taps(5), rows, strict=True))
-        return term(loss_inputs(taps=taps, depth=5, prefix=1, kept=kept))
+        taps = dict(zip(objective.taps(5), rows, strict=True))
+        return objective(loss_inputs(taps=taps, depth=5, prefix=1, kept=kept))
 
-    term._mixtures = mixtures
+    objective._mixtures = mixtures
     compare(ours, plain, rows)
     assert torch.autograd.gradcheck(ours, rows)
 

@@ -84,9 +84,9 @@ def test_is_the_published_term(name: str) -> None:
 
 @pytest.mark.usefixtures("each_backend")
 def test_gradient() -> None:
-    term = BatchNormMatching(tiny_cnn(), first_weight=3.0, every=2)
+    objective = BatchNormMatching(tiny_cnn(), first_weight=3.0, every=2)
     images = torch.randn(2, 3, 6, 8, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: term(loss_inputs(x)), images)
+    assert torch.autograd.gradcheck(lambda x: objective(loss_inputs(x)), images)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -122,8 +122,8 @@ def test_images_are_brought_into_the_space_of_the_cnn() -> None:
 
 def test_every_third_step_counts_three_times() -> None:
     images, cnn = torch.randn(2, 3, 8, 8, dtype=F64), tiny_cnn()
-    term, always = BatchNormMatching(cnn, every=3), BatchNormMatching(cnn)
-    values = [term(loss_inputs(images, iteration=i)).item() for i in range(7)]
+    objective, always = BatchNormMatching(cnn, every=3), BatchNormMatching(cnn)
+    values = [objective(loss_inputs(images, iteration=i)).item() for i in range(7)]
     once = always(loss_inputs(images)).item()
     assert values == pytest.approx([3 * once, 0, 0, 3 * once, 0, 0, 3 * once], rel=1e-12)
 

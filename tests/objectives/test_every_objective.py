@@ -39,8 +39,8 @@ def every_objective(teacher: smi_fast.SparseViT) -> list[Objective]:
 
 def test_every_objective_takes_part_in_a_sparse_inversion() -> None:
     teacher = smi_fast.SparseViT(make_teacher("deit_tiny_patch16_224", img_size=64, depth=2))
-    terms = every_objective(teacher)
-    options = {"objectives": terms, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    objectives = every_objective(teacher)
+    options = {"objectives": objectives, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     for background in ("frozen", "regularized"):
         inverter = smi_fast.SparseInverter(teacher, background=background, **SPARSE, **options)
         runs = [
@@ -48,7 +48,7 @@ def test_every_objective_takes_part_in_a_sparse_inversion() -> None:
             for _ in range(2)
         ]
         assert torch.equal(runs[0].images, runs[1].images)
-        assert len(runs[0].history) == len(terms)
+        assert len(runs[0].history) == len(objectives)
         assert all(len(set(values)) == 6 for values in runs[0].history.values())
 
 

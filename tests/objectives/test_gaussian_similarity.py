@@ -31,16 +31,16 @@ def test_gaussian_similarity() -> None:
 
 def test_gaussian_similarity_goes_through_all_patches() -> None:
     teacher = smi_fast.SparseViT(make_teacher("deit_tiny_patch16_224", img_size=64, depth=2))
-    term = smi_fast.GaussianSimilarity(rows=4)
-    term.begin(teacher, 2, torch.Generator().manual_seed(0))
+    objective = smi_fast.GaussianSimilarity(rows=4)
+    objective.begin(teacher, 2, torch.Generator().manual_seed(0))
     for kept in (16, 12):
-        picks = torch.stack([term._pick(kept, torch.tensor(i)) for i in range(kept)])
+        picks = torch.stack([objective._pick(kept, torch.tensor(i)) for i in range(kept)])
         for image in range(2):
             counts = picks[:, image].flatten().bincount(minlength=kept)
             assert (counts == 4).all()
         assert not torch.equal(picks[0, 0], picks[0, 1])
-    assert term._pick(3, torch.tensor(1)).sort().values.tolist() == [[0, 1, 2]] * 2
+    assert objective._pick(3, torch.tensor(1)).sort().values.tolist() == [[0, 1, 2]] * 2
     scores = {f"attention.{i}.scores": torch.randn(2, 3, 5, 5, dtype=F64) for i in range(2)}
     rows = [x.mean(1)[:, 1:, 1:] for x in scores.values()]
     expected = -sum(map(published_gaussian, rows)) / 2
-    torch.testing.assert_close(term(loss_inputs(taps=scores, depth=2, prefix=1)), expected)
+    torch.testing.assert_close(objective(loss_inputs(taps=scores, depth=2, prefix=1)), expected)

@@ -35,5 +35,5 @@ def test_head_similarity() -> None:
     assert torch.autograd.gradcheck(head_dissimilarity, scores.requires_grad_())
     taps = {f"attention.{i}.scores": torch.randn(1, 2, 6, 6, dtype=F64) for i in (1, 2)}
     expected = sum(published_head_similarity(x[:, :, 2:, 2:]) for x in taps.values()) / 2
-    term = smi_fast.HeadSimilarity(blocks=(1, -1))
-    torch.testing.assert_close(term(loss_inputs(taps=taps, depth=3, prefix=2)), expected)
+    objective = smi_fast.HeadSimilarity(blocks=(1, -1))
+    torch.testing.assert_close(objective(loss_inputs(taps=taps, depth=3, prefix=2)), expected)

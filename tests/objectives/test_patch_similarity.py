@@ -14,7 +14,7 @@ from tests.helpers.loss_inputs import F64, compare, loss_inputs
 
 
 def published_entropy(features: Tensor) -> Tensor:
-    """PSAQ-ViT's differential entropy, term by term."""
+    """PSAQ-ViT's differential entropy, kernel by kernel."""
     batch, count, _ = features.shape
     entropies = []
     similarities = torch.stack(
@@ -65,9 +65,9 @@ def test_patch_similarity_in_single_precision() -> None:
 def test_patch_similarity_reads_mean_outputs_of_patches() -> None:
     outputs = {f"attention.{i}.output": torch.randn(2, 7, 3, 4, dtype=F64) for i in range(4)}
     expected = -sum(published_entropy(x[:, 2:].mean(2)) for x in outputs.values())
-    term = smi_fast.PatchSimilarity()
-    assert term.taps(4) == tuple(outputs)
-    torch.testing.assert_close(term(loss_inputs(taps=outputs, depth=4, prefix=2)), expected)
+    objective = smi_fast.PatchSimilarity()
+    assert objective.taps(4) == tuple(outputs)
+    torch.testing.assert_close(objective(loss_inputs(taps=outputs, depth=4, prefix=2)), expected)
     last = smi_fast.PatchSimilarity(blocks=(-1,))
     expected = -published_entropy(outputs["attention.3.output"][:, 2:].mean(2))
     torch.testing.assert_close(last(loss_inputs(taps=outputs, depth=4, prefix=2)), expected)

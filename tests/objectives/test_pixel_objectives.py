@@ -29,24 +29,28 @@ def test_patch_seams(sparse: bool) -> None:
     mask = torch.ones(2, 12, dtype=torch.bool)
     if sparse:
         mask = torch.zeros_like(mask).scatter(1, active, True)
-    mask, term = mask.reshape(2, 3, 4), smi_fast.PatchSeamTV()
-    compare(lambda x: term(loss_inputs(x, active=active)), lambda x: plain_seams(x, mask), images)
+    mask, objective = mask.reshape(2, 3, 4), smi_fast.PatchSeamTV()
+
+    def ours(x: Tensor) -> Tensor:
+        return objective(loss_inputs(x, active=active))
+
+    compare(ours, lambda x: plain_seams(x, mask), images)
     images.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: term(loss_inputs(x, active=active)), images)
+    assert torch.autograd.gradcheck(ours, images)
     flat = torch.ones(1, 3, 8, 8, requires_grad=True)
-    term(loss_inputs(flat)).backward()
+    objective(loss_inputs(flat)).backward()
     assert not flat.grad.any()
 
 
 def test_variation_target() -> None:
     teacher = smi_fast.SparseViT(make_teacher("deit_tiny_patch16_224", img_size=32, depth=1))
-    term = smi_fast.VariationTarget()
+    objective = smi_fast.VariationTarget()
     drawn = []
     for seed in range(20):
-        term.begin(teacher, 8, torch.Generator().manual_seed(seed))
-        drawn.append(term._target.item() * (32 * 224 * 224 / (8 * 32 * 32)) ** 0.5)
+        objective.begin(teacher, 8, torch.Generator().manual_seed(seed))
+        drawn.append(objective._target.item() * (32 * 224 * 224 / (8 * 32 * 32)) ** 0.5)
     assert 2500 <= min(drawn) < 2650 and 2850 < max(drawn) <= 3000
-    target = term._target.double()
+    target = objective._target.double()
 
     def plain(x: Tensor) -> Tensor:
         straight = (x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :])
@@ -55,7 +59,7 @@ def test_variation_target() -> None:
 
     for scale in (0.1, 10):
         images = scale * torch.randn(8, 3, 8, 8, dtype=F64)
-        compare(lambda x: term(loss_inputs(x)), plain, images)
+        compare(lambda x: objective(loss_inputs(x)), plain, images)
 
 
 def test_norm_of_each_image() -> None:

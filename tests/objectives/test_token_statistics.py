@@ -24,8 +24,8 @@ def test_token_statistics_from_images() -> None:
         torch.testing.assert_close(mean, tokens.mean(0))
         torch.testing.assert_close(var, tokens.var(0, correction=0))
 
-    term = smi_fast.TokenStatistics(found)
-    whole = term(loss_inputs(taps=tapped, prefix=2))
+    objective = smi_fast.TokenStatistics(found)
+    whole = objective(loss_inputs(taps=tapped, prefix=2))
     assert whole.item() < 1e-12
     other = torch.randn(2, 3, 64, 64, dtype=F64, requires_grad=True)
     kept = random_kept(2, 5, 16)
@@ -40,7 +40,9 @@ def test_token_statistics_from_images() -> None:
         return total
 
     compare(
-        lambda x: term(loss_inputs(taps=sparse(x, kept, taps=found).taps, prefix=2)), plain, other
+        lambda x: objective(loss_inputs(taps=sparse(x, kept, taps=found).taps, prefix=2)),
+        plain,
+        other,
     )
     with pytest.raises(ValueError, match="a loader with images, got none"):
         smi_fast.collect_statistics(teacher, [])
@@ -48,4 +50,4 @@ def test_token_statistics_from_images() -> None:
         smi_fast.collect_statistics(teacher, loader, blocks=(3,))
     wide = smi_fast.SparseViT(make_teacher("deit_small_patch16_224", img_size=64, depth=3))
     with pytest.raises(ValueError, match=r"mean and variance \[384\] on cpu, got \[192\]"):
-        term.begin(wide, 1, None)
+        objective.begin(wide, 1, None)

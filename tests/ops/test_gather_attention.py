@@ -1,3 +1,5 @@
+"""gather_attention against scaled_dot_product_attention."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""gather_patches against roll, flip, unfold and gather."""
+
 from __future__ import annotations
 
 import pytest

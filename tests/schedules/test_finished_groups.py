@@ -6,18 +6,20 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast import Selection, Stop, WrongSelection
+from smi_fast import Parametrization, Pixels, Selection, Stop, WrongSelection
 from smi_fast.ops import gather_patches
 from tests.helpers.inversions import TARGETS, denormalized, frames, make, pixels_of, run
+from tests.helpers.parametrizations import Sigmoid
 from tests.helpers.schedules import Rebirth
 
 
+@pytest.mark.parametrize("parametrization", [Pixels(), Sigmoid()])
 def test_finished_patches_are_those_of_the_images_at_their_stop(
-    teacher: VisionTransformer,
+    teacher: VisionTransformer, parametrization: Parametrization
 ) -> None:
     schedule = Rebirth()
-    result = run(teacher, schedule=schedule)
-    images, kept = frames(make(teacher, schedule=Rebirth()))
+    result = run(teacher, schedule=schedule, parametrization=parametrization)
+    images, kept = frames(make(teacher, schedule=Rebirth(), parametrization=parametrization))
     assert [group.iteration for group in result.finished] == [3, 6]
     for group, stop in zip(result.finished, schedule.stops, strict=True):
         best = stop.importance.topk(2, dim=1).indices
@@ -30,8 +32,7 @@ def test_finished_patches_are_those_of_the_images_at_their_stop(
         mask = pixels_of(group.patches)
         assert torch.equal(images[-1][mask], images[group.iteration - 1][mask])
         for later in kept[group.iteration :]:
-            assert not torch.isin(later, group.patches[0]).any(dim=1)[0]
-            assert not torch.isin(later, group.patches[1]).any(dim=1)[1]
+            assert not (later[:, :, None] == group.patches[:, None]).any()
     assert [patches.shape[1] for patches in kept] == [24] * 3 + [21] * 3 + [18] * 4
     assert torch.equal(result.kept, kept[-1])
 

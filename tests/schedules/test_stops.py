@@ -1,3 +1,5 @@
+"""The schedules of the package: the published stops, and none."""
+
 from __future__ import annotations
 
 import pytest

@@ -21,7 +21,7 @@ GEOMETRIES = {
 
 
 def plain(teacher: VisionTransformer, images: Tensor, kept: Tensor) -> list[dict[str, Tensor]]:
-    """Of each block, what its own modules give on the kept tokens."""
+    """Every tap of each block, from the block's own modules on the kept tokens."""
     prefix = torch.arange(teacher.num_prefix_tokens).expand(len(kept), -1)
     rows = torch.cat([prefix, kept + teacher.num_prefix_tokens], dim=1)
     x = teacher._pos_embed(teacher.patch_embed(images))

@@ -1,0 +1,142 @@
+"""Filling a pool from Python: batches, seeds, resumption, and how it ends early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from smi_fast import CrossEntropy, InversionResult, NonFiniteLoss, SparseInverter, recipes
+from smi_fast.fill import Interrupted, fill
+from smi_fast.pool import LOSS_CURVES, Pool
+from tests.helpers.inversions import make
+from tests.helpers.pools import SETTINGS, files, read
+
+LABELS = (4, 0, 0, 2, 3)
+
+
+@pytest.fixture
+def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a plot takes far longer than these batches."""
+    monkeypatch.setattr("smi_fast.fill.loss_curves", lambda *_: None)
+
+
+quick = pytest.mark.usefixtures("_without_curves")
+
+
+def filled(path: Path, inverter: SparseInverter, **options: object) -> Pool:
+    pool = Pool.resume(path, SETTINGS)
+    options = {"recipe": recipes.smi(), "batch_size": 2, "progress": False, **options}
+    fill(pool, inverter, LABELS, **options)
+    return pool
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, inverter: SparseInverter, batch: int) -> None:
+    """Makes Ctrl-C end a batch, counted from 0, after its third iteration."""
+    invert, batches = inverter.invert, iter(range(100))
+
+    def interrupted(*arguments: object, **options: object) -> InversionResult:
+        wanted = next(batches) == batch
+
+        def stop(number: int, images: Tensor, kept: Tensor) -> None:
+            if wanted and number == 2:
+                raise KeyboardInterrupt
+
+        return invert(*arguments, callback=stop, **options)
+
+    monkeypatch.setattr(inverter, "invert", interrupted)
+
+
+def test_each_batch_is_its_inversion(teacher: VisionTransformer, tmp_path: Path) -> None:
+    inverter = make(teacher)
+    pool = filled(
+        tmp_path, inverter, seed=3, class_names="abcde", provenance={"seed": 3, "by": "a test"}
+    )
+    records = pool.records
+    assert [record["label"] for record in records] == list(LABELS)
+    assert [record["class_name"] for record in records] == ["e", "a", "a", "c", "d"]
+    assert all((record["seed"], record["by"]) == (3, "a test") for record in records)
+    assert all((r["iterations"], r["kept_patches"]) == (10, 6) for r in records)
+    assert (tmp_path / LOSS_CURVES).exists()
+    for start in (0, 2, 4):
+        generator = torch.Generator().manual_seed((3 << 32) + start)
+        labels = LABELS[start : start + 2]
+        expected = inverter.invert(labels, generator=generator, progress=False)
+        images = (expected.images.float() * 255).round().permute(0, 2, 3, 1)
+        for record, image, confidence, prediction in zip(
+            records[start : start + 2],
+            images.numpy(),
+            expected.confidence.tolist(),
+            expected.logits.argmax(1).tolist(),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(read(tmp_path / record["image"]), image)
+            assert (record["confidence"], record["prediction"]) == (confidence, prediction)
+
+
+@quick
+def test_classes_have_their_numbers_by_default(teacher: VisionTransformer, tmp_path: Path) -> None:
+    records = filled(tmp_path, make(teacher)).records
+    assert [record["class_name"] for record in records] == ["4", "0", "0", "2", "3"]
+
+
+@quick
+def test_targets_are_those_of_the_recipe(teacher: VisionTransformer, tmp_path: Path) -> None:
+    inverter, got = make(teacher), []
+    invert = inverter.invert
+
+    def noted(targets: Tensor, **options: object) -> InversionResult:
+        got.append(targets)
+        return invert(targets, **options)
+
+    inverter.invert = noted
+    filled(tmp_path, inverter, recipe=recipes.sardfq())
+    assert [targets.shape for targets in got] == [(2, 5), (2, 5), (1, 5)]
+    assert torch.cat(got).argmax(1).tolist() == list(LABELS)
+
+
+@quick
+def test_an_interrupted_fill_goes_on_where_it_stood(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "whole", make(teacher), seed=1)
+    inverter = make(teacher)
+    with monkeypatch.context() as patch:
+        interrupting(patch, inverter, batch=1)
+        with pytest.raises(Interrupted, match=r"after 3 iterations: .*unfinished; --resume starts"):
+            filled(tmp_path / "parts", inverter, seed=1)
+    assert len(Pool(tmp_path / "parts").records) == 2
+    unfinished = sorted((tmp_path / "parts" / "unfinished").iterdir())
+    assert [path.name for path in unfinished] == ["000002.png", "000003.png"]
+    filled(tmp_path / "parts", inverter, seed=1)
+    whole, parts = (files(tmp_path / name) for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@quick
+def test_a_full_pool_is_left_as_it_is(teacher: VisionTransformer, tmp_path: Path) -> None:
+    filled(tmp_path, make(teacher))
+    before = files(tmp_path)
+    filled(tmp_path, make(teacher))
+    assert files(tmp_path) == before
+
+
+@quick
+def test_a_loss_that_is_not_finite_leaves_the_last_images(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    calls = []
+
+    def spoilt(images: Tensor, logits: Tensor) -> Tensor:
+        calls.append(1)
+        return images.sum() * (torch.nan if len(calls) > 14 else 0)
+
+    inverter = make(teacher, objectives=[CrossEntropy(), spoilt])
+    with pytest.raises(NonFiniteLoss, match="spoilt is not finite at iteration 4"):
+        filled(tmp_path, inverter)
+    assert len(Pool(tmp_path).records) == 2
+    assert len(list((tmp_path / "unfinished").iterdir())) == 2
