@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from conftest import random_kept
+from tests.conftest import random_kept
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
