@@ -48,9 +48,9 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
       four float32 ulps, matters where eager happens to round exactly. In float64 it is 1e-12,
       because eager is itself the reference.
     * norm: the error of the 2-norm. Rounding errors cancel in it, a wrong factor doesn't: a factor
-      that half precision hides in every element shows here. Budget: ``2 · error(eager)``, plus the
-      change that random errors as large as eager's and the floor would make, plus four float32
-      ulps of the norm.
+      that half precision hides in every element shows here. Budget: ``2 · error(eager)``, plus
+      twice the change that independent errors of the rows, as large as eager's and the floor,
+      would make, plus four float32 ulps of the norm.
 
     Where the exact result is too large for the data type, infinity is right. Where only eager is
     not finite, because it overflowed on the way, its error counts as zero.
@@ -71,12 +71,12 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
 
     norm = float(exact.norm())
     error, yardstick = (abs(float(result.norm()) - norm) for result in (ours, eager))
-    # A random error e of a row r changes the norm by |e| |r| / norm; those of all rows add up as
-    # the root of the sum of their squares.
+    # An error e of a row r changes the norm by up to |e| |r| / norm. The changes of independent
+    # rows add up as the root of the sum of their squares.
     rows = _row_norms(exact)
-    random = (_row_norms(eager - exact) + floor * rows) * rows
-    allowed = float(random.norm()) / norm if norm else 0.0
-    yield Error("norm", error, 2 * yardstick + allowed + noise * norm)
+    changes = (_row_norms(eager - exact) + floor * rows) * rows
+    random = float(changes.norm()) / norm if norm else 0.0
+    yield Error("norm", error, 2 * (yardstick + random) + noise * norm)
 
 
 def _floors(dtype: torch.dtype) -> tuple[float, float]:

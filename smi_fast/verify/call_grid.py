@@ -6,14 +6,17 @@ and numbers far from zero.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from smi_fast.ops import reference
 from smi_fast.verify.cases import OpCall, expanded, random_kept, strided
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("strided", "expanded")
 
 
 def op_calls() -> list[OpCall]:
@@ -29,29 +32,44 @@ def op_calls() -> list[OpCall]:
         ]
 
 
-def reduced(calls: Iterable[OpCall], elements: int, layouts: int) -> list[OpCall]:
+def reduced(calls: Iterable[OpCall], elements: int, layouts: bool) -> list[OpCall]:
     """A selection of calls for kernels that run slowly.
 
     Args:
         calls: to select from.
         elements: the most that a tensor of a call may have.
-        layouts: how many of the calls of an op with strided or expanded arguments to take.
+        layouts: whether to take the calls whose inputs, and not the gradient alone, are strided or
+            expanded. All other calls of the selection have contiguous arguments.
     """
-    taken: Counter[str] = Counter()
-    chosen = []
+    return [
+        call
+        for call in calls
+        if max(tensor.numel() for tensor in call.tensors) <= elements
+        and (layouts if call.label.startswith(LAYOUTS) else not call.label.endswith(LAYOUTS))
+    ]
+
+
+def in_turn(calls: Iterable[OpCall]) -> list[tuple[OpCall, torch.dtype]]:
+    """Calls with the data types to run them in, where all three types would take too long.
+
+    Attention, whose kernels differ with the type, runs in float32 and in one half type; every
+    other call runs in one type. The types take turns.
+    """
+    # A size has three calls of attention; the next size has them with a token index.
+    single, half, pairs = (
+        cycle(FLOATS),
+        cycle([dtype for dtype in FLOATS[1:] for _ in range(3)]),
+        [],
+    )
     for call in calls:
-        if max(tensor.numel() for tensor in call.tensors) > elements:
-            continue
-        if not all(tensor.is_contiguous() for tensor in call.tensors):
-            taken[call.op] += 1
-            if taken[call.op] > layouts:
-                continue
-        chosen.append(call)
-    return chosen
+        attention = call.op.startswith("gather_attention")
+        dtypes = (torch.float32, next(half)) if attention else (next(single),)
+        pairs += [(call, dtype) for dtype in dtypes]
+    return pairs
 
 
 def _layouts(tensor: Tensor) -> dict[str, Tensor]:
-    return {"strided": strided(tensor), "expanded": expanded(tensor)}
+    return dict(zip(LAYOUTS, (strided(tensor), expanded(tensor)), strict=True))
 
 
 def _gather_patches() -> Iterator[OpCall]:
@@ -115,7 +133,7 @@ def _gather_attention() -> Iterator[OpCall]:
     yield from pair("no-tokens", qkv, index[:, :0], None)
     # Lengths from below zero to above the number of tokens; tokens beyond a length don't count.
     lengths = torch.tensor([19, -3, 40, 5])
-    qkv = torch.randn(4, 19, 3, 2, 32)
+    qkv = torch.randn(4, 19, 3, 2, 16)
     qkv[3, 5:] = 1e4
     yield from pair("ragged-all", qkv, None, lengths)
 

@@ -160,9 +160,11 @@ def random_kept(batch: int, count: int, total: int) -> Tensor:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values with the order of dimensions in memory reversed."""
-    back = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(back).contiguous().permute(back)
+    """The same values with the dimensions reversed in memory, and NaN or -1 between elements."""
+    first, *others = tensor.shape
+    filler = torch.nan if tensor.is_floating_point() else -1
+    memory = tensor.new_full((*reversed(others), 2 * first), filler)
+    return memory[..., 1::2].permute(*reversed(range(tensor.dim()))).copy_(tensor)
 
 
 def expanded(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Verdict:
         error: the error that takes the largest share of its budget. None where results are copies,
             of which every bit is compared, or where every call failed.
         budget: the budget of that error.
-        failures: one line for each error out of its budget, and each call that raised.
+        failures: one line for each call that is wrong or raised an error.
     """
 
     backend: str
@@ -77,7 +77,9 @@ def verdict(
             failures.append(f"{call}: {problem}")
             continue
         found += errors
-        failures += [f"{call}: {error}" for error in errors if not error.allowed]
+        wrong = [str(error) for error in errors if not error.allowed]
+        if wrong:
+            failures.append(f"{call}: {'; '.join(wrong)}")
     worst = max(found, key=lambda error: error.share, default=None)
     return Verdict(
         backend.name,
