@@ -55,12 +55,10 @@ def in_turn(calls: Iterable[OpCall]) -> list[tuple[OpCall, torch.dtype]]:
     Attention, whose kernels differ with the type, runs in float32 and in one half type; every
     other call runs in one type. The types take turns.
     """
-    # A size has three calls of attention; the next size has them with a token index.
-    single, half, pairs = (
-        cycle(FLOATS),
-        cycle([dtype for dtype in FLOATS[1:] for _ in range(3)]),
-        [],
-    )
+    single = cycle(FLOATS)
+    # A size has three calls of attention; the next three have a token index.
+    half = cycle(3 * FLOATS[1:2] + 3 * FLOATS[2:])
+    pairs = []
     for call in calls:
         attention = call.op.startswith("gather_attention")
         dtypes = (torch.float32, next(half)) if attention else (next(single),)

@@ -20,7 +20,7 @@ from smi_fast.ops import backends, native, reference
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall, WrongResult, random_kept, strided
 from smi_fast.verify.engine_grid import engine_calls
-from tests.backends.planted import CALLS_WITH_FACTORS, Factor
+from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS, Factor, ScaledResults
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
@@ -46,6 +46,13 @@ def test_budget_catches_a_factor(call: OpCall, part: str) -> None:
     for dtype, factor in ((F32, 1 + 1e-5), (F64, 1 + 1e-10)):
         with pytest.raises(WrongResult, match="error"):
             call.check(Factor(torch.ops.smi_fast, part, factor), dtype)
+
+
+@pytest.mark.parametrize("call", CALL_OF_EACH_OP, ids=str)
+def test_budget_catches_a_scaled_result(call: OpCall) -> None:
+    for dtype, factor in ((F32, 1 + 1e-5), (F64, 1 + 1e-10)):
+        with pytest.raises(WrongResult):
+            call.check(ScaledResults(torch.ops.smi_fast, factor), dtype)
 
 
 def test_budget_catches_one_wrong_element() -> None:
@@ -280,10 +287,14 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_sanitized(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    name = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": name.stdout.strip()}
+    # ASan must find the C++ library at its start, to pass on the exceptions of later libraries.
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": " ".join(libraries)}
     return check_grid(str(folder), *arguments, **options)
 
 

@@ -19,7 +19,7 @@ from smi_fast.verify.cases import OpCall, WrongResult
 from tests.backends.cuda.emulation import build, check
 from tests.backends.cuda.emulation.backend import Emulated
 from tests.backends.cuda.emulation.build import Fault
-from tests.backends.planted import CALLS_WITH_FACTORS, Factor
+from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS, Factor, ScaledResults
 
 PATCHES = [c for c in check.selection(elements=10_000) if c.op.startswith("gather_patches")]
 
@@ -185,6 +185,13 @@ def test_budget_catches_a_factor(backend: Emulated, call: OpCall, part: str) -> 
     for dtype, factor in ((torch.bfloat16, 1.005), (torch.float16, 1.001)):
         with pytest.raises(WrongResult, match="error"):
             call.check(Factor(backend, part, factor), dtype)
+
+
+@pytest.mark.parametrize("call", CALL_OF_EACH_OP, ids=str)
+def test_budget_catches_a_scaled_result(backend: Emulated, call: OpCall) -> None:
+    for dtype, factor in ((torch.float32, 1 + 1e-5), (torch.bfloat16, 1.02)):
+        with pytest.raises(WrongResult):
+            call.check(ScaledResults(backend, factor), dtype)
 
 
 def test_gradient_that_does_not_fit_is_refused(backend: Emulated) -> None:

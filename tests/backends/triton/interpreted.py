@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall, WrongResult, random_kept
-from tests.backends.planted import Factor
+from tests.backends.planted import Factor, ScaledResults
 
 PLANTED = "smi_fast.kernels.planted"
 
@@ -92,10 +92,12 @@ def _is_too_large(call: OpCall) -> bool:
     return not attention._fits(qkv, index, backward=size.gradient)
 
 
-def factor(call: str, dtype: torch.dtype, part: str, value: float) -> str | None:
-    """Runs a call with a factor on q, k or v; returns the error that the budget raises."""
+def with_factor(call: str, dtype: torch.dtype, part: str, factor: float) -> str | None:
+    """Runs a call with a factor on "q", "k", "v" or the "result"; returns the error it raises."""
+    kernels = _kernels()
+    wrong = ScaledResults(kernels, factor) if part == "result" else Factor(kernels, part, factor)
     try:
-        _calls()[call].check(Factor(_kernels(), part, value), dtype)
+        _calls()[call].check(wrong, dtype)
     except WrongResult as error:
         return str(error)
     return None

@@ -17,7 +17,7 @@ import torch
 
 from smi_fast.verify.call_grid import in_turn, op_calls, reduced
 from smi_fast.verify.cases import OpCall
-from tests.backends.planted import CALLS_WITH_FACTORS
+from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS
 from tests.backends.triton import interpreted as calls
 
 pytestmark = pytest.mark.skipif(
@@ -48,8 +48,14 @@ def test_error_is_within_its_budget(interpreted: Run, call: OpCall, dtype: torch
 @pytest.mark.parametrize("part", "qkv")
 def test_budget_catches_a_factor(interpreted: Run, call: OpCall, part: str) -> None:
     for dtype, factor in ((torch.bfloat16, 1.005), (torch.float16, 1.001)):
-        said = interpreted(calls.factor, str(call), dtype, part, factor)
+        said = interpreted(calls.with_factor, str(call), dtype, part, factor)
         assert said is not None and "error" in said
+
+
+@pytest.mark.parametrize("call", CALL_OF_EACH_OP, ids=str)
+def test_budget_catches_a_scaled_result(interpreted: Run, call: OpCall) -> None:
+    for dtype, factor in ((torch.float32, 1 + 1e-5), (torch.bfloat16, 1.02)):
+        assert interpreted(calls.with_factor, str(call), dtype, "result", factor) is not None
 
 
 def test_same_bytes_again(interpreted: Run) -> None:
