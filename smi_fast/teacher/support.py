@@ -61,7 +61,8 @@ def freeze(vit: VisionTransformer) -> VisionTransformer:
     frozen = copy_of(vit)
     for module in frozen.modules():
         for name in _OVERRIDABLE:
-            vars(module).pop(name, None)
+            if callable(vars(module).get(name)):
+                delattr(module, name)
     return frozen
 
 
@@ -210,7 +211,7 @@ def _refuse_hooks(name: str, module: nn.Module) -> None:
 def _refuse_patches(name: str, module: nn.Module) -> None:
     for method in _OVERRIDABLE:
         patch = vars(module).get(method)
-        if patch is not None and getattr(patch, "__name__", "") not in _PUBLISHED_PATCHES:
+        if callable(patch) and getattr(patch, "__name__", "") not in _PUBLISHED_PATCHES:
             raise UnsupportedTeacher(f"{name} has its {method} replaced: its own would be ignored")
 
 

@@ -1,1 +1,1 @@
-"""Verification: every kernel against the reference in float64, and times on a GPU."""
+"""Verification: compare every kernel with the reference in float64, and time a GPU."""

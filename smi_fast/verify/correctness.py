@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ import torch
 from smi_fast import __version__
 from smi_fast.ops import backends
 from smi_fast.ops.backends import Backend
-from smi_fast.verify.cases import Case, WrongResult, all_cases
+from smi_fast.verify.call_grid import op_calls
+from smi_fast.verify.cases import OpCall, WrongResult
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKWARD = "_backward"
@@ -21,18 +21,18 @@ BACKWARD = "_backward"
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst of all calls of an op by one backend.
+    """What the calls of an op by one backend showed.
 
     Attributes:
-        backend: its name.
+        backend: name of the backend.
         device: where it ran.
-        op: its name; the gradient of an op is one of its own.
-        dtype: of the floating point tensors.
-        calls: how many.
-        error: the greatest, of the result that came nearest to its budget; None where results are
-            copies, of which every bit is compared, or where no call could be made.
-        budget: of the same result.
-        failures: what was wrong, one line for each call.
+        op: name of the op; its gradient has a name and a verdict of its own.
+        dtype: data type of the floating point tensors.
+        calls: number of calls.
+        error: the error that takes the largest share of its budget. None where results are copies,
+            of which every bit is compared, or where every call failed.
+        budget: the budget of that error.
+        failures: one line for each call that is wrong or raised an error.
     """
 
     backend: str
@@ -52,50 +52,49 @@ def devices() -> list[torch.device]:
 
 
 def verdicts(device: torch.device) -> Iterator[Verdict]:
-    """Of every backend, op and data type that runs on a device."""
-    by_op: dict[str, list[Case]] = {}
-    for case in all_cases():
-        by_op.setdefault(case.op, []).append(case)
+    """One verdict for each backend, op and data type that runs on a device."""
+    by_op: dict[str, list[OpCall]] = {}
+    for call in op_calls():
+        by_op.setdefault(call.op, []).append(call)
     for backend in backends.BACKENDS:
-        for op, cases in by_op.items():
+        for op, calls in by_op.items():
             for dtype in DTYPES:
                 name = op.removesuffix(BACKWARD)
                 if backend.name != "reference" and backend.why_not(name, device, dtype) is None:
-                    yield _verdict(backend, device, op, dtype, cases)
+                    yield verdict(backend, device, dtype, calls)
 
 
-def _verdict(
-    backend: Backend, device: torch.device, op: str, dtype: torch.dtype, cases: list[Case]
+def verdict(
+    backend: Backend, device: torch.device, dtype: torch.dtype, calls: list[OpCall]
 ) -> Verdict:
-    pairs, failures = [], []
-    cases = [case for case in cases if case.fits(backend, device, dtype)]
-    for case in cases:
+    """The verdict on calls of one op, without those that are too large for the backend."""
+    found, failures = [], []
+    fitting = [call for call in calls if call.fits(backend, device, dtype)]
+    for call in fitting:
         try:
-            errors = list(case.errors(backend.functions, dtype, str(device)))
+            errors = list(call.errors(backend.functions, dtype, str(device)))
         except (WrongResult, RuntimeError) as problem:
-            failures.append(f"{case}: {problem}")
+            failures.append(f"{call}: {problem}")
             continue
-        pairs += errors
-        failures += [
-            f"{case}: error {error:.3g}, budget {budget:.3g}"
-            for error, budget in errors
-            if not error <= budget  # nan is out of it too
-        ]
-    error, budget = max(pairs, key=_share, default=(None, None))
-    short = str(dtype).removeprefix("torch.")
-    return Verdict(backend.name, str(device), op, short, len(cases), error, budget, tuple(failures))
-
-
-def _share(pair: tuple[float, float]) -> float:
-    """Of the budget that an error takes; all of it and more when it isn't a number."""
-    error, budget = pair
-    if not math.isfinite(error):
-        return math.inf
-    return error / budget if budget else float(error > 0)
+        found += errors
+        wrong = [str(error) for error in errors if not error.allowed]
+        if wrong:
+            failures.append(f"{call}: {'; '.join(wrong)}")
+    worst = max(found, key=lambda error: error.share, default=None)
+    return Verdict(
+        backend.name,
+        str(device),
+        calls[0].op,
+        str(dtype).removeprefix("torch."),
+        len(fitting),
+        worst and worst.value,
+        worst and worst.budget,
+        tuple(failures),
+    )
 
 
 def not_run() -> list[str]:
-    """What can't be checked here, and why."""
+    """One sentence for each thing that can't be checked here, with the reason."""
     reasons = [] if torch.cuda.is_available() else ["times: no CUDA device is visible"]
     for backend in backends.BACKENDS:
         why = [backends.report(device)[backend.name] for device in devices()]
@@ -105,7 +104,7 @@ def not_run() -> list[str]:
 
 
 def table(rows: list[Verdict]) -> Iterator[str]:
-    """Lines of text, the failures below the table."""
+    """The lines of a table of verdicts, followed by the failures."""
     line = "{:<10} {:<8} {:<29} {:<9} {:>5} {:>9} {:>9}  {}"
     titles = ("backend", "device", "op", "dtype", "calls", "error", "budget", "verdict")
     yield line.format(*titles)
@@ -119,7 +118,7 @@ def table(rows: list[Verdict]) -> Iterator[str]:
 
 
 def summary(rows: list[Verdict], times: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that was found, as JSON takes it."""
+    """Verdicts, times and the machine, ready for JSON."""
     return {
         "smi_fast": __version__,
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""Times on a GPU, for ``smi-fast verify``: the ops beside what else could be used, and whole steps.
+"""Times on a GPU, for ``smi-fast verify``: ops beside their alternatives, and whole iterations.
 
-Equality is checked by :mod:`smi_fast.verify.correctness` before anything is timed.
+:mod:`smi_fast.verify.correctness` checks the kernels before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from smi_fast.inversion import SparseInverter
 from smi_fast.inversion.cuda_graph import CapturedCall
 from smi_fast.ops import backends, reference
 from smi_fast.schedules import Dense, Selection
-from smi_fast.verify.cases import Case, random_kept
+from smi_fast.verify.cases import OpCall, random_kept
 
 HEADS, WIDTH, PATCH, SIDE = 6, 64, 16, 224
-# Patches of a whole image, and what the published schedule keeps of them.
+# K: all patches of an image, and as many as the published schedule keeps.
 KEPT = (196, 46)
 WARM_UP, REPEATS = 5, 30
-# More than any cache on a GPU holds.
+# Larger than the L2 cache of any GPU.
 FLUSHED_BYTES = 512 * 2**20
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call that finds nothing of its own in the caches of a GPU."""
+    """Median time of a call, on a GPU with a cold L2 cache."""
     for _ in range(WARM_UP):
         call()
     if device.type != "cuda":
@@ -54,53 +54,53 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _real_cases(batch: int) -> Iterator[Case]:
-    """Calls of the size of DeiT-S; float32."""
+def _deit_calls(batch: int) -> Iterator[OpCall]:
+    """Calls as large as those of DeiT-S, in float32."""
     images, jitter = torch.rand(batch, 3, SIDE, SIDE), (torch.tensor([5, -9]), torch.tensor(True))
     bounds, channel = (-torch.ones(3), torch.ones(3)), torch.rand(4, 64) + 0.5
-    one, parts = torch.ones(()), torch.ones(3, 4)
+    one, sums = torch.ones(()), torch.ones(3, 4)
     features = torch.randn(batch, 64, 56, 56)
     for count in KEPT:
         kept = random_kept(batch, count, KEPT[0])
-        some = kept if count < KEPT[0] else None
+        active = kept if count < KEPT[0] else None
         patches = torch.randn(batch, count, 3 * PATCH**2)
         qkv = torch.randn(batch, count + 1, 3, HEADS, WIDTH)
         back = (kept, *jitter, PATCH, SIDE, SIDE)
-        adam = (torch.tensor(3), 0.25, 0.5, 0.99, *bounds, some, PATCH)
+        adam = (torch.tensor(3), 0.25, 0.5, 0.99, *bounds, active, PATCH)
         calls: dict[str, tuple[Any, ...]] = {
             "gather_patches": (images, kept, *jitter, PATCH),
             "gather_patches_backward": (patches, *back),
             "gather_attention": (qkv, None, None, False),
             "gather_attention_backward": (qkv[:, :, 0].flatten(2), qkv, None, None),
-            "total_variation": (images, some, PATCH),
-            "total_variation_backward": (one, one, images, some, PATCH, parts),
+            "total_variation": (images, active, PATCH),
+            "total_variation_backward": (one, one, images, active, PATCH, sums),
             "adam_clamp_": (*[images] * 4, *adam),
         }
         for op, arguments in calls.items():
-            yield Case(f"{count} patches", op, arguments)
+            yield OpCall(f"{count} patches", op, arguments)
     statistic = (*channel, 1e-5)
-    yield Case("64 channels of 56 x 56", "batch_norm_matching", (features, *statistic))
+    yield OpCall("64 channels of 56 x 56", "batch_norm_matching", (features, *statistic))
 
 
 def op_times(device: torch.device, batch: int = 32) -> Iterator[dict[str, Any]]:
-    """For each op and data type the milliseconds of every way to compute it."""
-    for case in _real_cases(batch):
-        attention = case.op.startswith("gather_attention")
+    """Milliseconds of every way to compute an op, for each op and data type."""
+    for call in _deit_calls(batch):
+        attention = call.op.startswith("gather_attention")
         for dtype in (torch.float32, torch.bfloat16) if attention else (torch.float32,):
-            arguments = case.converted(dtype, str(device))
-            ways = _ways(case, arguments, device, dtype)
+            ways = _ways(call.converted(dtype, str(device)), device, dtype)
             yield {
-                "op": case.op,
-                "of": f"{batch} images, {case.label}",
+                "op": call.op,
+                "of": f"{batch} images, {call.label}",
                 "dtype": str(dtype).removeprefix("torch."),
-                "milliseconds": {way: milliseconds(call, device) for way, call in ways.items()},
+                "milliseconds": {way: milliseconds(run, device) for way, run in ways.items()},
             }
 
 
 def _ways(
-    case: Case, arguments: list[Any], device: torch.device, dtype: torch.dtype
+    call: OpCall, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    op = case.op
+    """Eager PyTorch, torch.compile, every backend that can, and SDPA for attention."""
+    op, arguments = call.op, call.arguments
     plain: Callable[..., object] = getattr(reference, op)
     ways: dict[str, Callable[[], object]] = {
         "eager": partial(plain, *arguments),
@@ -108,7 +108,7 @@ def _ways(
     }
     for backend in backends.BACKENDS:
         name = op.removesuffix("_backward")
-        runs = backend.why_not(name, device, dtype) is None and case.fits(backend, device, dtype)
+        runs = backend.why_not(name, device, dtype) is None and call.fits(backend, device, dtype)
         if runs and backend.name != "reference":
             ways[backend.name] = partial(getattr(backend.functions, op), *arguments)
     if op == "gather_attention":
@@ -128,12 +128,13 @@ def _sdpa(qkv: Tensor) -> Tensor:
 def step_times(
     device: torch.device, teacher: nn.Module, batch: int = 32
 ) -> Iterator[dict[str, Any]]:
-    """Milliseconds of one step, dense and on few patches, with our kernels and without; and the
-    ratio of dense eager PyTorch to sparse smi_fast.
+    """Milliseconds of one iteration, dense and sparse, with our kernels and without.
+
+    The last entry is the ratio of dense eager PyTorch to sparse smi_fast.
 
     Args:
         device: where to run.
-        teacher: whose weights don't matter.
+        teacher: a Vision Transformer with any weights.
         batch: images inverted together.
     """
     times: list[float] = []
@@ -150,7 +151,7 @@ def step_times(
         for count in (patches, patches * KEPT[1] // KEPT[0]):
             state = inverter.start([0] * batch)
             state.keep(Selection(state.kept[:, :count].contiguous()))
-            # Eager PyTorch is launched kernel by kernel, as it would be without this package.
+            # Eager PyTorch launches kernel by kernel, as it would without this package.
             graph = device.type == "cuda" and backend == backends.AUTO
             step = CapturedCall(state.step, device) if graph else state.step
             times.append(milliseconds(step, device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -65,3 +67,33 @@ def with_gradient(model: nn.Module, images: Tensor, *arguments: object) -> tuple
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def patch_as_published(teacher: VisionTransformer) -> VisionTransformer:
+    """Binds functions with the published names, which compute what the published code computes:
+    the model takes indices of tokens twice, and returns attention maps and indices too.
+    """
+
+    def vit_attention_forward(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        probabilities = (q @ k.mT * self.scale).softmax(-1)
+        return self.proj((probabilities @ v).transpose(1, 2).flatten(2)), probabilities
+
+    def vit_block_forward(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        attended, probabilities = self.attn(self.norm1(x))
+        x = x + attended
+        return x + self.mlp(self.norm2(x)), probabilities
+
+    def vit_forward(self: nn.Module, x: Tensor, absolute: Tensor, relative: Tensor) -> tuple:
+        x = self._pos_embed(self.patch_embed(x))
+        x, maps = x.gather(1, absolute[..., None].expand(len(x), -1, x.shape[2])), []
+        for block in self.blocks:
+            x, probabilities = block(x)
+            maps.append(probabilities)
+        return self.head(self.norm(x)[:, 0]), maps, absolute
+
+    teacher.forward = MethodType(vit_forward, teacher)
+    for block in teacher.blocks:
+        block.forward = MethodType(vit_block_forward, block)
+        block.attn.forward = MethodType(vit_attention_forward, block.attn)
+    return teacher

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
-
 import pytest
 import timm
 import torch
@@ -11,25 +9,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import SparseViT, UnsupportedTeacher
-from tests.helpers.teachers import make_teacher, relative_error
+from tests.helpers.teachers import make_teacher, patch_as_published, relative_error
 
 
 def test_model_patched_by_the_published_code_is_the_model_it_was() -> None:
     teacher = make_teacher("deit_tiny_patch16_224", depth=2)
     images = torch.randn(1, 3, 224, 224)
     expected = teacher(images)
-
-    def vit_forward(
-        self: nn.Module, x: Tensor, current_abs_index: Tensor, next_index: Tensor
-    ) -> Tensor:
-        raise AssertionError("SparseViT must not call the patched method")
-
-    def vit_block_forward(self: nn.Module, x: Tensor) -> Tensor:
-        raise AssertionError("SparseViT must not call the patched method")
-
-    teacher.forward = MethodType(vit_forward, teacher)
-    for block in teacher.blocks:
-        block.forward = MethodType(vit_block_forward, block)
+    patch_as_published(teacher)
     assert relative_error(SparseViT(teacher)(images).logits, expected) < 1e-5
     assert teacher.forward.__name__ == "vit_forward"
 

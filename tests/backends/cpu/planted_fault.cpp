@@ -1,6 +1,6 @@
 // A read just past the end of a tensor, to prove that the sanitized build would report one.
 
-#include "../csrc/cpu/common.h"
+#include "../../../csrc/cpu/common.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""What :mod:`test_triton_runs` runs in processes of its own: whole iterations on Triton kernels."""
+"""What :mod:`test_runs` runs in processes of its own: whole iterations on Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import Counter
 from typing import Any
 
 import torch
-from host_guard import HostGuard
-from launches import Launches
 from timm.models.vision_transformer import VisionTransformer
 
 from smi_fast import CrossEntropy, L2Norm, SparseInverter, StopSchedule, TotalVariation
 from smi_fast.inversion.result import InversionResult
-from smi_fast.objectives import published_objectives
 from smi_fast.ops import backends
 from smi_fast.ops.schemas import _SCHEMAS, TRITON, triton_kernel
+from smi_fast.schedules import Dense, Selection
+from tests.host_guard import HostGuard
+from tests.launches import Launches
 
 SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 _library = torch.library.Library("smi_fast", "IMPL")
@@ -27,13 +27,17 @@ def _set_up(**attributes: Any) -> None:
         object.__setattr__(triton, name, value)
 
 
-def inverter(backend: str, dtype: torch.dtype = torch.float32, **teacher: Any) -> SparseInverter:
-    """Three iterations with a stop before the last, and every term that has kernels of its own."""
+def vision_transformer(dtype: torch.dtype = torch.float32, **shape: Any) -> VisionTransformer:
+    """A small one, unless its shape is given."""
+    small = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**{**small, "num_classes": 5, **shape}).to(dtype)
+
+
+def inverter(backend: str, dtype: torch.dtype) -> SparseInverter:
+    """Three iterations with a stop before the last, and every objective that has kernels."""
     torch.manual_seed(1)
-    shape = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = VisionTransformer(**{**shape, "num_classes": 5, **teacher}).to(dtype)
     return SparseInverter(
-        model,
+        vision_transformer(dtype),
         objectives=[CrossEntropy(), TotalVariation(1e-3), TotalVariation(0.1, "l1"), L2Norm()],
         schedule=StopSchedule((2,), (0.5,)),
         iterations=3,
@@ -49,13 +53,13 @@ def _run(backend: str, dtype: torch.dtype) -> InversionResult:
 
 def inversion() -> dict[str, float]:
     """The greatest errors of a run on the guarded interpreter, and of eager PyTorch."""
-    import triton_guard
+    from tests.backends.triton import guard
 
-    triton_guard.install()
+    guard.install()
     _set_up()
     for name in _SCHEMAS:  # tensors of the CPU, whose kernels the interpreter runs
         _library.impl(name + TRITON, triton_kernel(name), "CPU")
-    launches = triton_guard.MEMORY.launches
+    launches = guard.MEMORY.launches
     launches.clear()
     ours = _run("triton", torch.float32)
     assert launches, "no kernel was launched"
@@ -70,7 +74,7 @@ def inversion() -> dict[str, float]:
 
 
 def launches(backend: str, kept: int) -> Counter[str]:
-    """Kernels of one unscored step of DeiT-T, which may not wait for the host.
+    """Counts the kernels of one unscored iteration of DeiT-T, which may not wait for the host.
 
     The launchers are called as they are and not as ops, so that what they do is seen.
     """
@@ -86,10 +90,11 @@ def launches(backend: str, kept: int) -> Counter[str]:
     JITFunction.__getitem__ = count
     _set_up(functions=kernels)
     deit = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    run = inverter(backend, **deit)
-    run.objectives = published_objectives()
-    iteration = run.start([1, 4])
-    iteration.kept = iteration.kept[:, :kept].contiguous()
+    run = SparseInverter(
+        vision_transformer(**deit), iterations=400, schedule=Dense(), backend=backend, **SPACE
+    )
+    state = run.start([1, 4])
+    state.keep(Selection(state.kept[:, :kept].contiguous()))
     with HostGuard(), counter:
-        iteration()
+        state.step()
     return counter.kernels

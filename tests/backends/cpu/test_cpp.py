@@ -12,34 +12,51 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_kept
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from smi_fast import ops
 from smi_fast.ops import backends, native, reference
-from smi_fast.verify.cases import Case, WrongResult, all_cases, block_cases, budget, strided
+from smi_fast.verify.call_grid import op_calls
+from smi_fast.verify.cases import OpCall, WrongResult, random_kept, strided
+from smi_fast.verify.engine_grid import engine_calls
+from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS, Factor, ScaledResults
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-CASES = [*all_cases(), *block_cases()]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+CALLS = [*op_calls(), *engine_calls()]
 F32, F64 = torch.float32, torch.float64
 # From 2.11 on, tensors over memory of others say when they are done with it.
 TORCH_LENDS_MEMORY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_error_is_at_most_twice_that_of_eager(case: Case, dtype: torch.dtype) -> None:
-    case.check(torch.ops.smi_fast, dtype)
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_error_is_within_its_budget(call: OpCall, dtype: torch.dtype) -> None:
+    call.check(torch.ops.smi_fast, dtype)
 
 
-def test_budget_catches_a_wrong_result() -> None:
-    case = next(c for c in CASES if str(c) == "gather_attention-46-64")
-    eager, exact = case.run(reference, F32)[0], case.run(reference, F64)[0]
+@pytest.mark.parametrize("call", CALLS_WITH_FACTORS, ids=str)
+@pytest.mark.parametrize("part", "qkv")
+def test_budget_catches_a_factor(call: OpCall, part: str) -> None:
+    for dtype, factor in ((F32, 1 + 1e-5), (F64, 1 + 1e-10)):
+        with pytest.raises(WrongResult, match="error"):
+            call.check(Factor(torch.ops.smi_fast, part, factor), dtype)
+
+
+@pytest.mark.parametrize("call", CALL_OF_EACH_OP, ids=str)
+def test_budget_catches_a_scaled_result(call: OpCall) -> None:
+    for dtype, factor in ((F32, 1 + 1e-5), (F64, 1 + 1e-10)):
+        with pytest.raises(WrongResult):
+            call.check(ScaledResults(torch.ops.smi_fast, factor), dtype)
+
+
+def test_budget_catches_one_wrong_element() -> None:
+    call = next(c for c in CALLS if str(c) == "gather_attention-46-64")
     for wrong in (1e-5, float("nan"), float("inf")):
 
         def planted(*arguments: object, wrong: float = wrong) -> tuple[Tensor, Tensor]:
@@ -48,9 +65,8 @@ def test_budget_catches_a_wrong_result() -> None:
             return out, row
 
         with pytest.raises(WrongResult, match="error"):
-            case.check(SimpleNamespace(gather_attention=planted), F32)
-    assert (eager.double() - exact).abs().max() <= budget(eager, exact) < 5e-6
-    shifted = next(c for c in CASES if c.op == "gather_patches")
+            call.check(SimpleNamespace(gather_attention=planted), F32)
+    shifted = next(c for c in CALLS if c.op == "gather_patches")
     doubled = SimpleNamespace(
         gather_patches=lambda images, *rest: reference.gather_patches(images * 2, *rest)
     )
@@ -79,7 +95,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
         changed = [t.clone() for t in (images, *state)]
         rates = {"step": 2, "lr": 0.1, "betas": (0.5, 0.99)}
         for selection in (None, kept):
-            bounds = {"low": -channels[0], "high": channels[1], "kept": selection}
+            bounds = {"low": -channels[0], "high": channels[1], "active": selection}
             ops.adam_clamp_(*changed, **rates, **bounds, **on_patches)
         return [*terms, importance, *grads, *changed]
 
@@ -94,17 +110,17 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
 
 def test_every_element_of_a_result_is_written() -> None:
     """New memory is filled with nan, and results stay the same."""
-    chosen = CASES[::2]
-    plain = [case.run(torch.ops.smi_fast, F32) for case in chosen]
+    chosen = [call.converted(F32) for call in CALLS[::2]]
+    plain = [call.run(torch.ops.smi_fast) for call in chosen]
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        poisoned = [case.run(torch.ops.smi_fast, F32) for case in chosen]
+        poisoned = [call.run(torch.ops.smi_fast) for call in chosen]
     finally:
         torch.use_deterministic_algorithms(False)
-    for case, before, after in zip(chosen, plain, poisoned, strict=True):
+    for call, before, after in zip(chosen, plain, poisoned, strict=True):
         for a, b in zip(before, after, strict=True):
-            assert torch.equal(a, b), case
+            assert torch.equal(a, b), call
 
 
 # What each op calls the indices that it is given.
@@ -202,18 +218,18 @@ assert "smi_fast._C_cpu can't be loaded" in backends.report(torch.device("cpu"))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def smallest_cases() -> list[Case]:
-    """One call of each op with strided arguments, small enough for opcheck."""
-    found: dict[str, Case] = {}
-    for case in CASES:
-        if "strided" in case.label:
-            found.setdefault(case.op, case)
+def strided_calls() -> list[OpCall]:
+    """The first call of each op with strided arguments, small enough for opcheck."""
+    found: dict[str, OpCall] = {}
+    for call in CALLS:
+        if "strided" in call.label:
+            found.setdefault(call.op, call)
     return list(found.values())
 
 
-@pytest.mark.parametrize("case", smallest_cases(), ids=str)
-def test_opcheck(case: Case) -> None:
-    torch.library.opcheck(getattr(torch.ops.smi_fast, case.op), case.arguments)
+@pytest.mark.parametrize("call", strided_calls(), ids=str)
+def test_opcheck(call: OpCall) -> None:
+    torch.library.opcheck(getattr(torch.ops.smi_fast, call.op), call.arguments)
 
 
 def test_compiles_into_one_graph() -> None:
@@ -235,10 +251,10 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(ours, expected)
 
 
-def run_cases(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check_grid(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "cpp_cases.py"), *arguments],
+        [sys.executable, str(HERE / "check_grid.py"), *arguments],
         env={**os.environ, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
@@ -248,7 +264,7 @@ def run_cases(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lesser_instruction_sets(capability: str) -> None:
-    result = run_cases(ATEN_CPU_CAPABILITY=capability)
+    result = check_grid(ATEN_CPU_CAPABILITY=capability)
     assert result.returncode == 0 and "within their budget" in result.stdout, result.stderr
 
 
@@ -256,7 +272,7 @@ def test_lesser_instruction_sets(capability: str) -> None:
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a _C_cpu under AddressSanitizer and UBSan, and one planted fault more."""
     folder = tmp_path_factory.mktemp("sanitized")
-    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "tests" / "planted_fault.cpp"]
+    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), HERE / "planted_fault.cpp"]
     flags = ["-std=c++20", "-fPIC", "-g1", "-O1", "-fopenmp-simd", "-fno-math-errno"]
     flags += [
         "-fsanitize=address,undefined",
@@ -280,11 +296,15 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_sanitized(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    name = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": name.stdout.strip()}
-    return run_cases(str(folder), *arguments, **options)
+    # ASan must find the C++ library at its start, to pass on the exceptions of later libraries.
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": " ".join(libraries)}
+    return check_grid(str(folder), *arguments, **options)
 
 
 def test_no_access_out_of_bounds_and_nothing_undefined(sanitized: Path) -> None:

@@ -1,7 +1,7 @@
-"""What :mod:`test_triton_aot` runs in processes of its own: compilation for absent GPUs.
+"""What :mod:`test_aot` runs in processes of its own: compilation for absent GPUs.
 
-A driver that knows nothing but its target lets the real launchers run on CPU tensors; a kernel is
-then compiled with the constants and divisibilities of that launch, and its machine code is read.
+A driver that only knows its target lets the real launchers run on CPU tensors. Each kernel is
+compiled with the constants and divisibilities of its launch, and its machine code is read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of one kernel takes and has."""
+    """Resources and instructions of the machine code of one kernel."""
 
     kernel: str
     constants: str
@@ -72,7 +72,7 @@ class Compiled:
 
 
 class Target:
-    """As much of a driver as compilation asks for; its device number keeps caches apart."""
+    """The part of a driver that compilation needs; its device number keeps caches apart."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -95,7 +95,7 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     jitter = torch.zeros(2, dtype=torch.int64), torch.tensor(False)
     activations = torch.empty(2, 64, 56, 56, dtype=dtype)
     statistics = [torch.ones(64, dtype=dtype)] * 4
-    one, parts = torch.ones((), dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    one, sums = torch.ones((), dtype=dtype), torch.ones(3, 4, dtype=dtype)
     if op == "batch_norm_matching":
         yield activations, *statistics, 1e-5
     if op == "batch_norm_matching_backward":
@@ -111,7 +111,7 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             if op == "total_variation":
                 yield x, some, PATCH
             if op == "total_variation_backward":
-                yield one, one, x, some, PATCH, parts
+                yield one, one, x, some, PATCH, sums
             if op == "adam_clamp_":
                 yield x, x, x, x, torch.tensor(1), 0.1, 0.5, 0.9, channel, channel, some, PATCH
     for count in COUNTS:
@@ -127,7 +127,7 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 def compile_op(capability: int, op: str, dtype: str) -> list[Compiled]:
-    """Every distinct kernel that the real configurations of an op start on a target."""
+    """Compiles every distinct kernel that the real configurations of an op start on a target."""
     import triton
     from triton.runtime.jit import JITFunction
 

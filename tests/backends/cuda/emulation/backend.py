@@ -1,6 +1,6 @@
 """The emulated kernels with the signatures of :mod:`smi_fast.ops.reference`.
 
-Outputs and scratch start as NaN, so an element that a kernel leaves out shows.
+Outputs and scratch start as NaN, which shows any element that a kernel leaves out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _poisoned(
 
 
 def _at(tensor: Tensor | None) -> int:
-    """The address of a tensor; 0 is for one that isn't there, so not for one without elements."""
+    """The address of a tensor: 0 for None, and never 0 for a tensor without elements."""
     if tensor is None:
         return 0
     assert tensor.is_contiguous()
@@ -29,7 +29,7 @@ def _at(tensor: Tensor | None) -> int:
 
 
 class Emulated:
-    """One built module as a backend."""
+    """The kernels of one built module as a backend."""
 
     def __init__(self, module: ModuleType) -> None:
         self.kernels = module
@@ -37,8 +37,8 @@ class Emulated:
     def _type(self, tensor: Tensor) -> object:
         return getattr(self.kernels.Type, str(tensor.dtype).removeprefix("torch."))
 
-    def _image_shape(self, images: Tensor, kept: Tensor | None, patch_size: int) -> object:
-        count = 0 if kept is None else kept.shape[1]
+    def _image_shape(self, images: Tensor, patches: Tensor | None, patch_size: int) -> object:
+        count = 0 if patches is None else patches.shape[1]
         return self.kernels.ImageShape(*images.shape, count, patch_size)
 
     def gather_patches(
@@ -70,26 +70,26 @@ class Emulated:
         return images
 
     def gather_attention(
-        self, qkv: Tensor, kept: Tensor | None, lengths: Tensor | None, importance: bool
+        self, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None, importance: bool
     ) -> tuple[Tensor, Tensor]:
         batch, rows, _, heads, width = qkv.shape
-        count = rows if kept is None else kept.shape[1]
+        count = rows if token_index is None else token_index.shape[1]
         out = _poisoned((batch, count, heads * width), qkv)
         row = _poisoned((batch, count if importance else 0), qkv)
         scratch = _poisoned((batch, heads, count), qkv, torch.float32)
         shape = self.kernels.AttentionShape(batch, rows, count, heads, width)
-        inputs = (_at(qkv), _at(kept), _at(lengths))
+        inputs = (_at(qkv), _at(token_index), _at(lengths))
         outputs = (_at(out), _at(scratch), _at(row) if importance else 0)
         self.kernels.gather_attention_fwd(self._type(qkv), *inputs, *outputs, shape, 0)
         return out, row
 
     def gather_attention_backward(
-        self, grad: Tensor, qkv: Tensor, kept: Tensor | None, lengths: Tensor | None
+        self, grad: Tensor, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None
     ) -> Tensor:
         batch, rows, _, heads, width = qkv.shape
         result = _poisoned(qkv.shape, qkv)
         shape = self.kernels.AttentionShape(batch, rows, grad.shape[1], heads, width)
-        inputs = (_at(grad), _at(qkv), _at(kept), _at(lengths))
+        inputs = (_at(grad), _at(qkv), _at(token_index), _at(lengths))
         self.kernels.gather_attention_bwd(self._type(qkv), *inputs, _at(result), shape, 0)
         return result
 
@@ -99,30 +99,30 @@ class Emulated:
         self.kernels.max_tokens(kind, width, backward, _at(tokens))
         return int(tokens)
 
-    def total_variation(self, images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor:
-        parts = _poisoned((3, 4), images)
+    def total_variation(self, images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
+        sums = _poisoned((3, 4), images)
         scratch = _poisoned((self.kernels.VARIATION_SCRATCH,), images, torch.float64)
-        shape = self._image_shape(images, kept, patch_size)
-        mask = self._mask(images, kept, patch_size)
-        inputs = (_at(images), _at(kept))
-        outputs = (_at(mask), _at(scratch), _at(parts))
+        shape = self._image_shape(images, active, patch_size)
+        mask = self._mask(images, active, patch_size)
+        inputs = (_at(images), _at(active))
+        outputs = (_at(mask), _at(scratch), _at(sums))
         self.kernels.total_variation_fwd(self._type(images), *inputs, *outputs, shape, 0)
-        return parts
+        return sums
 
     def total_variation_backward(
         self,
         grad_l1: Tensor,
         grad_l2: Tensor,
         images: Tensor,
-        kept: Tensor | None,
+        active: Tensor | None,
         patch_size: int,
-        parts: Tensor,
+        sums: Tensor,
     ) -> Tensor:
         result = _poisoned(images.shape, images)
-        shape = self._image_shape(images, kept, patch_size)
-        inputs = (_at(grad_l1), _at(grad_l2), _at(images), _at(kept))
-        mask = self._mask(images, kept, patch_size)
-        outputs = (_at(mask), _at(parts), _at(result))
+        shape = self._image_shape(images, active, patch_size)
+        inputs = (_at(grad_l1), _at(grad_l2), _at(images), _at(active))
+        mask = self._mask(images, active, patch_size)
+        outputs = (_at(mask), _at(sums), _at(result))
         self.kernels.total_variation_bwd(self._type(images), *inputs, *outputs, shape, 0)
         return result
 
@@ -173,18 +173,18 @@ class Emulated:
         beta2: float,
         low: Tensor,
         high: Tensor,
-        kept: Tensor | None,
+        active: Tensor | None,
         patch_size: int,
     ) -> None:
         state = [_at(t) for t in (images, grad, exp_avg, exp_avg_sq)]
         adam = self.kernels.AdamStep(_at(step), lr, beta1, beta2)
-        shape = self._image_shape(images, kept, patch_size)
-        bounds = (_at(low), _at(high), _at(kept))
+        shape = self._image_shape(images, active, patch_size)
+        bounds = (_at(low), _at(high), _at(active))
         self.kernels.adam_clamp(self._type(images), *state, adam, *bounds, shape, 0)
 
     @staticmethod
-    def _mask(images: Tensor, kept: Tensor | None, patch_size: int) -> Tensor | None:
-        if kept is None:
+    def _mask(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor | None:
+        if active is None:
             return None
         patches = images.shape[2] // patch_size * (images.shape[3] // patch_size)
         return _poisoned((len(images), patches), images, torch.uint8)

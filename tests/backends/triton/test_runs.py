@@ -1,4 +1,4 @@
-"""Whole inversions on the Triton kernels, and how many kernels a step of them asks for."""
+"""Whole inversions on the Triton kernels, and how many kernels an iteration launches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import triton_runs
 
 from smi_fast import ops
 from smi_fast.ops import backends
+from tests.backends.triton import runs
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("triton", "smi_fast.kernels")),
@@ -33,16 +33,16 @@ def process(interpret: str) -> Iterator[Callable[..., Any]]:
 
 def test_inversion_gives_the_images_of_the_reference() -> None:
     with process("1") as call:
-        error = call(triton_runs.inversion)
+        error = call(runs.inversion)
     # Twice the error of eager PyTorch, as single kernels, or a few roundings of a pixel below 3.
     assert error["triton"] <= max(2 * error["eager"], 3e-6), error
 
 
 @pytest.mark.parametrize(("kept", "most"), [(196, 331), (46, 302)])
-def test_kernels_of_a_step(kept: int, most: int) -> None:
+def test_kernels_of_an_iteration(kept: int, most: int) -> None:
     with process("0") as call:
-        ours = call(triton_runs.launches, "triton", kept)
-        theirs = call(triton_runs.launches, "reference", kept)
+        ours = call(runs.launches, "triton", kept)
+        theirs = call(runs.launches, "reference", kept)
     assert ours["_adam_clamp"] == ours["_gather_patches_fwd"] == ours["_total_variation_bwd"] == 1
     assert ours.total() <= most and 2 * ours.total() <= theirs.total()
 

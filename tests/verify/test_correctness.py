@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from smi_fast import cli
 from smi_fast.ops import backends, reference
-from smi_fast.verify import correctness, timing
+from smi_fast.verify import correctness
+from smi_fast.verify.call_grid import op_calls
+from smi_fast.verify.cases import OpCall
 
 CPU = torch.device("cpu")
 
@@ -30,6 +31,10 @@ def functions(**replaced: object) -> SimpleNamespace:
     names = (op for name in backends.OPS for op in (name, name + "_backward"))
     plain = {name: getattr(reference, name) for name in names if hasattr(reference, name)}
     return SimpleNamespace(**{**plain, **replaced})
+
+
+def variation_calls() -> list[OpCall]:
+    return [call for call in op_calls() if call.op == "total_variation"]
 
 
 @pytest.fixture
@@ -74,8 +79,8 @@ def test_wrong_kernel_is_seen(
     assert smi_fast_verify(monkeypatch, tmp_path / "found.json") == 1
     out = capsys.readouterr().out
     (failed,) = (line for line in out.splitlines() if line.endswith("FAILED"))
-    assert failed.split()[:5] == ["planted", "cpu", "batch_norm_matching_backward", "float64", "27"]
-    assert out.count("planted on cpu, float64: batch_norm_matching_backward-") == 27
+    assert failed.split()[:5] == ["planted", "cpu", "batch_norm_matching_backward", "float64", "33"]
+    assert out.count("planted on cpu, float64: batch_norm_matching_backward-") == 33
     assert "not run: absent: it never runs" in out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [v["op"] for v in found["verdicts"] if v["failures"]] == ["batch_norm_matching_backward"]
@@ -85,8 +90,8 @@ def test_wrong_kernel_is_seen(
 def test_result_that_is_no_number_is_a_failure(planted: None, value: float) -> None:
     wrong = functions(total_variation=lambda *_: torch.full((3, 4), value))
     backend = backends.Backend("planted", wrong, lambda *_: None)
-    cases = [case for case in correctness.all_cases() if case.op == "total_variation"]
-    verdict = correctness._verdict(backend, CPU, "total_variation", torch.float32, cases)
+    calls = variation_calls()
+    verdict = correctness.verdict(backend, CPU, torch.float32, calls)
     assert len(verdict.failures) > 10 and not verdict.error <= verdict.budget
 
 
@@ -95,24 +100,7 @@ def test_kernel_that_raises_is_a_failure() -> None:
         raise RuntimeError("CUDA error: misaligned address")
 
     backend = backends.Backend("planted", functions(total_variation=refuses), lambda *_: None)
-    cases = [case for case in correctness.all_cases() if case.op == "total_variation"]
-    verdict = correctness._verdict(backend, CPU, "total_variation", torch.float32, cases)
-    assert len(verdict.failures) == len(cases) == verdict.calls and verdict.error is None
+    calls = variation_calls()
+    verdict = correctness.verdict(backend, CPU, torch.float32, calls)
+    assert len(verdict.failures) == len(calls) == verdict.calls and verdict.error is None
     assert "misaligned address" in verdict.failures[0]
-
-
-def test_timing_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU and small, since every line but the events of CUDA is the same."""
-    for name, value in {"SIDE": 32, "KEPT": (4, 2), "WARM_UP": 0, "REPEATS": 1}.items():
-        monkeypatch.setattr(timing, name, value)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    entries = list(timing.op_times(CPU, batch=2))
-    ways = {entry["op"]: set(entry["milliseconds"]) for entry in entries}
-    assert {"eager", "torch.compile", "sdpa"} <= ways["gather_attention_backward"]
-    assert len(ways) == 8 and all(t > 0 for e in entries for t in e["milliseconds"].values())
-    teacher = VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=3
-    )
-    *steps, last = timing.step_times(CPU, teacher, batch=2)
-    assert [step["step"] for step in steps] == ["2 images, 4 patches", "2 images, 2 patches"] * 2
-    assert last["ratio"] == steps[0]["milliseconds"] / steps[3]["milliseconds"]

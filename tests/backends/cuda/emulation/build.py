@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for the host, with ninja, into importable modules.
 
-Objects stay in a build directory outside of git, so that only what changed is compiled again.
+Objects stay in a build directory outside of git, and only changed sources are compiled again.
 ``python build.py`` builds every variant ahead of the tests.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "csrc" / "cuda"
-BUILD = HERE.parent.parent / "build" / "cuda_emulation"
+ROOT = HERE.parents[3]
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_emulation"
 
 # How the kernels, but not the emulation itself, are compiled.
 VARIANTS = {
@@ -35,13 +36,13 @@ class Fault:
     """A fault to plant into a copy of the kernels.
 
     Attributes:
-        name: of the fault, an identifier.
-        variant: the one that catches it.
-        file: to change.
-        text: that ``replacement`` takes the place of, once.
+        name: identifier of the fault.
+        variant: the variant that catches it.
+        file: the file to change.
+        text: the text to replace; the file has it once.
         replacement: the fault.
-        source: the .cu file that shall have the fault; the others stay as they are.
-        caught: a regular expression for what the run says.
+        source: the .cu file that is compiled with the fault; the others stay as they are.
+        caught: a regular expression that the output of the run matches.
     """
 
     name: str

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from triton_compile import MACHINES, Compiled, compile_op
+
+from tests.backends.triton.compile import MACHINES, Compiled, compile_op
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("triton", "smi_fast.kernels")),

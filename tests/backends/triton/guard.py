@@ -3,13 +3,13 @@
 The stock interpreter of Triton 3.8 computes bfloat16 on its raw bits and reads out of bounds in
 silence. :func:`install` corrects it, where triton was first imported with ``TRITON_INTERPRET=1``:
 
-* bfloat16 values are held in float32 and rounded to nearest even whenever one is made;
-* a tensor-core product of float32 operands in tf32 loses the mantissa that the hardware drops;
+* bfloat16 values are held in float32, and each new value is rounded to nearest even;
+* a tf32 product of float32 operands loses the mantissa bits that the hardware drops;
 * ``tl.dot`` refuses the shapes that a real target refuses;
 * a lane that is masked out of a load without ``other`` is poison, not zero;
 * every lane must fall on an element of a tensor argument;
-* no program may store to an element that another one loads or stores, nor one store write an
-  element twice; atomics are refused, for none of our kernels may need one;
+* no program may store to an element that another program loads or stores, and no store may write
+  an element twice; atomics are refused, because their order isn't fixed;
 * the bytes that each program fetches and stores are counted, an element once for each program.
 """
 
@@ -25,7 +25,7 @@ from triton.runtime import interpreter
 
 Builder = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
-NOBODY, SEVERAL = -1, -2
+NO_PROGRAM, SEVERAL = -1, -2
 TF32_DROPPED = np.uint32(0x1FFF)
 
 
@@ -38,7 +38,7 @@ class RaceError(RuntimeError):
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32, each the nearest that bfloat16 has; ties go to the even one."""
+    """Rounds float32 to the nearest bfloat16, ties to even; the result is float32."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
@@ -46,7 +46,7 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def drop_tf32(values: np.ndarray) -> np.ndarray:
-    """float32 with the ten bits of mantissa that tf32 keeps."""
+    """Truncates the mantissa of float32 to the ten bits that tf32 keeps."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return (bits & ~TF32_DROPPED).view(np.float32)
 
@@ -57,7 +57,7 @@ def _is_bfloat16(dtype: Any) -> bool:
 
 @dataclass
 class Shadow:
-    """Who touched each element of a range of memory in one launch."""
+    """The programs that touched each byte of a range of memory in one launch."""
 
     start: int
     stop: int
@@ -67,7 +67,7 @@ class Shadow:
 
     def __post_init__(self) -> None:
         # One entry a byte, so that tensors of two types can share a range.
-        self.reader = np.full(self.stop - self.start, NOBODY, np.int32)
+        self.reader = np.full(self.stop - self.start, NO_PROGRAM, np.int32)
         self.writer = self.reader.copy()
         self.fetcher = self.reader.copy()
 
@@ -125,9 +125,9 @@ class Memory:
             raise OutOfBoundsError("an address lies between two elements")
         me = _program()
         readers, writers = shadow.reader[at], shadow.writer[at]
-        clash = (writers != NOBODY) & (writers != me)
+        clash = (writers != NO_PROGRAM) & (writers != me)
         if store:
-            clash |= (readers != NOBODY) & (readers != me)
+            clash |= (readers != NO_PROGRAM) & (readers != me)
         if clash.any():
             raise RaceError(
                 f"program {me} shares {clash.sum()} elements with a program that stores to them"
@@ -140,7 +140,7 @@ class Memory:
             # Programs run one after the other, so the last to fetch an element tells whether I did.
             traffic.loaded += size * int((shadow.fetcher[at] != me).sum())
             shadow.fetcher[at] = me
-            shadow.reader[at] = np.where((readers == NOBODY) | (readers == me), me, SEVERAL)
+            shadow.reader[at] = np.where((readers == NO_PROGRAM) | (readers == me), me, SEVERAL)
 
 
 MEMORY = Memory()

@@ -1,0 +1,91 @@
+"""The error that a kernel may have, in proportion to that of eager PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Error(NamedTuple):
+    """The error of one result in one measure.
+
+    Attributes:
+        measure: "element" or "norm", see :func:`errors`.
+        value: the error.
+        budget: the largest that is allowed.
+    """
+
+    measure: str
+    value: float
+    budget: float
+
+    @property
+    def share(self) -> float:
+        """The error as a fraction of its budget; infinite when it isn't a number."""
+        if not math.isfinite(self.value):
+            return math.inf
+        if not self.budget:
+            return math.inf if self.value else 0.0
+        return self.value / self.budget
+
+    @property
+    def allowed(self) -> bool:
+        return self.value <= self.budget  # false for nan
+
+    def __str__(self) -> str:
+        return f"error {self.value:.3g} of the {self.measure}, budget {self.budget:.3g}"
+
+
+def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
+    """The errors of one result, each with its budget.
+
+    * element: the largest error of an element. Budget:
+      ``2 · error(eager, same dtype) + floor · max|exact|``. The floor, half an ulp but at least
+      four float32 ulps, matters where eager happens to round exactly. In float64 it is 1e-12,
+      because eager is itself the reference.
+    * norm: the error of the 2-norm. Rounding errors cancel in it, a wrong factor doesn't: a factor
+      that half precision hides in every element shows here. Budget: ``2 · error(eager)``, plus
+      twice the change that independent errors of the rows, as large as eager's and the floor,
+      would make, plus four float32 ulps of the norm.
+
+    Where the exact result is too large for the data type, infinity is right. Where only eager is
+    not finite, because it overflowed on the way, its error counts as zero.
+
+    Args:
+        ours: the result of the kernel.
+        eager: that of the reference in the data type of ``ours``.
+        exact: that of the reference in float64, from the same rounded arguments.
+    """
+    floor, noise = _floors(ours.dtype)
+    limit = torch.finfo(ours.dtype).max
+    exact = exact.clamp(-limit, limit)
+    eager = torch.where(eager.isfinite(), eager.double(), exact)
+    ours = ours.double().clamp(-limit, limit)
+
+    error, yardstick = (float((result - exact).abs().max()) for result in (ours, eager))
+    yield Error("element", error, 2 * yardstick + floor * float(exact.abs().max()))
+
+    norm = float(exact.norm())
+    error, yardstick = (abs(float(result.norm()) - norm) for result in (ours, eager))
+    # An error e of a row r changes the norm by up to |e| |r| / norm. The changes of independent
+    # rows add up as the root of the sum of their squares.
+    rows = _row_norms(exact)
+    changes = (_row_norms(eager - exact) + floor * rows) * rows
+    random = float(changes.norm()) / norm if norm else 0.0
+    yield Error("norm", error, 2 * (yardstick + random) + noise * norm)
+
+
+def _floors(dtype: torch.dtype) -> tuple[float, float]:
+    """The relative floor of an element's error, and of the norm's: the noise of float32 sums."""
+    if dtype == torch.float64:
+        return 1e-12, 1e-12
+    noise = 4 * torch.finfo(torch.float32).eps
+    return max(torch.finfo(dtype).eps / 2, noise), noise
+
+
+def _row_norms(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -2).norm(dim=-1) if tensor.dim() > 1 else tensor.abs()

@@ -1,0 +1,42 @@
+"""The calls of the steps of a block that the C++ engine is checked on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from smi_fast.verify.cases import OpCall
+
+
+def engine_calls() -> list[OpCall]:
+    """All calls of the engine's ops, the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(_engine_calls())
+
+
+def _engine_calls() -> Iterator[OpCall]:
+    for rows, width in ((1, 1), (3, 7), (47, 64), (94, 192), (50, 385), (0, 8)):
+        x, added, grad, empty = torch.randn(4, rows, width)
+        bias, label, rstd = torch.randn(width), f"{rows}x{width}", torch.rand(rows)
+        yield OpCall(label, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd))
+        yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
+        yield OpCall(label, "normalize_backward_", (added, grad, x, rstd))
+        yield OpCall(label, "gelu_", (3 * x, bias, empty))
+        yield OpCall(label, "multiply_", (added, grad))
+    far = torch.tensor([[-200.0, -15.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 15.0, 200.0]])
+    yield OpCall("far", "gelu_", (far, torch.zeros(9), torch.empty_like(far)))
+    for count, width in ((1, 64), (2, 8), (47, 64), (66, 72), (197, 32), (0, 8)):
+        qkv, q_bias = torch.randn(2, count, 3, 2, width), torch.randn(2 * width)
+        out, grad = torch.randn(2, 2 * count, 2 * width).unflatten(1, (2, count))
+        label = f"{count}-{width}"
+        yield OpCall(label, "attend_", (qkv, q_bias, out))
+        yield OpCall(label, "attend_backward_", (grad, qkv, q_bias, torch.empty_like(qkv)))
+    for rows, count, width in ((1, 1, 64), (1, 47, 64), (2, 48, 24), (3, 197, 33)):
+        q, grad = torch.randn(2, 2, rows, 3 * width)
+        q_bias, kv = torch.randn(3 * width), torch.randn(2, count, 2, 3, width)
+        probabilities = torch.randn(2, 3, rows, count).softmax(dim=-1)
+        label = f"{rows}-{count}-{width}"
+        yield OpCall(label, "attend_rows", (q, q_bias, kv))
+        yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities))
