@@ -13,8 +13,8 @@ from smi_fast.inversion.result import InversionResult
 from smi_fast.ops import backends
 from smi_fast.ops.schemas import _SCHEMAS, TRITON, triton_kernel
 from smi_fast.schedules import Dense, Selection
-from tests.host_guard import HostGuard
-from tests.launches import Launches
+from tests.helpers.host_guard import HostGuard
+from tests.helpers.launches import Launches
 
 SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 _library = torch.library.Library("smi_fast", "IMPL")

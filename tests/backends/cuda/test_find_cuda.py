@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 SPEC = spec_from_file_location("find_cuda", ROOT / "csrc" / "find_cuda.py")
 find_cuda = module_from_spec(SPEC)
 SPEC.loader.exec_module(find_cuda)
