@@ -164,8 +164,13 @@ class InversionState:
             taps=output.taps,
         )
         values = [objective(inputs) for objective in settings.objectives]
-        pairs = zip(settings.objectives, values, strict=True)
-        loss = torch.stack([objective.weight * value for objective, value in pairs]).sum()
+        # A weight of 1 is left out: it would cost a kernel forward and another backward.
+        loss = torch.stack(
+            [
+                value if objective.weight == 1 else objective.weight * value
+                for objective, value in zip(settings.objectives, values, strict=True)
+            ]
+        ).sum()
         (gradient,) = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             row = torch.stack([*values, gradient.sum()]).to(self.record.dtype)
