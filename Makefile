@@ -8,7 +8,7 @@ HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
-	@echo 'make lint    ruff, mypy --strict, clang-format and actionlint'
+	@echo 'make lint    ruff, mypy --strict, import-linter, clang-format, actionlint'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make docs    build the pages of docs/ into site/'
 	@echo 'make clean   remove what these made, except .venv'
@@ -20,13 +20,15 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
-# mypy follows folders and no package map, so it is shown kernels/ where it gets installed.
+# mypy and import-linter follow folders and no package map: they are shown a copy of the package with
+# kernels/ where it gets installed.
 lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	rm -rf .venv/typed && mkdir -p .venv/typed/smi_fast
-	ln -s $(CURDIR)/smi_fast/* $(CURDIR)/kernels .venv/typed/smi_fast
+	rm -rf .venv/typed && mkdir -p .venv/typed
+	cp -r smi_fast .venv/typed && cp -r kernels .venv/typed/smi_fast
 	MYPYPATH=.venv/typed $(BIN)/mypy -p smi_fast
+	cd .venv/typed && PYTHONPATH=. ../bin/lint-imports --no-cache ../../pyproject.toml
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null | \
 	    xargs -r $(BIN)/clang-format --dry-run -Werror
 	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint .github/workflows/*.yml; else \

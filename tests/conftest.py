@@ -10,11 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from smi_fast.inversion import loop
 from smi_fast.ops import backends
-from smi_fast.verify.cases import random_kept
 from tests.helpers.host_guard import HostGuard
 from tests.helpers.teachers import tiny_vit
-
-__all__ = ["random_kept"]
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ class Tasks {
   Grid grid_{0, 0, 1, 1};
   int64_t channels_, count_, band_rows_, bands_ = 1;
   int64_t cells_per_task_ = 1, cells_per_image_ = 0, kept_per_image_ = 0;
-  std::vector<int64_t> cells_;    // [B, K], or [bands] for all images
+  std::vector<int64_t> cells_;      // [B, K], or [bands] for all images
   std::vector<uint8_t> is_active_;  // [B, cells], or [bands] for all images
 };
 
