@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import figures
-from benchmarks.quality import class_accuracy, foreground, independent_judge
+from benchmarks.quality import class_accuracy, foreground, independent_judge, recognition
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
     "foreground": foreground.main,
     "class-accuracy": class_accuracy.main,
     "judge": independent_judge.main,
+    "quality": recognition.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
     "end-to-end": end_to_end.main,

@@ -7,7 +7,7 @@ changes it. A recipe has no schedule: each runs dense, or on kept patches only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from smi_fast.objectives import (
     VariationTarget,
 )
 from smi_fast.objectives.targets import soft_targets
+from smi_fast.parametrizations import Fourier, Parametrization, Pixels
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Recipe:
         iterations: iterations of the optimiser.
         lr: learning rate of Adam.
         betas: decay rates of Adam.
+        parametrization: what the optimiser moves.
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
         differs: how the recipe differs from the published method, and what is uncertain.
     """
@@ -56,12 +58,17 @@ class Recipe:
     lr: float
     betas: tuple[float, float]
     soft: bool = False
+    parametrization: Parametrization = field(default_factory=Pixels)
     differs: str = ""
 
-    def options(self) -> dict[str, Any]:
-        """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`."""
-        names = ("objectives", "iterations", "lr", "betas")
-        return {name: getattr(self, name) for name in names}
+    def options(self, **changes: Any) -> dict[str, Any]:
+        """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`.
+
+        Args:
+            **changes: further arguments, or other values than the recipe's.
+        """
+        names = ("objectives", "parametrization", "iterations", "lr", "betas")
+        return {**{name: getattr(self, name) for name in names}, **changes}
 
     def targets(
         self, labels: Tensor, classes: int, generator: torch.Generator | None = None
@@ -84,7 +91,12 @@ class Recipe:
     def __str__(self) -> str:
         adam = f"Adam, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
         objectives = [f"  {objective!r}" for objective in self.objectives]
-        lines = [f"{self.name}: {self.source}", *objectives, f"  {adam}"]
+        lines = [
+            f"{self.name}: {self.source}",
+            *objectives,
+            f"  {self.parametrization!r}",
+            f"  {adam}",
+        ]
         lines += ["  soft targets"] if self.soft else []
         return "\n".join([*lines, f"  differs: {self.differs}"] if self.differs else lines)
 
@@ -98,6 +110,22 @@ def smi() -> Recipe:
         4000,
         0.25,
         (0.5, 0.99),
+    )
+
+
+def clear() -> Recipe:
+    """Images that independent networks recognise, in 100 iterations; not a published method.
+
+    It goes with :meth:`StopSchedule.once <smi_fast.StopSchedule.once>`, or dense.
+    """
+    return Recipe(
+        "clear",
+        "this project, by measurement: python -m benchmarks quality",
+        (CrossEntropy(),),
+        iterations=100,
+        lr=0.2,
+        betas=(0.5, 0.99),
+        parametrization=Fourier(),
     )
 
 
@@ -196,6 +224,7 @@ def mimiq() -> Recipe:
 
 
 _BY_NAME: dict[str, Callable[..., Recipe]] = {
+    "clear": clear,
     "smi": smi,
     "deepinversion": deepinversion,
     "psaq_vit": psaq_vit,
@@ -210,7 +239,7 @@ def by_name(name: str, cnn: nn.Module | None = None) -> Recipe:
     """The recipe of a name, with its published weights.
 
     Args:
-        name: "smi", "deepinversion", "psaq_vit", "gradvit", "sardfq" or "mimiq".
+        name: "clear", "smi", "deepinversion", "psaq_vit", "gradvit", "sardfq" or "mimiq".
         cnn: network with BatchNorm, for the recipes of :data:`WITH_CNN` and no others.
 
     Raises:

@@ -34,7 +34,7 @@ class Parametrization(ABC):
     def bind(self: P, space: ImageSpace) -> P:
         """A copy for images of one space. Override it to prepare constants for that space."""
         bound = copy.copy(self)
-        bound.space = space
+        object.__setattr__(bound, "space", space)  # members may be frozen dataclasses
         return bound
 
     @abstractmethod

@@ -18,7 +18,7 @@ MARGIN = 1e-3
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
-@dataclass(eq=False)
+@dataclass
 class Fourier(Parametrization):
     """Pixels are ``sigmoid(u)``, where u is the inverse Fourier transform of scaled parameters.
 
@@ -54,8 +54,8 @@ class Fourier(Parametrization):
     decay: float = 1.5
     start: float = 0.02
     colour: bool = False
-    _scale: Tensor = field(init=False, repr=False)
-    _colours: Tensor | None = field(init=False, repr=False, default=None)
+    _scale: Tensor = field(init=False, repr=False, compare=False)
+    _colours: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.decay) and self.decay >= 0):

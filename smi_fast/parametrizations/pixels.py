@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from smi_fast.parametrizations.base import Parametrization
 
 
+@dataclass(frozen=True)
 class Pixels(Parametrization):
     """Normalised pixels that start as standard normal noise and are clamped after each iteration.
 

@@ -58,6 +58,28 @@ class StopSchedule:
             tuple(round(t * iterations / 4000) for t in published.at), published.drop, compact
         )
 
+    @classmethod
+    def once(cls, iterations: int, *, keep: float = 0.47, at: float = 0.1) -> StopSchedule:
+        """One early, compact stop: most patches stop as soon as their importance can be told.
+
+        >>> StopSchedule.once(100).counts(64)
+        (30,)
+
+        Args:
+            iterations: T of the run.
+            keep: share of the patches that stay, in (0, 1].
+            at: where the stop is, as a share of the run, in (0, 1).
+
+        Raises:
+            ValueError: a share out of range, or too few iterations for a stop.
+        """
+        if not (0 < keep <= 1 and 0 < at < 1):
+            raise ValueError(f"expected keep in (0, 1] and at in (0, 1), got {keep} and {at}")
+        stop = round(at * iterations)
+        if not 1 <= stop < iterations:
+            raise ValueError(f"expected enough iterations for a stop at {at:.0%}, got {iterations}")
+        return cls((stop,), (1 - keep,), compact=True)
+
     @property
     def remaining(self) -> float:
         """Share of the patches left after the last stop, before rounding."""
