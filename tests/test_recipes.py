@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import smi_fast
-from smi_fast import cli, recipes
+from smi_fast import Dense, cli, recipes
 from smi_fast.objectives import Objective
 from smi_fast.pool import Pool
 from smi_fast.zoo import load_cnn
@@ -99,9 +99,30 @@ def test_soft_targets_only_where_published() -> None:
 
 
 def test_what_is_no_recipe_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"recipe among smi, deepinversion, .* got 'dream'"):
+    with pytest.raises(ValueError, match=r"recipe among clear, smi, deepinversion, .* got 'dream'"):
         recipes.by_name("dream")
     with pytest.raises(ValueError, match="gradvit takes a CNN as prior"):
         recipes.by_name("gradvit")
     with pytest.raises(ValueError, match="mimiq takes no CNN as prior"):
         recipes.by_name("mimiq", load_cnn("fashion-canvas"))
+
+
+def test_options_take_other_values_in_place() -> None:
+    recipe = recipes.smi()
+    changed = recipe.options(iterations=7, schedule=Dense())
+    assert changed["iterations"] == 7 and changed["lr"] == recipe.lr
+    assert isinstance(changed["schedule"], Dense) and recipe.options()["iterations"] == 4000
+
+
+def test_clear_moves_a_fourier_series_and_converges_in_few_iterations() -> None:
+    recipe = recipes.clear()
+    assert "Fourier(decay=1.5" in str(recipe)
+    inverter = smi_fast.SparseInverter(
+        smi_fast.load_teacher("fashion-canvas"),
+        schedule=smi_fast.StopSchedule.once(30),
+        **recipe.options(iterations=30),
+    )
+    generator = torch.Generator().manual_seed(0)
+    result = inverter.invert([0, 1, 5, 9], generator=generator, progress=False)
+    assert (result.logits.argmax(1) == result.targets).all()
+    assert result.kept.shape == (4, 30)
