@@ -34,11 +34,11 @@ class DataIter:
 
     def next(self) -> Any:
         """The next batch."""
-        try:
-            return next(self._epoch)
-        except StopIteration:
-            self._epoch = _start(self.dataloader)
-            return next(self._epoch)
+        # No handler of StopIteration: a generator that starts in one keeps the callers' frames.
+        for batch in self._epoch:
+            return batch
+        self._epoch = _start(self.dataloader)
+        return next(self._epoch)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:

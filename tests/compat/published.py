@@ -135,8 +135,9 @@ class PublishedLoop:
         whole = images.detach() * std + mean
         masked = whole * self._mask(whole, prune_ratio)
         self._save(whole if prune_ratio == [0] else masked)
-        loader = DataLoader(Folder(self), batch_size=2, shuffle=True, num_workers=4)
-        self.loader, self.epoch = loader, iter(loader)
+        files = Folder(self.folder, self.transform)
+        self.loader = DataLoader(files, batch_size=2, shuffle=True, num_workers=4)
+        self.epoch = iter(self.loader)
         return {"synthetic": whole, "masked_synthetic": masked}
 
     def sample(self) -> Tensor:
@@ -170,10 +171,15 @@ class PublishedLoop:
 
 
 class Folder(Dataset):
-    def __init__(self, loop: PublishedLoop) -> None:
-        walked = os.walk(loop.folder)
-        self.paths = [os.path.join(folder, name) for folder, _, names in walked for name in names]
-        self.transform = loop.transform
+    """The images of a folder, as it is walked.
+
+    It doesn't refer to the loop: a cycle's iterator waits five seconds for each of its workers.
+    """
+
+    def __init__(self, folder: Path, transform: Callable) -> None:
+        walked = os.walk(folder)
+        self.paths = [os.path.join(where, name) for where, _, names in walked for name in names]
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
