@@ -85,12 +85,15 @@ def patch_as_published(teacher: VisionTransformer) -> VisionTransformer:
         return x + self.mlp(self.norm2(x)), probabilities
 
     def vit_forward(self: nn.Module, x: Tensor, absolute: Tensor, relative: Tensor) -> tuple:
-        x = self._pos_embed(self.patch_embed(x))
-        x, maps = x.gather(1, absolute[..., None].expand(len(x), -1, x.shape[2])), []
+        kept = absolute
+        if relative.shape[1] != kept.shape[1]:
+            kept = kept.gather(1, relative)
+        x, maps = self._pos_embed(self.patch_embed(x)), []
+        x = x.gather(1, kept[..., None].expand(len(x), -1, x.shape[2]))
         for block in self.blocks:
             x, probabilities = block(x)
             maps.append(probabilities)
-        return self.head(self.norm(x)[:, 0]), maps, absolute
+        return self.head(self.norm(x)[:, 0]), maps, kept
 
     teacher.forward = MethodType(vit_forward, teacher)
     for block in teacher.blocks:

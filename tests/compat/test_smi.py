@@ -6,7 +6,6 @@ import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,39 +17,15 @@ from torch import Tensor, nn
 
 from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
 from smi_fast.compat import SMI
-from tests.helpers.teachers import tiny_vit
+from tests.compat.published import NORMALIZER, make, seed, small_vit
+from tests.helpers.teachers import patch_as_published, tiny_vit
 
-NORMALIZER = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 
 
 @pytest.fixture
 def teacher() -> VisionTransformer:
     return tiny_vit(img_size=32)
-
-
-def make(teacher: nn.Module, folder: Path, **options: object) -> SMI:
-    options = {
-        "teacher": teacher,
-        "teacher_name": "deit_tiny_16_imagenet",
-        "student": None,
-        "num_classes": 5,
-        "img_shape": (3, 32, 32),
-        "patch_size": 8,
-        "iterations": 8,
-        "lr_g": 0.25,
-        "synthesis_batch_size": 3,
-        "sample_batch_size": 2,
-        "tv2": 1e-4,
-        "save_dir": folder,
-        "normalizer": NORMALIZER,
-        **options,
-    }
-    return SMI(**options)
-
-
-def seed() -> None:
-    torch.manual_seed(7)
-    random.seed(7)
 
 
 @pytest.mark.parametrize(
@@ -109,32 +84,42 @@ def test_sample_gives_shuffled_batches_for_ever(teacher: VisionTransformer, tmp_
 def test_transform_and_further_images(teacher: VisionTransformer, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     Image.new("L", (5, 5), 9).save(tmp_path / "more" / "grey.JPEG")
-    seen = []
+    Image.new("L", (5, 5), 9).save(tmp_path / "more" / "not_read.bmp")
 
     def transform(image: Image.Image) -> Tensor:
-        seen.append((image.mode, image.size))
-        return torch.zeros(1)
+        return torch.tensor([*image.size, len(image.getbands())])
 
     smi = make(
         teacher, tmp_path / "pool", iterations=1, transform=transform, sample_batch_size=4,
         init_dataset=tmp_path / "more",
     )  # fmt: skip
     smi.synthesize(num_patches=17)
-    assert smi.sample().shape == (4, 1)
-    assert sorted(seen) == [("RGB", (5, 5))] + [("RGB", (32, 32))] * 3
+    assert sorted(smi.sample().tolist()) == [[5, 5, 3]] + [[32, 32, 3]] * 3
 
 
-def test_patched_model_gives_the_same_images(teacher: VisionTransformer, tmp_path: Path) -> None:
+def test_patched_model_gives_the_same_images(tmp_path: Path) -> None:
+    """As published's build_model patches it, and then called by the script with indices."""
+    smi = make(small_vit(), tmp_path / "a")
     seed()
-    plain = make(teacher, tmp_path / "a").synthesize(num_patches=17)
-
-    def vit_forward(self: nn.Module, x: Tensor, current: Tensor, following: Tensor) -> Tensor:
-        raise AssertionError("not called")
-
-    teacher.forward = MethodType(vit_forward, teacher)
+    plain = smi.synthesize(num_patches=17)
+    teacher = patch_as_published(small_vit())
+    smi = make(teacher, tmp_path / "b")
     seed()
-    patched = make(teacher, tmp_path / "b").synthesize(num_patches=17)
-    assert torch.equal(plain["synthetic"], patched["synthetic"])
+    assert torch.equal(plain["synthetic"], smi.synthesize(num_patches=17)["synthetic"])
+    every = torch.arange(17).expand(2, -1)
+    logits, _, kept = teacher(smi.sample(), every, every)
+    assert logits.shape == (2, 5) and torch.equal(kept, every)
+
+
+def test_replaced_head_has_the_number_of_classes(tmp_path: Path) -> None:
+    """A script calls reset_classifier on the patched model, or replaces the head itself."""
+    teacher = patch_as_published(small_vit())
+    teacher.reset_classifier(10)
+    smi = make(teacher, tmp_path, num_classes=10)
+    made = smi.synthesize(torch.tensor([7, 8, 9]), num_patches=17)
+    assert made["targets"].tolist() == [7, 8, 9]
+    teacher.head = nn.Linear(32, 12)
+    assert make(teacher, tmp_path, num_classes=12).num_classes == 12
 
 
 @pytest.mark.parametrize(
@@ -150,6 +135,7 @@ def test_patched_model_gives_the_same_images(teacher: VisionTransformer, tmp_pat
         ({"patch_size": 16}, "patch_size 8, got .* and 16"),
         ({"num_classes": 1000}, "5 classes, got 1000"),
         ({"device": "meta"}, "the teacher on meta, it is on cpu"),
+        ({"device": "cuda"}, "the teacher on cuda, it is on cpu"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -239,7 +225,7 @@ def test_published_source_of_batch_norm_is_torchvision(
     monkeypatch.setattr(models, "resnet50", resnet50)
     smi = make(teacher, tmp_path, bn=0.01, bnsource="resnet50v1", iterations=1)
     assert asked == [models.ResNet50_Weights.IMAGENET1K_V1]
-    assert any("20 layers" in repr(term) for term in smi.objectives)
+    assert len(smi.bn_hooks) == 20 and not smi.prior.training
 
     def offline(weights: str) -> nn.Module:
         raise OSError("no network")
