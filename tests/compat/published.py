@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np

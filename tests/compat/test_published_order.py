@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smi_fast.compat.pool import to_tensor
-from tests.helpers.teachers import patch_as_published
 from tests.compat.published import (
     BATCH,
     CLASSES,
@@ -28,6 +27,7 @@ from tests.compat.published import (
     seed,
     small_vit,
 )
+from tests.helpers.teachers import patch_as_published
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker"),

@@ -16,7 +16,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
-from smi_fast.compat import SMI
 from tests.compat.published import NORMALIZER, make, seed, small_vit
 from tests.helpers.teachers import patch_as_published, tiny_vit
 

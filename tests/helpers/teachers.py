@@ -84,10 +84,12 @@ def patch_as_published(teacher: VisionTransformer) -> VisionTransformer:
         x = x + attended
         return x + self.mlp(self.norm2(x)), probabilities
 
-    def vit_forward(self: nn.Module, x: Tensor, absolute: Tensor, relative: Tensor) -> tuple:
-        kept = absolute
-        if relative.shape[1] != kept.shape[1]:
-            kept = kept.gather(1, relative)
+    def vit_forward(
+        self: nn.Module, x: Tensor, current_abs_index: Tensor, next_relative_index: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        kept = current_abs_index
+        if next_relative_index.shape[1] != kept.shape[1]:
+            kept = kept.gather(1, next_relative_index)
         x, maps = self._pos_embed(self.patch_embed(x)), []
         x = x.gather(1, kept[..., None].expand(len(x), -1, x.shape[2]))
         for block in self.blocks:
