@@ -32,7 +32,7 @@ from smi_fast import (
 )
 
 SEEDS = (0, 1, 2)
-LENGTHS = (25, 50, 100, 200, 400)
+LENGTHS = (25, 50, 100, 200)
 PER_CLASS = 4
 
 
