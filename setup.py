@@ -57,7 +57,7 @@ def wanted(variable: str) -> str:
 
 
 def leave_out(kernels: str, reason: str, forced: bool) -> None:
-    """Says why `kernels` are not built; ends the build if they are forced."""
+    """Say why `kernels` are not built, and end the build if they are forced."""
     if forced:
         raise SystemExit(f"The {kernels} kernels can't be built: {reason}.")
     print(f"Building without the {kernels} kernels: {reason}.", file=sys.stderr)

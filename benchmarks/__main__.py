@@ -1,4 +1,4 @@
-"""Runs measurements, by default all of them: ``python -m benchmarks [NAME …] [--quick]``."""
+"""Run measurements, by default all of them: ``python -m benchmarks [NAME …] [--quick]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws the README's speed picture from the recorded results."""
+"""Draw the README's speed picture from the recorded results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the CUDA toolkit and the GPU architectures to build for, or says why it can't.
+"""Find the CUDA toolkit and the GPU architectures to build for, or say why it can't.
 
 setup.py loads this file by its path: it is no part of the package.
 """
@@ -30,7 +30,7 @@ class Toolkit(NamedTuple):
 
 
 def find() -> Toolkit:
-    """Finds the toolkit in CUDA_HOME, else on the path, else in /usr/local/cuda.
+    """Find the toolkit in CUDA_HOME, else on the path, else in /usr/local/cuda.
 
     Raises:
         Unbuildable: torch has no CUDA; there is no nvcc, it doesn't work, or its major version is

@@ -32,7 +32,7 @@ def invert(
     std: Sequence[float],
     callback: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Inverts one batch.
+    """Invert one batch.
 
     Args:
         vit: a model whose only prefix token is the class token. Its weights receive gradients.
@@ -84,7 +84,7 @@ def most_important(kept: Tensor, importance: Tensor, drop: float) -> Tensor:
 
 
 def forward(vit: VisionTransformer, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes logits [B, classes] from patches int64 [B, K], and all maps [L, B, H, N, N].
+    """Compute logits [B, classes] from patches int64 [B, K], and all maps [L, B, H, N, N].
 
     All patches are embedded first, and then the tokens of ``patches`` are taken, as published.
     """

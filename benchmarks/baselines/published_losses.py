@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def hook_batch_norms(norms: Iterable[nn.BatchNorm2d]) -> list[Tensor]:
-    """Registers DeepInversion's hooks (arXiv 1912.08795).
+    """Register DeepInversion's hooks (arXiv 1912.08795).
 
     Args:
         norms: layers in eval mode. The hook of each takes mean and variance of its input once more.

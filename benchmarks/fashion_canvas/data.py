@@ -30,7 +30,7 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_items(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Reads the items of a split ("train" or "t10k"): uint8 [N, 28, 28] and int64 labels [N].
+    """Read the items of a split ("train" or "t10k"): uint8 [N, 28, 28] and int64 labels [N].
 
     The four gzipped IDX files are looked for in ``folder``, else in ``$FASHION_MNIST``, else where
     Debian's ``dataset-fashion-mnist`` puts them.
@@ -62,7 +62,7 @@ def render(
     displacement: float = 1.0,
     side: int = SIDE,
 ) -> tuple[Tensor, Tensor]:
-    """Places each item on its own canvas.
+    """Place each item on its own canvas.
 
     Args:
         items: uint8 [B, 28, 28].
@@ -107,7 +107,7 @@ def _texture(count: int, side: int, generator: torch.Generator) -> Tensor:
 
 
 def canvases(split: str, seed: int, *, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Renders one canvas of full difficulty per item: images, labels, foreground.
+    """Render one canvas of full difficulty per item: images, labels, foreground.
 
     Args:
         split: "train" or "t10k".
@@ -124,5 +124,5 @@ def canvases(split: str, seed: int, *, last: int | None = None) -> tuple[Tensor,
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Normalises images in [0, 1] for the teacher."""
+    """Normalise images in [0, 1] for the teacher."""
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

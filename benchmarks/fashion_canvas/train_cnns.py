@@ -1,4 +1,4 @@
-"""Trains the CNN prior and the judge on the CPU.
+"""Train the CNN prior and the judge on the CPU.
 
 Run it as ``python -m benchmarks.fashion_canvas.train_cnns [NAME …]``. The prior is the CNN whose
 BatchNorm statistics inversion matches. The judge takes no part in inversion and only classifies the

@@ -1,4 +1,4 @@
-"""Trains the embedded teacher on the CPU.
+"""Train the embedded teacher on the CPU.
 
 Run it as ``python -m benchmarks.fashion_canvas.train_teacher``. A small CNN learns the canvases in
 minutes. The ViT then learns from the labels and from the CNN's probabilities (distillation). Two
@@ -173,7 +173,7 @@ class Report:
 
 
 def train_cnn(cnn: nn.Module, steps: int, seed: int) -> nn.Module:
-    """Trains a CNN on the labels; returns it frozen."""
+    """Train a CNN on the labels and return it frozen."""
     stream, report = CanvasStream(seed), Report("cnn", steps)
     optimiser = torch.optim.AdamW(cnn.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
@@ -191,7 +191,7 @@ def train_cnn(cnn: nn.Module, steps: int, seed: int) -> nn.Module:
 
 
 def train_vit(steps: int, cnn: nn.Module, seed: int) -> VisionTransformer:
-    """Trains the ViT on the labels and on a CNN's probabilities."""
+    """Train the ViT on the labels and on a CNN's probabilities."""
     stream, model, report = CanvasStream(seed), VisionTransformer(**CONFIG), Report("vit", steps)
     model.pos_embed.data.copy_(sine_positions(CONFIG["embed_dim"]))
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.03, betas=(0.9, 0.98))

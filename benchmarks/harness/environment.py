@@ -27,7 +27,7 @@ def result_file(name: str, *, quick: bool = False) -> Path:
 
 
 def record(name: str, measured: Mapping[str, Any], *, quick: bool = False) -> None:
-    """Prints a measurement and writes it to ``results/NAME.json`` with its environment."""
+    """Print a measurement and write it to ``results/NAME.json`` with its environment."""
     environment = describe()
     text = json.dumps({**measured, "environment": environment}, indent=1)
     path = result_file(f"{name}.json", quick=quick)
@@ -40,7 +40,7 @@ def record(name: str, measured: Mapping[str, Any], *, quick: bool = False) -> No
 
 
 def describe() -> dict[str, Any]:
-    """Describes the machine, its load, the versions and the commit."""
+    """Describe the machine, its load, the versions and the commit."""
     others = _cpu_share_of_others()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

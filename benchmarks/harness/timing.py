@@ -22,7 +22,7 @@ def alternate(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[st
 
 
 def clocked(function: Callable[[], object]) -> Callable[[], float]:
-    """Turns a function into a contender that returns the seconds of a call."""
+    """Turn a function into a contender that returns the seconds of a call."""
 
     def seconds() -> float:
         start = time.perf_counter()

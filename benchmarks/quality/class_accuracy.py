@@ -21,7 +21,7 @@ def share_reached(logits: Tensor, wanted: Tensor) -> float:
 def measure(
     teacher: nn.Module, schedule: Schedule, per_class: int, seeds: tuple[int, ...]
 ) -> dict[str, float | int]:
-    """Inverts some images of each class for each seed, as ``make demo`` does."""
+    """Invert some images of each class for each seed, as ``make demo`` does."""
     inverter = SparseInverter(teacher, schedule=schedule, iterations=ITERATIONS)
     targets = torch.arange(inverter.teacher.num_classes).repeat_interleave(per_class)
     results = [

@@ -64,7 +64,7 @@ QUICK = Setting(iterations=40, per_class=1, seeds=(0,))
 
 
 def invert(setting: Setting, schedule: Schedule, prior: nn.Module | None) -> list[InversionResult]:
-    """Inverts one batch for each seed."""
+    """Invert one batch for each seed."""
     objectives: list[Objective] = [CrossEntropy(), TotalVariation()]
     if prior is not None:
         objectives.append(BatchNormMatching(prior, weight=WEIGHT))

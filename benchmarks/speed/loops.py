@@ -157,7 +157,7 @@ class PhaseSeconds:
 def time_phases(
     run: Loop, stops: StopSchedule, iterations: int, early: int = 1, last: Callback | None = None
 ) -> dict[int, PhaseSeconds]:
-    """Runs a loop and times each phase; the keys are the numbers of kept patches.
+    """Run a loop and time each phase; the keys are the numbers of kept patches.
 
     Args:
         run: the loop.

@@ -1,4 +1,4 @@
-"""Predicts, without a measurement, the least time of an iteration on a GPU.
+"""Predict, without a measurement, the least time of an iteration on a GPU.
 
 An iteration is a sequence of parts. A part takes the time of its FLOPs at the peak rate, or of its
 bytes at the peak bandwidth, whichever is longer. Its bytes are those of its inputs, read once, and

@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Why it can't run these blocks on such tokens, or None when it can."""
 
     def refresh(self) -> None:
-        """Forgets what was derived from the weights."""
+        """Forget what was derived from the weights."""
 
     def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""

@@ -84,7 +84,7 @@ class CpuEngine:
         return self._last[rows](tokens)
 
     def refresh(self) -> None:
-        """Forgets what was folded."""
+        """Forget what was folded."""
         self._state, self._held, self._runs, self._last = [], [], {}, {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -93,7 +93,7 @@ class CpuEngine:
         return {**vars(self), **empty}
 
     def _follow_weights(self) -> None:
-        """Forgets what was folded from other weights: the owner of the teacher may change them."""
+        """Forget what was folded from other weights: the owner of the teacher may change them."""
         found = (module._parameters[name] for module, name in self._names)
         weights = [weight for weight in found if weight is not None]
         # A flat list of numbers is cheap to compare, and this runs in every pass.
@@ -150,7 +150,7 @@ class FoldedRun:
         return _BufferLease(self, buffers)
 
     def _pack(self, rows: int) -> None:
-        """Packs the weights and their transposes for GEMMs of this many rows."""
+        """Pack the weights and their transposes for GEMMs of this many rows."""
         if not rows or not _CAN_PACK or self.weights[0].dtype != torch.float32:
             return
         pack, self.packed_rows = torch.ops.mkl._mkl_reorder_linear_weight, rows
