@@ -71,8 +71,11 @@ def _adam_clamp(
     m += (g - m) * decay1
     v = v * beta2 + g * g * decay2
     pixels -= rate * (m / (tl.sqrt(v) * root_scale + EPS))
-    pixels = tl.maximum(pixels, tl.load(low + channel).to(tl.float32))
-    pixels = tl.minimum(pixels, tl.load(high + channel).to(tl.float32))
+    # Unlike tl.maximum and tl.minimum, comparisons pass a NaN on.
+    lowest = tl.load(low + channel).to(tl.float32)
+    highest = tl.load(high + channel).to(tl.float32)
+    pixels = tl.where(pixels < lowest, lowest, pixels)
+    pixels = tl.where(pixels > highest, highest, pixels)
     tl.store(exp_avg + at, m, mask=mask)
     tl.store(exp_avg_sq + at, v, mask=mask)
     tl.store(images + at, pixels, mask=mask)

@@ -68,8 +68,8 @@ def _batch_norm_matching_fwd(
 def _batch_norm_matching_finish(
     means,  # float32 [C, TILES]
     squares,  # float32 [C, TILES]
-    mean,  # [C]
-    var,  # [C]
+    mean,  # float32 [C]
+    var,  # float32 [C]
     TILES,
     ELEMENTS,
     TILE: tl.constexpr,
@@ -103,8 +103,8 @@ def _batch_norm_matching_bwd(
     x,  # [B, C, PIXELS]
     running_var,  # [C]
     weight,  # [C]
-    offset,  # [C]
-    slope,  # [C]
+    offset,  # float32 [C]
+    slope,  # float32 [C]
     dx,  # [B, C, PIXELS]
     eps,
     ELEMENTS,  # B · PIXELS, of one channel
@@ -117,9 +117,8 @@ def _batch_norm_matching_bwd(
     dy = tl.load(grad + at, mask=mask).to(tl.float32)
     values = tl.load(x + at, mask=mask).to(tl.float32)
     # dx = dy · w / √(running_var + eps) + offset_c + slope_c · x
-    dx_offset = tl.load(offset + channel).to(tl.float32)
-    dx_slope = tl.load(slope + channel).to(tl.float32)
-    gradient = dy * _scale(running_var, weight, eps) + dx_offset + dx_slope * values
+    scale = _scale(running_var, weight, eps)
+    gradient = dy * scale + tl.load(offset + channel) + tl.load(slope + channel) * values
     tl.store(dx + at, gradient, mask=mask)
 
 
@@ -132,7 +131,7 @@ def batch_norm_matching(
     tiles = triton.cdiv(elements, BLOCK)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     means, squares = x.new_empty(2, channels, tiles, dtype=torch.float32)
-    mean, var = torch.empty_like(running_mean), torch.empty_like(running_var)
+    mean, var = x.new_empty(2, channels, dtype=torch.float32)
     launch(
         _batch_norm_matching_fwd,
         (tiles, channels),

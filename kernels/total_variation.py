@@ -89,7 +89,7 @@ def _total_variation_fwd(
 @triton.jit
 def _total_variation_finish(
     partials,  # float32 [3, 4, PROGRAMS]
-    sums,  # [3, 4]
+    sums,  # float32 [3, 4]
     PROGRAMS,
     BLOCK: tl.constexpr,
 ):
@@ -105,11 +105,11 @@ def _total_variation_finish(
 
 @triton.jit
 def _total_variation_bwd(
-    grad_l1,  # []
-    grad_l2,  # []
+    grad_l1,  # float32 []
+    grad_l2,  # float32 []
     images,  # [B, C, HEIGHT, WIDTH]
     patches,  # bool [B, rows, columns], or None
-    sums,  # [3, 4]
+    sums,  # float32 [3, 4]
     gradient,  # [B, C, HEIGHT, WIDTH]
     C: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -124,11 +124,11 @@ def _total_variation_bwd(
     here, active, y, x = _pixels(plane, patches, HEIGHT, WIDTH, P, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(4):
-        norm = tl.load(sums + 4 + i).to(tl.float32)
-        count = tl.load(sums + 8 + i).to(tl.float32)
+        norm = tl.load(sums + 4 + i)
+        count = tl.load(sums + 8 + i)
         # d|d|/dd = sign(d) and d‖d‖/dd = d/‖d‖; a norm of zero has the subgradient zero.
-        per_norm = tl.where(norm > 0, tl.load(grad_l2).to(tl.float32) / norm, 0.0)
-        per_count = tl.where(count > 0, tl.load(grad_l1).to(tl.float32) / count, 0.0)
+        per_norm = tl.where(norm > 0, tl.load(grad_l2) / norm, 0.0)
+        per_count = tl.where(count > 0, tl.load(grad_l1) / count, 0.0)
         # The slope is odd in d, so here − there gives the pixel's gradient at either end of a pair.
         for end in tl.static_range(-1, 2, 2):
             d, _ = _difference(
@@ -157,11 +157,11 @@ def _patches(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor |
 
 
 def total_variation(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
-    """Sums [3, 4]: absolute values, norm and count of each of the four differences."""
+    """Sums float32 [3, 4]: absolute values, norm and count of each of the four differences."""
     batch, channels, height, width = images.shape
     grid = (batch * channels, triton.cdiv(height * width, BLOCK_FWD))
     partials = images.new_empty(3, 4, grid[0] * grid[1], dtype=torch.float32)
-    sums = images.new_empty(3, 4)
+    sums = images.new_empty(3, 4, dtype=torch.float32)
     launch(
         _total_variation_fwd,
         grid,

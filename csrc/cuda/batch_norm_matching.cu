@@ -52,8 +52,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _batch_norm_statistics(const double* __restrict__ partials,  // [C, splits, 2]
                            const T* __restrict__ running_mean,   // [C]
-                           T* __restrict__ mean,                 // [C]
-                           T* __restrict__ var,                  // [C]
+                           float* __restrict__ mean,             // [C]
+                           float* __restrict__ var,              // [C]
                            int splits, NormShape shape) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (channel >= shape.channels) return;
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   const auto count = static_cast<double>(shape.images * shape.pixels);
   const double centered = sum / count;
-  mean[channel] = from_float<T>(static_cast<float>(centered + to_float(running_mean[channel])));
-  var[channel] = from_float<T>(static_cast<float>(squares / count - centered * centered));
+  mean[channel] = static_cast<float>(centered + to_float(running_mean[channel]));
+  var[channel] = static_cast<float>(squares / count - centered * centered);
 }
 
 // dx = dy * w / sqrt(running_var + eps) + offset + slope * x, where offset and slope come from the
@@ -77,13 +77,13 @@ __global__ void __launch_bounds__(kThreads)
                              const T* __restrict__ running_var,  // [C]
                              const T* __restrict__ weight,       // [C]
                              float eps,
-                             const T* __restrict__ offset,  // [C]
-                             const T* __restrict__ slope,   // [C]
-                             T* __restrict__ grad_x,        // [B, C, H*W]
+                             const float* __restrict__ offset,  // [C]
+                             const float* __restrict__ slope,   // [C]
+                             T* __restrict__ grad_x,            // [B, C, H*W]
                              NormShape shape) {
   const int64_t channel = blockIdx.y;
   const float scale = to_float(weight[channel]) * rsqrtf(to_float(running_var[channel]) + eps);
-  const float constant = to_float(offset[channel]), per_x = to_float(slope[channel]);
+  const float constant = offset[channel], per_x = slope[channel];
   for_each_element(shape, [&](int64_t i) {
     grad_x[i] = from_float<T>(to_float(grad[i]) * scale + constant + per_x * to_float(x[i]));
   });
@@ -104,7 +104,7 @@ dim3 grid_for(const NormShape& shape) {
 cudaError_t launch_batch_norm_matching_fwd(Type type, const void* x, const void* running_mean,
                                            const void* running_var, const void* weight,
                                            const void* bias, double eps, double* partials, void* y,
-                                           void* mean, void* var, NormShape shape,
+                                           float* mean, float* var, NormShape shape,
                                            cudaStream_t stream) {
   const dim3 grid = grid_for(shape);
   return with_type(type, [&](auto element) {
@@ -117,21 +117,21 @@ cudaError_t launch_batch_norm_matching_fwd(Type type, const void* x, const void*
     if (error != cudaSuccess) return error;
     return launch(_batch_norm_statistics<T>,
                   {static_cast<unsigned>(divide_up(shape.channels, kThreads))}, {kThreads}, 0,
-                  stream, partials, typed(running_mean), static_cast<T*>(mean),
-                  static_cast<T*>(var), static_cast<int>(grid.x), shape);
+                  stream, partials, typed(running_mean), mean, var, static_cast<int>(grid.x),
+                  shape);
   });
 }
 
 cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad, const void* x,
                                            const void* running_var, const void* weight, double eps,
-                                           const void* offset, const void* slope, void* grad_x,
+                                           const float* offset, const float* slope, void* grad_x,
                                            NormShape shape, cudaStream_t stream) {
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
     return launch(_batch_norm_matching_bwd<T>, grid_for(shape), {kThreads}, 0, stream, typed(grad),
-                  typed(x), typed(running_var), typed(weight), static_cast<float>(eps),
-                  typed(offset), typed(slope), static_cast<T*>(grad_x), shape);
+                  typed(x), typed(running_var), typed(weight), static_cast<float>(eps), offset,
+                  slope, static_cast<T*>(grad_x), shape);
   });
 }
 

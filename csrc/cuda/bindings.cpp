@@ -168,10 +168,10 @@ Tensor total_variation(const Tensor& images_any, const Optional& active_any, int
   const Optional active = ready(active_any);
   Tensor mask = patch_mask(images, active, patch_size);
   Tensor partials = new_empty(images, {kVariationBlocks, kVariationSums}, ScalarType::Double);
-  Tensor sums = new_empty(images, {3, 4});
+  Tensor sums = new_empty(images, {3, 4}, ScalarType::Float);
   STD_CUDA_CHECK(launch_total_variation_fwd(
       type_of(images), images.const_data_ptr(), indices(active), mask.mutable_data_ptr<uint8_t>(),
-      partials.mutable_data_ptr<double>(), sums.mutable_data_ptr(),
+      partials.mutable_data_ptr<double>(), sums.mutable_data_ptr<float>(),
       image_shape(images, active, patch_size), current_stream(images)));
   return sums;
 }
@@ -185,9 +185,10 @@ Tensor total_variation_backward(const Tensor& grad_l1, const Tensor& grad_l2,
   Tensor mask = patch_mask(images, active, patch_size);
   Tensor result = torch::stable::empty_like(images);
   STD_CUDA_CHECK(launch_total_variation_bwd(
-      type_of(images), grad_l1.const_data_ptr(), grad_l2.const_data_ptr(), images.const_data_ptr(),
-      indices(active), mask.mutable_data_ptr<uint8_t>(), sums.const_data_ptr(),
-      result.mutable_data_ptr(), image_shape(images, active, patch_size), current_stream(images)));
+      type_of(images), grad_l1.const_data_ptr<float>(), grad_l2.const_data_ptr<float>(),
+      images.const_data_ptr(), indices(active), mask.mutable_data_ptr<uint8_t>(),
+      sums.const_data_ptr<float>(), result.mutable_data_ptr(),
+      image_shape(images, active, patch_size), current_stream(images)));
   return result;
 }
 
@@ -210,11 +211,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_matching(const Tensor& x_any,
   const NormShape shape = norm_shape(x);
   Tensor partials = new_empty(x, {shape.channels, kNormSplits, 2}, ScalarType::Double);
   Tensor y = torch::stable::empty_like(x);
-  Tensor mean = new_empty(x, {shape.channels}), var = new_empty(x, {shape.channels});
+  Tensor mean = new_empty(x, {shape.channels}, ScalarType::Float);
+  Tensor var = new_empty(x, {shape.channels}, ScalarType::Float);
   STD_CUDA_CHECK(launch_batch_norm_matching_fwd(
       type_of(x), x.const_data_ptr(), running_mean.const_data_ptr(), running_var.const_data_ptr(),
       weight.const_data_ptr(), bias.const_data_ptr(), eps, partials.mutable_data_ptr<double>(),
-      y.mutable_data_ptr(), mean.mutable_data_ptr(), var.mutable_data_ptr(), shape,
+      y.mutable_data_ptr(), mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(), shape,
       current_stream(x)));
   return {y, mean, var};
 }
@@ -228,7 +230,7 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
   Tensor result = torch::stable::empty_like(x);
   STD_CUDA_CHECK(launch_batch_norm_matching_bwd(
       type_of(x), grad.const_data_ptr(), x.const_data_ptr(), running_var.const_data_ptr(),
-      weight.const_data_ptr(), eps, offset.const_data_ptr(), slope.const_data_ptr(),
+      weight.const_data_ptr(), eps, offset.const_data_ptr<float>(), slope.const_data_ptr<float>(),
       result.mutable_data_ptr(), norm_shape(x), current_stream(x)));
   return result;
 }

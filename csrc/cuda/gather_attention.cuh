@@ -2,6 +2,7 @@
 // tiles of scores, and the launch.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <type_traits>
 
@@ -122,21 +123,38 @@ constexpr int64_t tile_bytes(bool backward) {
   return kTile * (backward ? 4 * row + 2 * int64_t{sizeof(float)} : 3 * row);
 }
 
+// Lets a kernel have as much shared memory as a block of the current device can have. The kernel
+// gets the limit once per device, and always the same one: a limit that followed the size of each
+// call would fail the larger of two calls that threads make at once.
+template <auto KERNEL>
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // bit i stands for device i
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed & bit) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed |= bit;
+  return error;
+}
+
 // Launches one block per (image, head). It has the fewest warps that take all tiles in as few
 // rounds as kMaxWarps warps would.
-template <typename T, int WIDTH, typename... P, typename... A>
-cudaError_t launch_attention(void (*kernel)(P...), bool backward, const AttentionShape& shape,
-                             cudaStream_t stream, A... arguments) {
+template <typename T, int WIDTH, auto KERNEL, typename... A>
+cudaError_t launch_attention(bool backward, const AttentionShape& shape, cudaStream_t stream,
+                             A... arguments) {
+  const cudaError_t error = allow_shared_memory<KERNEL>();
+  if (error != cudaSuccess) return error;
   const int64_t tiles = divide_up(shape.tokens, kTile);
   const int64_t threads = kWarp * divide_up(tiles, divide_up(tiles, kMaxWarps));
   const int64_t bytes = tiles * tile_bytes<T, WIDTH>(backward);
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
   dim3 grid, block;
   grid.x = static_cast<unsigned>(shape.images * shape.heads);
   block.x = static_cast<unsigned>(threads);
-  return launch(kernel, grid, block, bytes, stream, arguments...);
+  return launch(KERNEL, grid, block, bytes, stream, arguments...);
 }
 
 }  // namespace smi_fast

@@ -135,9 +135,9 @@ cudaError_t launch_gather_attention_bwd(Type type, const void* grad, const void*
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     return with_width(shape.width, [&](auto width) {
-      return launch_attention<T, width>(_gather_attention_bwd<T, width>, true, shape, stream,
-                                        static_cast<const T*>(grad), static_cast<const T*>(qkv),
-                                        token_index, lengths, static_cast<T*>(grad_qkv), shape);
+      return launch_attention<T, width, _gather_attention_bwd<T, width>>(
+          true, shape, stream, static_cast<const T*>(grad), static_cast<const T*>(qkv), token_index,
+          lengths, static_cast<T*>(grad_qkv), shape);
     });
   });
 }

@@ -103,9 +103,9 @@ cudaError_t launch_gather_attention_fwd(Type type, const void* qkv, const int64_
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const cudaError_t error = with_width(shape.width, [&](auto width) {
-      return launch_attention<T, width>(_gather_attention_fwd<T, width>, false, shape, stream,
-                                        static_cast<const T*>(qkv), token_index, lengths,
-                                        static_cast<T*>(out), head_importance, shape);
+      return launch_attention<T, width, _gather_attention_fwd<T, width>>(
+          false, shape, stream, static_cast<const T*>(qkv), token_index, lengths,
+          static_cast<T*>(out), head_importance, shape);
     });
     if (error != cudaSuccess || importance == nullptr) return error;
     dim3 grid, block;

@@ -69,14 +69,14 @@ cudaError_t launch_total_variation_fwd(Type type, const void* images,  // [B, C,
                                        const int64_t* active,          // [B, K] or null
                                        uint8_t* mask,     // scratch [B, H/P * W/P], with active
                                        double* partials,  // scratch [kVariationBlocks, 12]
-                                       void* sums,        // [3, 4]
+                                       float* sums,       // [3, 4]
                                        ImageShape shape, cudaStream_t stream);
-cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1,  // []
-                                       const void* grad_l2,             // []
-                                       const void* images,              // [B, C, H, W]
-                                       const int64_t* active,           // [B, K] or null
+cudaError_t launch_total_variation_bwd(Type type, const float* grad_l1,  // []
+                                       const float* grad_l2,             // []
+                                       const void* images,               // [B, C, H, W]
+                                       const int64_t* active,            // [B, K] or null
                                        uint8_t* mask,      // scratch [B, H/P * W/P], with active
-                                       const void* sums,   // [3, 4]
+                                       const float* sums,  // [3, 4]
                                        void* grad_images,  // [B, C, H, W]
                                        ImageShape shape, cudaStream_t stream);
 
@@ -92,16 +92,16 @@ cudaError_t launch_batch_norm_matching_fwd(Type type, const void* x,      // [B,
                                            const void* bias,              // [C]
                                            double eps, double* partials,  // scratch [C, splits, 2]
                                            void* y,                       // [B, C, H*W]
-                                           void* mean,                    // [C]
-                                           void* var,                     // [C]
+                                           float* mean,                   // [C]
+                                           float* var,                    // [C]
                                            NormShape shape, cudaStream_t stream);
-cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad,     // [B, C, H*W]
-                                           const void* x,                   // [B, C, H*W]
-                                           const void* running_var,         // [C]
-                                           const void* weight,              // [C]
-                                           double eps, const void* offset,  // [C]
-                                           const void* slope,               // [C]
-                                           void* grad_x,                    // [B, C, H*W]
+cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad,      // [B, C, H*W]
+                                           const void* x,                    // [B, C, H*W]
+                                           const void* running_var,          // [C]
+                                           const void* weight,               // [C]
+                                           double eps, const float* offset,  // [C]
+                                           const float* slope,               // [C]
+                                           void* grad_x,                     // [B, C, H*W]
                                            NormShape shape, cudaStream_t stream);
 
 // A patch outside the grid is ignored.

@@ -91,10 +91,9 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 }
 
 // Warp i adds sum i of all blocks.
-template <typename T>
 __global__ void __launch_bounds__(kWarp* kVariationSums)
     _total_variation_sum(const double* __restrict__ partials,  // [blocks, 12]
-                         T* __restrict__ sums,                 // [3, 4]
+                         float* __restrict__ sums,             // [3, 4]
                          int blocks) {
   const int i = threadIdx.y;
   double total = 0.0;
@@ -103,25 +102,25 @@ __global__ void __launch_bounds__(kWarp* kVariationSums)
   }
   total = warp_sum(total);
   const bool norm = i / kOffsets == 1;
-  if (threadIdx.x == 0) sums[i] = from_float<T>(static_cast<float>(norm ? sqrt(total) : total));
+  if (threadIdx.x == 0) sums[i] = static_cast<float>(norm ? sqrt(total) : total);
 }
 
 // Each pixel gathers its gradient from its eight neighbours.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarps)
-    _total_variation_bwd(const T* __restrict__ grad_l1,     // []
-                         const T* __restrict__ grad_l2,     // []
-                         const T* __restrict__ images,      // [B, C, H, W]
-                         const uint8_t* __restrict__ mask,  // [B, H/P * W/P] or null
-                         const T* __restrict__ sums,        // [3, 4]
-                         T* __restrict__ grad_images,       // [B, C, H, W]
+    _total_variation_bwd(const float* __restrict__ grad_l1,  // []
+                         const float* __restrict__ grad_l2,  // []
+                         const T* __restrict__ images,       // [B, C, H, W]
+                         const uint8_t* __restrict__ mask,   // [B, H/P * W/P] or null
+                         const float* __restrict__ sums,     // [3, 4]
+                         T* __restrict__ grad_images,        // [B, C, H, W]
                          ImageShape shape) {
   // d l1 / dd = sign(d) / count and d l2 / dd = d / norm. They are zero if the divisor is zero.
   __shared__ float per_norm[kOffsets], per_count[kOffsets];
   if (const unsigned k = threadIdx.x; threadIdx.y == 0 && k < kOffsets) {
-    const float norm = to_float(sums[kOffsets + k]), count = to_float(sums[2 * kOffsets + k]);
-    per_norm[k] = norm > 0.0f ? to_float(*grad_l2) / norm : 0.0f;
-    per_count[k] = count > 0.0f ? to_float(*grad_l1) / count : 0.0f;
+    const float norm = sums[kOffsets + k], count = sums[2 * kOffsets + k];
+    per_norm[k] = norm > 0.0f ? *grad_l2 / norm : 0.0f;
+    per_count[k] = count > 0.0f ? *grad_l1 / count : 0.0f;
   }
   __syncthreads();
   const auto slope = [&](float difference, int k) {
@@ -171,7 +170,7 @@ cudaError_t mark_patches(const int64_t* active, uint8_t* mask, const ImageShape&
 }  // namespace
 
 cudaError_t launch_total_variation_fwd(Type type, const void* images, const int64_t* active,
-                                       uint8_t* mask, double* partials, void* sums,
+                                       uint8_t* mask, double* partials, float* sums,
                                        ImageShape shape, cudaStream_t stream) {
   if (active == nullptr) {
     mask = nullptr;
@@ -185,14 +184,14 @@ cudaError_t launch_total_variation_fwd(Type type, const void* images, const int6
     const cudaError_t error = launch(_total_variation_fwd<T>, {blocks}, {kWarp, kWarps}, 0, stream,
                                      static_cast<const T*>(images), mask, partials, shape);
     if (error != cudaSuccess) return error;
-    return launch(_total_variation_sum<T>, {1}, {kWarp, kVariationSums}, 0, stream, partials,
-                  static_cast<T*>(sums), static_cast<int>(blocks));
+    return launch(_total_variation_sum, {1}, {kWarp, kVariationSums}, 0, stream, partials, sums,
+                  static_cast<int>(blocks));
   });
 }
 
-cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1, const void* grad_l2,
+cudaError_t launch_total_variation_bwd(Type type, const float* grad_l1, const float* grad_l2,
                                        const void* images, const int64_t* active, uint8_t* mask,
-                                       const void* sums, void* grad_images, ImageShape shape,
+                                       const float* sums, void* grad_images, ImageShape shape,
                                        cudaStream_t stream) {
   if (active == nullptr) {
     mask = nullptr;
@@ -202,10 +201,9 @@ cudaError_t launch_total_variation_bwd(Type type, const void* grad_l1, const voi
   }
   return with_type(type, [&](auto element) {
     using T = decltype(element);
-    return launch(_total_variation_bwd<T>, {blocks_for(shape)}, {kWarp, kWarps}, 0, stream,
-                  static_cast<const T*>(grad_l1), static_cast<const T*>(grad_l2),
-                  static_cast<const T*>(images), mask, static_cast<const T*>(sums),
-                  static_cast<T*>(grad_images), shape);
+    return launch(_total_variation_bwd<T>, {blocks_for(shape)}, {kWarp, kWarps}, 0, stream, grad_l1,
+                  grad_l2, static_cast<const T*>(images), mask, sums, static_cast<T*>(grad_images),
+                  shape);
   });
 }
 

@@ -47,7 +47,7 @@ def batch_norm_matching(
         backend: see :mod:`smi_fast.ops.backends`.
 
     Returns:
-        y [B, C, H, W], and the loss, a scalar of the data type of ``x``.
+        y [B, C, H, W], and the loss, a scalar in float32, or in float64 for such ``x``.
 
     Raises:
         ValueError: wrong shape, data type or device.
@@ -86,7 +86,8 @@ class _BatchNormMatching(torch.autograd.Function):
         )
         ctx.save_for_backward(x, running_mean, running_var, weight, mean, var)
         ctx.eps, ctx.backend = eps, backend
-        return y, torch.dist(var, running_var) + torch.dist(mean, running_mean)
+        recorded = running_mean.to(mean.dtype), running_var.to(var.dtype)
+        return y, torch.dist(var, recorded[1]) + torch.dist(mean, recorded[0])
 
     @staticmethod
     @once_differentiable

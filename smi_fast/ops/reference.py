@@ -16,6 +16,14 @@ from smi_fast.ops.grid import NEIGHBOURS, pixel_mask, window_indices
 ADAM_EPS = 1e-8
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The data type of sums and statistics of tensors of ``dtype``: float32 or float64.
+
+    A sum over the pixels of an image exceeds the largest float16.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def gather_patches(
     images: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +129,9 @@ def total_variation(images: Tensor, active: Tensor | None, patch_size: int) -> T
 
     The columns are the four directions of :data:`smi_fast.ops.grid.NEIGHBOURS`. The rows are the
     sum of absolute differences, their Frobenius norm, and the number of differences that count.
+    Their data type is :func:`sum_dtype` of the images'.
     """
+    images = images.to(sum_dtype(images.dtype))
     mask = None if active is None else pixel_mask(active, patch_size, *images.shape[-2:])
     sums = []
     for offset in NEIGHBOURS:
@@ -149,6 +159,8 @@ def total_variation_backward(
     Each difference d = here − there adds the slope grad_l1 sign(d)/count + grad_l2 d/norm to here
     and subtracts it from there. A norm of zero has the subgradient zero.
     """
+    dtype = images.dtype
+    images = images.to(sums.dtype)
     mask = None if active is None else pixel_mask(active, patch_size, *images.shape[-2:])
     result = torch.zeros_like(images, memory_format=torch.contiguous_format)
     for offset, (_, norm, count) in zip(NEIGHBOURS, sums.unbind(1), strict=True):
@@ -162,16 +174,19 @@ def total_variation_backward(
         to_here, to_there = _pair(result, offset)
         to_here.add_(slope)
         to_there.sub_(slope)
-    return result
+    return result.to(dtype)
 
 
 def batch_norm_matching(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm in eval mode of x [B, C, H, W], and the mean and biased variance [C] of x."""
+    """BatchNorm in eval mode of x [B, C, H, W], and the mean and biased variance [C] of x.
+
+    The data type of the mean and the variance is :func:`sum_dtype` of that of x.
+    """
     scale = weight * (running_var + eps).rsqrt()
     y = x * scale[:, None, None] + (bias - running_mean * scale)[:, None, None]
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(x.to(sum_dtype(x.dtype)), dim=(0, 2, 3), correction=0)
     return y, mean, var
 
 
@@ -186,12 +201,12 @@ def batch_norm_matching_backward(
 ) -> Tensor:
     """Gradient [B, C, H, W] of x: grad · weight/√(running_var + eps) + offset + slope · x.
 
-    ``offset`` and ``slope`` [C] come from the gradient of the loss.
+    ``offset`` and ``slope`` [C] come from the gradient of the loss, in the data type of statistics.
     """
     scale = weight * (running_var + eps).rsqrt()
     per_channel = (t[:, None, None] for t in (scale, offset, slope))
     scale, offset, slope = per_channel
-    return grad * scale + offset + slope * x
+    return (grad * scale + offset + slope * x).to(x.dtype)
 
 
 def adam_clamp_(
@@ -241,10 +256,15 @@ def _adam_clamp_(
     low: Tensor,
     high: Tensor,
 ) -> None:
-    pixels, grad, exp_avg, exp_avg_sq = tensors
+    # In float16 ADAM_EPS would be zero, and a pixel without gradient 0 / 0.
+    dtype = sum_dtype(tensors[0].dtype)
+    pixels, grad, exp_avg, exp_avg_sq = (tensor.to(dtype) for tensor in tensors)
     taken = step.double()
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = (exp_avg_sq.sqrt() / (1 - beta2**taken) ** 0.5).add_(ADAM_EPS)
     pixels.add_(exp_avg * (-lr / (1 - beta1**taken)) / root)
-    torch.clamp(pixels, low, high, out=pixels)
+    torch.clamp(pixels, low.to(dtype), high.to(dtype), out=pixels)
+    for tensor, values in zip(tensors, (pixels, grad, exp_avg, exp_avg_sq), strict=True):
+        if values is not tensor:
+            tensor.copy_(values)

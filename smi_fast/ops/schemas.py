@@ -123,7 +123,8 @@ def _(grad: Tensor, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | N
 
 @_fake("total_variation")
 def _(images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
-    return images.new_empty(3, len(grid.NEIGHBOURS))
+    dtype = reference.sum_dtype(images.dtype)
+    return images.new_empty(3, len(grid.NEIGHBOURS), dtype=dtype)
 
 
 @_fake("total_variation_backward")
@@ -142,7 +143,9 @@ def _(
 def _(
     x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(running_mean), torch.empty_like(running_var)
+    dtype = reference.sum_dtype(x.dtype)
+    mean, var = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+    return x.new_empty(x.shape), mean, var
 
 
 @_fake("batch_norm_matching_backward")

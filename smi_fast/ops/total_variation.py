@@ -39,7 +39,7 @@ def total_variation(
         backend: see :mod:`smi_fast.ops.backends`.
 
     Returns:
-        l1 and l2, scalars of the images' data type.
+        l1 and l2, scalars in float32, or in float64 for such images.
 
     Raises:
         ValueError: wrong shape, data type or device.

@@ -52,8 +52,9 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
       twice the change that independent errors of the rows, as large as eager's and the floor,
       would make, plus four float32 ulps of the norm.
 
-    Where the exact result is too large for the data type, infinity is right. Where only eager is
-    not finite, because it overflowed on the way, its error counts as zero.
+    Where the exact result is too large for the data type, infinity is right; where it is NaN, only
+    NaN is. Where only eager is not finite, because it overflowed on the way, its error counts as
+    zero.
 
     Args:
         ours: the result of the kernel.
@@ -62,9 +63,11 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
     """
     floor, noise = _floors(ours.dtype)
     limit = torch.finfo(ours.dtype).max
-    exact = exact.clamp(-limit, limit)
+    missing = exact.isnan()
+    exact = exact.clamp(-limit, limit).masked_fill(missing, 0.0)
     eager = torch.where(eager.isfinite(), eager.double(), exact)
     ours = ours.double().clamp(-limit, limit)
+    ours = torch.where(missing, torch.where(ours.isnan(), 0.0, torch.nan), ours)
 
     error, yardstick = (float((result - exact).abs().max()) for result in (ours, eager))
     yield Error("element", error, 2 * yardstick + floor * float(exact.abs().max()))

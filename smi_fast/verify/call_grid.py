@@ -195,6 +195,8 @@ def _adam_clamp() -> Iterator[OpCall]:
         betas: tuple[float, float] = (0.5, 0.99),
     ) -> OpCall:
         moments = [torch.randn(images.shape), torch.rand(images.shape)]
+        if label.startswith("still"):
+            moments = [torch.zeros(images.shape)] * 2
         if label == "strided":
             moments = [strided(moment) for moment in moments]
         bounds = torch.tensor([-1.5, -1.0, -2.0]), torch.tensor([0.5, 1.0, 0.25])
@@ -218,3 +220,10 @@ def _adam_clamp() -> Iterator[OpCall]:
     yield call("expanded", images, expanded(grad), None, 1)
     yield call("no-images", images[:0], grad[:0], None, 1)
     yield call("no-patches", images, grad, random_kept(2, 0, 15), 8)
+    # A pixel that is NaN, or gets a NaN, stays NaN, so that a check of the loss finds it. With a
+    # gradient and moments of zero a pixel only gets clamped.
+    for label, active, size in (("all", None, 1), ("active", random_kept(2, 15, 15), 8)):
+        broken_images, broken_grad = images.clone(), grad.clone()
+        broken_images[0, 1, 2, 3] = broken_grad[1, 2, 4, 5] = torch.nan
+        yield call(f"not-a-number-{label}", broken_images, broken_grad, active, size)
+        yield call(f"still-{label}", images, torch.zeros_like(grad), active, size, 1)

@@ -37,6 +37,9 @@ CHANGED = {
     "attend_backward_": (3,),
 }
 
+# The arguments whose data type is that of statistics, see reference.sum_dtype, by position.
+STATISTICS = {"total_variation_backward": (0, 1, 5), "batch_norm_matching_backward": (5, 6)}
+
 # The dimension along which a result stacks quantities of different size; each has its own budget.
 STACKED = {"total_variation": 0, "gather_attention_backward": 2, "attend_backward_": 2}
 
@@ -82,8 +85,12 @@ class OpCall:
         return size is None or backend.too_large(size, device, dtype) is None
 
     def converted(self, dtype: torch.dtype, device: str = "cpu") -> OpCall:
-        """The call with its floating point tensors in another data type."""
-        arguments = tuple(_convert(value, dtype, device) for value in self.arguments)
+        """The call for tensors of another data type."""
+        statistics = STATISTICS.get(self.op, ())
+        arguments = tuple(
+            _convert(value, reference.sum_dtype(dtype) if i in statistics else dtype, device)
+            for i, value in enumerate(self.arguments)
+        )
         return replace(self, arguments=arguments)
 
     def run(self, functions: Any) -> list[Tensor]:

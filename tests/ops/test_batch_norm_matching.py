@@ -36,3 +36,17 @@ def test_bad_statistics_are_refused() -> None:
         ops.batch_norm_matching(torch.zeros(2, 3, 4, 4), *of_four)
     with pytest.raises(ValueError, match="not empty"):
         ops.batch_norm_matching(torch.zeros(0, 4, 4, 4), *of_four)
+
+
+def test_statistics_of_float16_are_float32() -> None:
+    """The variance exceeds the largest float16."""
+    x = (600 * torch.randn(2, 3, 8, 8)).half().requires_grad_()
+    zeros, ones = torch.zeros(2, 3).half(), torch.ones(2, 3).half()
+    channel = (zeros[0], ones[0], ones[1], zeros[1])
+    y, loss = ops.batch_norm_matching(x, *channel, backend="reference")
+    exact = x.detach().double().var((0, 2, 3), correction=0) - 1
+    mean = x.detach().double().mean((0, 2, 3))
+    assert y.dtype == torch.float16 and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact.norm() + mean.norm(), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient.dtype == torch.float16 and gradient.isfinite().all()

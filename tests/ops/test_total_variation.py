@@ -65,6 +65,19 @@ def test_total_variation_gradient(masked: bool) -> None:
     assert torch.autograd.gradcheck(lambda x: ops.total_variation(x, kept, patch_size=2), images)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_total_variation_of_half_precision_images_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """The number of differences of one image, and their sum, exceed the largest float16."""
+    images = torch.randn(1, 3, 224, 224).to(dtype)
+    found = ops.total_variation(images.requires_grad_(), backend="reference")
+    expected = ops.total_variation(images.detach().double())
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(sum(found), images)
+    assert gradient.dtype == dtype and gradient.isfinite().all()
+
+
 def test_total_variation_of_a_constant_has_gradient_zero() -> None:
     images = torch.ones(1, 3, 4, 4, requires_grad=True)
     l1, l2 = ops.total_variation(images)

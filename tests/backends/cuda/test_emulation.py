@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from smi_fast.ops import reference
 from smi_fast.ops.limits import most_tokens
 from smi_fast.verify.call_grid import FLOATS
 from smi_fast.verify.cases import OpCall, WrongResult
@@ -90,12 +91,21 @@ FAULTS = (
         "WrongResult|AssertionError",
     ),
     Fault(
+        "patch_beyond_the_mask",
+        "memory",
+        "total_variation.cu",
+        "|| active[i] >= patches) return;",
+        "|| active[i] > patches) return;",
+        "total_variation.cu",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    Fault(
         "unwritten_output",
         "plain",
         "total_variation.cu",
-        "x < plane.width; x += kWarp) {\n      const bool kept = plane.kept(y, x);\n"
+        "x < plane.width; x += kWarp) {\n      const bool active = plane.active(y, x);\n"
         "      const float here = plane.at(y, x);\n      float",
-        "x + 1 < plane.width; x += kWarp) {\n      const bool kept = plane.kept(y, x);\n"
+        "x + 1 < plane.width; x += kWarp) {\n      const bool active = plane.active(y, x);\n"
         "      const float here = plane.at(y, x);\n      float",
         "total_variation.cu",
         "WrongResult: .*error nan",
@@ -238,6 +248,32 @@ def test_patches_in_float64(backend: Emulated, call: OpCall) -> None:
 
 def test_patches_outside_of_the_grid(backend: Emulated) -> None:
     check.check_missing_patches(backend)
+
+
+def test_limit_of_shared_memory_is_set_once_for_a_kernel_and_a_device(backend: Emulated) -> None:
+    def attend(tokens: int) -> None:
+        backend.gather_attention(torch.randn(1, tokens, 3, 1, 72), None, None, False)
+
+    attend(5)
+    before = backend.kernels.limits_set()
+    for tokens in (160, 5, 160):
+        attend(tokens)
+    assert backend.kernels.limits_set() == before
+    backend.kernels.use_device(1)
+    try:
+        attend(5)
+        attend(160)
+    finally:
+        backend.kernels.use_device(0)
+    assert backend.kernels.limits_set() == before + 1
+
+
+def test_sums_of_float16_images_are_finite(backend: Emulated) -> None:
+    """The number of differences of one image, and their sum, exceed the largest float16."""
+    images = torch.randn(1, 3, 224, 224).half()
+    exact = reference.total_variation(images.double(), None, 1)
+    sums = backend.total_variation(images, None, 1)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_adam_clamp_lets_nan_through(backend: Emulated) -> None:

@@ -95,11 +95,11 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     jitter = torch.zeros(2, dtype=torch.int64), torch.tensor(False)
     activations = torch.empty(2, 64, 56, 56, dtype=dtype)
     statistics = [torch.ones(64, dtype=dtype)] * 4
-    one, sums = torch.ones((), dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    one, sums, offset_and_slope = torch.ones(()), torch.ones(3, 4), torch.ones(2, 64)
     if op == "batch_norm_matching":
         yield activations, *statistics, 1e-5
     if op == "batch_norm_matching_backward":
-        yield activations, activations, *statistics[:2], 1e-5, *statistics[2:]
+        yield activations, activations, *statistics[:2], 1e-5, *offset_and_slope
     for count in COUNTS[::2]:
         kept = torch.arange(count).expand(2, -1)
         if op == "gather_patches":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from smi_fast.ops import reference
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall, WrongResult, random_kept
 from tests.backends.planted import Factor, ScaledResults
@@ -101,6 +102,15 @@ def with_factor(call: str, dtype: torch.dtype, part: str, factor: float) -> str 
     except WrongResult as error:
         return str(error)
     return None
+
+
+def sums_of_float16() -> None:
+    """The number of differences of one image, and their sum, exceed the largest float16."""
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, 224, 224).half()
+    exact = reference.total_variation(images.double(), None, 1)
+    sums = _kernels().total_variation(images, None, 1)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0)
 
 
 def deterministic() -> None:

@@ -58,6 +58,10 @@ def test_budget_catches_a_scaled_result(interpreted: Run, call: OpCall) -> None:
         assert interpreted(calls.with_factor, str(call), dtype, "result", factor) is not None
 
 
+def test_sums_of_float16_images_are_finite(interpreted: Run) -> None:
+    interpreted(calls.sums_of_float16)
+
+
 def test_same_bytes_again(interpreted: Run) -> None:
     interpreted(calls.deterministic)
 

@@ -100,7 +100,7 @@ class Emulated:
         return int(tokens)
 
     def total_variation(self, images: Tensor, active: Tensor | None, patch_size: int) -> Tensor:
-        sums = _poisoned((3, 4), images)
+        sums = _poisoned((3, 4), images, torch.float32)
         scratch = _poisoned((self.kernels.VARIATION_SCRATCH,), images, torch.float64)
         shape = self._image_shape(images, active, patch_size)
         mask = self._mask(images, active, patch_size)
@@ -136,7 +136,7 @@ class Emulated:
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = _poisoned(x.shape, x)
-        mean, var = _poisoned(running_mean.shape, x), _poisoned(running_var.shape, x)
+        mean, var = (_poisoned(running_mean.shape, x, torch.float32) for _ in range(2))
         scratch = _poisoned((x.shape[1] * self.kernels.NORM_SPLITS * 2,), x, torch.float64)
         inputs = [_at(t) for t in (x, running_mean, running_var, weight, bias)]
         outputs = [_at(t) for t in (scratch, y, mean, var)]

@@ -57,6 +57,12 @@ def check_missing_patches(backend: Emulated) -> None:
     assert gradient.sum() == 3 * 16
     sums = [backend.total_variation(images, active, 4) for active in (kept, kept[:, :1])]
     assert torch.equal(*sums)
+    grads = torch.tensor(0.7), torch.tensor(-1.3)
+    gradients = [
+        backend.total_variation_backward(*grads, images, active, 4, sums[0])
+        for active in (kept, kept[:, :1])
+    ]
+    assert torch.equal(*gradients)
     state = [torch.zeros(1, 3, 8, 8) for _ in range(4)]
     state[1].fill_(1.0)
     backend.adam_clamp_(*state, torch.tensor(1), 0.1, 0.5, 0.9, *BOUNDS, kept, 4)

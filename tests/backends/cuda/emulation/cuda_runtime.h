@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "emulation.h"
 
@@ -79,18 +80,22 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline std::map<const void*, size_t> emulated_shared_limits;
+// Limits of shared memory by device and kernel, how often one was set, and the current device.
+inline std::map<std::pair<int, const void*>, size_t> emulated_shared_limits;
+inline int emulated_limits_set = 0, emulated_device = 0;
 
 template <typename... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
-  emulated_shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
+  emulated_shared_limits[{emulated_device, reinterpret_cast<const void*>(kernel)}] = bytes;
+  ++emulated_limits_set;
   return cudaSuccess;
 }
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
                                A&&... arguments) {
-  const auto limit = emulated_shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const auto limit =
+      emulated_shared_limits.find({emulated_device, reinterpret_cast<const void*>(kernel)});
   const size_t allowed = limit == emulated_shared_limits.end() ? 48 * 1024 : limit->second;
   if (config->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
   const std::function<void()> thread = [&] { kernel(static_cast<P>(arguments)...); };
@@ -104,7 +109,7 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulated_device;
   return cudaSuccess;
 }
 

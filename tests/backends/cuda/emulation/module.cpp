@@ -64,4 +64,6 @@ PYBIND11_MODULE(emulated, module) {
   module.def("gather_attention_fwd", python(launch_gather_attention_fwd));
   module.def("gather_attention_bwd", python(launch_gather_attention_bwd));
   module.def("max_tokens", python(max_tokens));
+  module.def("limits_set", [] { return emulated_limits_set; });
+  module.def("use_device", [](int device) { emulated_device = device; });
 }
