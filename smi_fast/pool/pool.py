@@ -114,7 +114,7 @@ class Pool:
             else:
                 pool._check_settings(old, settings)
                 pool._check_files()
-                pool._discard_unfinished(len(pool.records))
+                pool._discard_unfinished(before=len(pool.records))
         return pool
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ class Pool:
                 with suppress(OSError):
                     (self.path / name).unlink()
             raise
-        self._discard_unfinished(len(lines))
+        self._discard_unfinished()
 
     def add_unfinished(self, images: Tensor) -> None:
         """Save the images of an interrupted batch as ``unfinished/000000.png`` and so on.
@@ -306,10 +306,10 @@ class Pool:
                         f"{path} is missing: put it back, or make the pool anew with --overwrite"
                     )
 
-    def _discard_unfinished(self, held: int) -> None:
-        """Delete unfinished images that the pool now has complete."""
+    def _discard_unfinished(self, before: int | None = None) -> None:
+        """Delete unfinished images, or only those with a smaller number."""
         with suppress(OSError):
-            delete_pictures(self.path / UNFINISHED, before=held)
+            delete_pictures(self.path / UNFINISHED, before)
 
     def _delete(self) -> None:
         """Delete everything but the settings, which mark the folder as a pool until the end.
