@@ -310,7 +310,7 @@ def invert(
 
 def _summarise(pool: Pool, schedule: Schedule) -> None:
     from smi_fast.pool import CONTACT_SHEET
-    from smi_fast.pool.pictures import draw
+    from smi_fast.pool.pictures import draw_sheet
 
     records = pool.records
     right = sum(record["prediction"] == record["label"] for record in records) / len(records)
@@ -322,7 +322,7 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
         f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
         f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
     )
-    draw(pool)
+    draw_sheet(pool)
     print(f"look at {pool.path / CONTACT_SHEET}")
 
 

@@ -89,6 +89,7 @@ def fill(
     """
     names = [str(label) if class_names is None else class_names[label] for label in labels]
     _check_held(pool, labels, names)
+    draw_loss(pool)  # a killed run may not have come to it
     for start in range(len(pool.records), len(labels), batch_size):
         wanted = list(labels[start : start + batch_size])
         generator = torch.Generator().manual_seed(batch_seed(seed, start))

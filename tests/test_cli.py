@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from smi_fast.teacher.support import UnsupportedTeacher
 from smi_fast.zoo import fingerprint, load_cnn, load_teacher
 from tests.helpers.pools import batch, files
 
+QUICK = ("--schedule", "dense", "--iterations", "3", "--classes", "2,7-8", "--per-class", "2")
+
 
 class Smi:
     """Runs the command in this process; gives exit code, standard output and standard error."""
@@ -41,8 +44,7 @@ class Smi:
         return int(done.value.code or 0), captured.out, captured.err
 
     def invert(self, out: Path, *arguments: object) -> tuple[int, str, str]:
-        quick = ("--schedule", "dense", "--iterations", 3, "--classes", "2,7-8", "--per-class", 2)
-        return self("invert", "--out", out, *quick, *arguments)
+        return self("invert", "--out", out, *QUICK, *arguments)
 
 
 @pytest.fixture
@@ -266,7 +268,6 @@ def test_a_batch_beyond_memory_is_told(
     monkeypatch.setattr(Loop, "run", full)
     code, _, err = smi.invert(tmp_path)
     assert code == 2 and "a batch of 6 images does not fit into memory: take a smaller" in err
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32, 2**64 - 1])
@@ -315,14 +316,38 @@ def test_a_failed_first_batch_does_not_block_the_same_command(
     assert len(Pool(tmp_path).records) == 6
 
 
-def test_resume_of_a_finished_pool_draws_its_pictures_anew(smi: Smi, tmp_path: Path) -> None:
-    smi.invert(tmp_path)
+def test_resume_of_a_finished_pool_draws_its_pictures_anew(
+    smi: Smi, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = files(tmp_path)
     (tmp_path / "loss.png").write_bytes(b"stale")
     (tmp_path / "contact_sheet.png").unlink()
     (tmp_path / ".loss.png.part").write_bytes(b"left by a kill")
     assert smi.invert(tmp_path, "--resume")[0] == 0
     assert files(tmp_path) == before
+
+
+def test_a_second_writer_is_refused(smi: Smi, tmp_path: Path) -> None:
+    pool = Pool.create(tmp_path, {"seed": 0})
+    before = files(tmp_path)
+    for options in ((), ("--resume",), ("--overwrite",)):
+        code, _, err = smi.invert(tmp_path, *options)
+        assert (code, err) == (2, f"smi-fast: another process adds images to {tmp_path}\n")
+    assert files(tmp_path) == before
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pool, to be copied."""
+    path = tmp_path_factory.mktemp("finished") / "pool"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["smi-fast", "invert", "--out", str(path), *QUICK])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+    assert not done.value.code
+    return path
 
 
 def damaged(name: str, content: bytes | None) -> object:
@@ -360,23 +385,27 @@ def edited(old: str, new: str) -> object:
     ],
 )
 def test_a_damaged_pool_is_told_in_one_line(
-    smi: Smi, tmp_path: Path, damage: Callable[[Path], None], message: str
+    smi: Smi,
+    finished: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
 ) -> None:
-    smi.invert(tmp_path, "--quiet")
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     code, _, err = smi.invert(tmp_path, "--resume", "--quiet")
     assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
 
 
-def test_a_pool_with_too_many_images_is_not_resumed(smi: Smi, tmp_path: Path) -> None:
-    smi.invert(tmp_path)
+def test_a_pool_with_too_many_images_is_not_resumed(
+    smi: Smi, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "manifest.jsonl").read_text()
     extra = lines.splitlines()[-1].replace("000005", "000006").replace('"index": 5', '"index": 6')
     (tmp_path / "manifest.jsonl").write_text(lines + extra)
     for folder in ("images", "masked", "masks"):
-        (tmp_path / folder / "000006.png").write_bytes(
-            (tmp_path / folder / "000005.png").read_bytes()
-        )
+        shutil.copy(tmp_path / folder / "000005.png", tmp_path / folder / "000006.png")
     code, _, err = smi.invert(tmp_path, "--resume")
     assert code == 2 and "to hold 6 images or fewer, got 7" in err
 

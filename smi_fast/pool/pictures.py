@@ -20,13 +20,12 @@ NAME_SIZE, CONFIDENCE_SIZE = 18, 13
 STOP_COLOUR = "#d62728"
 
 
-def draw(pool: Pool) -> None:
-    """Draw the contact sheet and the loss curves of a pool into its folder.
+def draw_sheet(pool: Pool) -> None:
+    """Draw the contact sheet of a pool into its folder.
 
     Raises:
-        PoolError: a picture can't be read or written. The pool's images are safe.
+        PoolError: an image can't be read, or the sheet can't be written. The images are safe.
     """
-    draw_loss(pool)
     with explained(f"writing {pool.path / CONTACT_SHEET}", _safe(pool)):
         contact_sheet(pool.path, pool.path / CONTACT_SHEET)
 

@@ -31,7 +31,8 @@ TROUBLE: dict[str, Callable[[], None]] = {
 }
 ACCESSES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "os.listdir"}
 PRELOADED = ["tests.helpers.command", "smi_fast.cli", "smi_fast.fill", "smi_fast.zoo"]
-PRELOADED += ["matplotlib.figure", "smi_fast.verify.correctness"]
+# What matplotlib and typer import at their first use.
+PRELOADED += ["matplotlib.backends.backend_agg", "pydantic.type_adapter"]
 
 
 @dataclass(frozen=True)
