@@ -1,5 +1,17 @@
 """``python -m smi_fast`` is the command ``smi-fast``."""
 
-from smi_fast.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command. Ctrl-C ends it without a traceback, also while its modules are imported."""
+    try:
+        from smi_fast import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

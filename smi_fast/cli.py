@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -12,15 +15,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smi_fast import __version__
+from smi_fast import __version__, options
 
 if TYPE_CHECKING:
     import torch
 
     from smi_fast.pool import Pool
     from smi_fast.schedules import Schedule
+    from smi_fast.teacher import SparseViT
 
 SCHEDULES = ("smi", "smi-scaled", "dense")
+# With fewer iterations two of the scaled stops fall together.
+LEAST_SCALED = 60
 PACKAGES = ("timm", "triton", "numpy")
 
 app = typer.Typer(
@@ -30,24 +36,32 @@ app = typer.Typer(
 )
 
 
+class CommandError(Exception):
+    """What the user can mend; the message says what was expected and what came."""
+
+
 def main() -> None:
-    """Run the command. An error that a user can fix is one sentence and exit code 2."""
+    """Run the command.
+
+    An error of one of this package's own classes is one sentence and exit code 2. Any other is a
+    fault of the program, and keeps its traceback.
+    """
     try:
         app()
-    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:
-        if not type(error).__module__.startswith("smi_fast") and not _is_ours(error):
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != __package__:
             raise
         print(f"smi-fast: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether a line of this package raised the error, rather than a library that it calls."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    package = "" if trace is None else trace.tb_frame.f_globals.get("__package__") or ""
-    return package.partition(".")[0] == __package__
+@contextmanager
+def _wrong_options() -> Iterator[None]:
+    """Turn a ValueError into a CommandError, where it says which option has a wrong value."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,7 +71,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def start(
     version: Annotated[
         bool,
         typer.Option(
@@ -125,6 +139,10 @@ def verify(
 
     The exit code is 1 if a kernel is wrong.
     """
+    folder = out.resolve().parent
+    there = out if out.exists() else folder
+    if out.is_dir() or not folder.is_dir() or not os.access(there, os.W_OK):
+        raise CommandError(f"expected --out to be a file that can be written, got {out}")
     import timm
 
     from smi_fast.verify import correctness, timing
@@ -141,7 +159,10 @@ def verify(
             for entry in (*timing.op_times(device), *timing.step_times(device, teacher)):
                 print(json.dumps(entry))
                 times.append({"device": str(device), **entry})
-    out.write_text(json.dumps(correctness.summary(rows, times), indent=1) + "\n")
+    try:
+        out.write_text(json.dumps(correctness.summary(rows, times), indent=1) + "\n")
+    except OSError as error:
+        raise CommandError(f"writing {out} failed: {error.strerror}") from error
     print(f"all figures are in {out}")
     raise typer.Exit(0 if right else 1)
 
@@ -191,7 +212,9 @@ def invert(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of images inverted together.")
     ] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of noise, jitter and soft targets.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of noise, jitter and soft targets, below 2**64.")
+    ] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")
     ] = "auto",
@@ -207,43 +230,56 @@ def invert(
     ] = False,
 ) -> None:
     """Invert classes of a teacher into a folder of images."""
-    from smi_fast.fill import Interrupted, fill
+    from smi_fast.fill import Interrupted, fill, rehearse
     from smi_fast.inversion import SparseInverter
+    from smi_fast.ops import backends
     from smi_fast.pool import Pool
     from smi_fast.recipes import by_name
-    from smi_fast.zoo import label_names, load_cnn, load_teacher
+    from smi_fast.zoo import fingerprint, label_names, load_cnn, load_teacher
 
-    if resume and overwrite:
-        raise ValueError("expected --resume or --overwrite, got both")
-    model = load_teacher(teacher, checkpoint).to(_device(device))
-    network = None if cnn is None else load_cnn(cnn, cnn_checkpoint).to(_device(device))
-    published = by_name(recipe, network)
-    iterations = published.iterations if iterations is None else iterations
-    lr = published.lr if lr is None else lr
-    published = replace(published, iterations=iterations, lr=lr)
+    # The pool is opened after everything that can be wrong has been tried, because --overwrite
+    # deletes the old one.
+    with _wrong_options():
+        if resume and overwrite:
+            raise ValueError("expected --resume or --overwrite, got both")
+        if cnn is None and cnn_checkpoint is not None:
+            raise ValueError("expected --cnn with --cnn-checkpoint, got none")
+        options.check_most("--seed", seed, options.MOST_SEED)
+        backends.check_name(backend)
+        where = options.parse_device(device)
+        network = None if cnn is None else load_cnn(cnn, cnn_checkpoint).to(where)
+        published = by_name(recipe, network)
+        iterations = published.iterations if iterations is None else iterations
+        options.check_most("--iterations", iterations, options.MOST_ITERATIONS)
+        lr = published.lr if lr is None else lr
+        published = replace(published, iterations=iterations, lr=lr)
+        stops = _schedule(schedule, iterations)
+        ranges = options.parse_classes(classes)
+        model = load_teacher(teacher, checkpoint).to(where)
+        inverter = SparseInverter(model, schedule=stops, backend=backend, **published.options())
+        labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
+        rehearse(inverter, published)
     if not quiet:
         print(published)
-    stops = _schedule(schedule, iterations)
-    inverter = SparseInverter(model, schedule=stops, backend=backend, **published.options())
-    labels = [
-        label for label in _classes(classes, inverter.teacher.num_classes) for _ in range(per_class)
-    ]
     settings = {
         "teacher": teacher,
         "checkpoint": None if checkpoint is None else checkpoint.name,
+        "teacher_sha256": fingerprint(model),
         "classes": classes,
         "per_class": per_class,
         "schedule": schedule,
         "recipe": recipe,
         "cnn": cnn,
         "cnn_checkpoint": None if cnn_checkpoint is None else cnn_checkpoint.name,
+        "cnn_sha256": None if network is None else fingerprint(network),
         "iterations": iterations,
         "lr": lr,
         "batch_size": batch_size,
         "seed": seed,
+        "backend": _backends(backend, inverter.teacher),
+        "device": inverter.teacher.device.type,
+        "dtype": str(inverter.teacher.dtype).removeprefix("torch."),
     }
-    pool = Pool.resume(out, settings) if resume else Pool.create(out, settings, overwrite=overwrite)
-    names = label_names(model)
     provenance = {
         "teacher": teacher,
         "schedule": schedule,
@@ -251,29 +287,31 @@ def invert(
         "seed": seed,
         "versions": _versions(),
     }
-    try:
-        fill(
-            pool,
-            inverter,
-            labels,
-            recipe=published,
-            batch_size=batch_size,
-            seed=seed,
-            class_names=names,
-            provenance=provenance,
-            progress=not quiet,
-        )
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(130) from None
-    _summarise(pool, inverter.schedule)
+    with (
+        Pool.resume(out, settings) if resume else Pool.create(out, settings, overwrite=overwrite)
+    ) as pool:
+        try:
+            fill(
+                pool,
+                inverter,
+                labels,
+                recipe=published,
+                batch_size=batch_size,
+                seed=seed,
+                class_names=label_names(model),
+                provenance=provenance,
+                progress=not quiet,
+            )
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            raise typer.Exit(130) from None
+        _summarise(pool, inverter.schedule)
 
 
 def _summarise(pool: Pool, schedule: Schedule) -> None:
     from smi_fast.pool import CONTACT_SHEET
-    from smi_fast.pool.pictures import contact_sheet
+    from smi_fast.pool.pictures import draw_sheet
 
-    contact_sheet(pool.path, pool.path / CONTACT_SHEET)
     records = pool.records
     right = sum(record["prediction"] == record["label"] for record in records) / len(records)
     confidence = sum(record["confidence"] for record in records) / len(records)
@@ -282,44 +320,42 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
     )
     print(
         f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
-        f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}\n"
-        f"look at {pool.path / CONTACT_SHEET}"
+        f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
     )
+    draw_sheet(pool)
+    print(f"look at {pool.path / CONTACT_SHEET}")
 
 
 def _schedule(name: str, iterations: int) -> Schedule:
     from smi_fast.schedules import Dense, StopSchedule
 
     if name == "smi":
+        last = StopSchedule().at[-1]
+        if iterations <= last:
+            raise ValueError(
+                f"the stop at {last} is past the end of {iterations} iterations: run more of them, "
+                "or take --schedule smi-scaled"
+            )
         return StopSchedule()
     if name == "smi-scaled":
+        if iterations < LEAST_SCALED:
+            raise ValueError(
+                f"expected {LEAST_SCALED} iterations or more for --schedule smi-scaled, "
+                f"got {iterations}"
+            )
         return StopSchedule.scaled(iterations)
     if name == "dense":
         return Dense()
     raise ValueError(f"expected a schedule among {', '.join(SCHEDULES)}, got {name!r}")
 
 
-def _classes(text: str, count: int) -> list[int]:
-    """Parse classes such as "3,17,20-24" into a list, in the same order."""
-    chosen: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"expected classes such as 0-9 or 3,17,20-24, got {text!r}")
-        chosen += range(int(first), int(last or first) + 1)
-    if not chosen or max(chosen) >= count:
-        raise ValueError(f"expected classes in 0..{count - 1}, got {text!r}")
-    return chosen
+def _backends(name: str, teacher: SparseViT) -> str:
+    """The backends that run the ops of a teacher."""
+    from smi_fast.ops import backends
 
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"expected device auto, cpu or a visible cuda device, got {name!r}")
-    return name
+    device, dtype = teacher.device, teacher.dtype
+    chosen = (backends.choose(op, device, dtype, name).name for op in backends.OPS)
+    return ", ".join(dict.fromkeys(chosen))
 
 
 def _versions() -> dict[str, str]:

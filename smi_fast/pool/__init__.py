@@ -1,18 +1,19 @@
 """Pools: folders of inverted images, with their masks and provenance."""
 
+from smi_fast.pool.files import PoolError, write_atomically
 from smi_fast.pool.pool import (
     CONTACT_SHEET,
+    LOCK,
     LOSS_CURVES,
     MANIFEST,
     SETTINGS,
     UNFINISHED,
     Pool,
-    PoolError,
-    write_atomically,
 )
 
 __all__ = [
     "CONTACT_SHEET",
+    "LOCK",
     "LOSS_CURVES",
     "MANIFEST",
     "SETTINGS",

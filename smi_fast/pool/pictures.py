@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from smi_fast.pool.pool import Pool, write_atomically
+from smi_fast.pool.files import PoolError, explained, write_atomically
+from smi_fast.pool.pool import CONTACT_SHEET, LOSS_CURVES, Pool
 
 # Limits of a contact sheet, so that it fits on a screen and in memory.
 MOST_CLASSES, MOST_PER_CLASS = 40, 8
@@ -17,6 +18,32 @@ SMALLEST_TILE = 112
 GAP = 12
 NAME_SIZE, CONFIDENCE_SIZE = 18, 13
 STOP_COLOUR = "#d62728"
+
+
+def draw_sheet(pool: Pool) -> None:
+    """Draw the contact sheet of a pool into its folder.
+
+    Raises:
+        PoolError: an image can't be read, or the sheet can't be written. The images are safe.
+    """
+    with explained(f"writing {pool.path / CONTACT_SHEET}", _safe(pool)):
+        contact_sheet(pool.path, pool.path / CONTACT_SHEET)
+
+
+def draw_loss(pool: Pool) -> None:
+    """Draw the loss curves of a pool's last batch into its folder, if the pool knows them.
+
+    Raises:
+        PoolError: the curves can't be read or written. The pool's images are safe.
+    """
+    loss = pool.loss
+    if loss is not None:
+        with explained(f"writing {pool.path / LOSS_CURVES}", _safe(pool)):
+            loss_curves(loss["history"], loss["stops"], pool.path / LOSS_CURVES)
+
+
+def _safe(pool: Pool) -> str:
+    return f"; images safe in the pool: {len(pool.records)}"
 
 
 def contact_sheet(pool: str | Path, path: str | Path) -> None:
@@ -32,7 +59,8 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
 
     Raises:
         ValueError: the pool is empty.
-        OSError: an image can't be read, or the sheet can't be written.
+        PoolError: the pool or one of its images can't be read.
+        OSError: the sheet can't be written.
     """
     records = Pool(pool).records
     if not records:
@@ -48,11 +76,17 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     )
 
     def read(name: str) -> Image.Image:
-        with Image.open(Path(pool) / name) as image:
-            scale = -(-SMALLEST_TILE // min(image.size))
-            return image.resize(
-                (image.width * scale, image.height * scale), Image.Resampling.NEAREST
-            )
+        try:
+            with Image.open(Path(pool) / name) as image:
+                scale = -(-SMALLEST_TILE // min(image.size))
+                return image.resize(
+                    (image.width * scale, image.height * scale), Image.Resampling.NEAREST
+                )
+        except Exception as error:  # Pillow has no common class for what a damaged file raises
+            raise PoolError(
+                f"reading {Path(pool) / name} failed: {error}; put the image back, or make the "
+                "pool anew with --overwrite"
+            ) from error
 
     large, small = ImageFont.load_default(NAME_SIZE), ImageFont.load_default(CONFIDENCE_SIZE)
     width, height = read(rows[0][0]["image"]).size

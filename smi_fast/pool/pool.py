@@ -2,22 +2,22 @@
 
 A pool is a folder::
 
-    settings.json        the settings that decided the images
+    settings.json        what the folder is, and the settings that decided the images
     manifest.jsonl       one line per image: its files and its record
     images/000000.png    the whole image
     masked/000000.png    its kept patches, on black
     masks/000000.png     one pixel per patch: 255 kept, 0 stopped
+    loss.json            the loss of the last batch, in each iteration
+    .lock                held by the process that adds images
 
 All files of a line in the manifest exist, even if writing was interrupted. A file without a line
 remains from an interrupted write: readers ignore it, and the next image with its number replaces
-it.
+it. ``format`` in the settings marks the folder as a pool. Without it nothing there is deleted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,44 +25,30 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
+from smi_fast.pool.files import (
+    PoolError,
+    delete_file,
+    delete_pictures,
+    explained,
+    unfinished_name,
+    write_atomically,
+)
+
+FORMAT = "smi_fast pool 1"
 SETTINGS = "settings.json"
 MANIFEST = "manifest.jsonl"
+LOSS = "loss.json"
 CONTACT_SHEET = "contact_sheet.png"
 LOSS_CURVES = "loss.png"
+LOCK = ".lock"
 UNFINISHED = "unfinished"
 FOLDERS = {"image": "images", "masked": "masked", "mask": "masks"}
-
-
-class PoolError(OSError):
-    """A pool can't be made, read or written; the message says what failed, and why."""
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file completely, or leave it as it was.
-
-    Args:
-        path: the file; replaced when it exists, its folder made when missing.
-        write: called with a binary file, to which it writes the content.
-
-    Raises:
-        OSError: the system's error. The file is then as it was before.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+# What a process that was killed before it wrote the settings may have left.
+_TRACES = {LOCK, unfinished_name(Path(SETTINGS)).name}
 
 
 class Pool:
@@ -86,6 +72,7 @@ class Pool:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: FileLock | None = None
 
     @classmethod
     def create(
@@ -94,25 +81,17 @@ class Pool:
         """Start an empty pool.
 
         Args:
-            path: a missing or empty folder.
+            path: a missing or empty folder, or a pool without images.
             settings: the settings that decide the images, as JSON values.
-            overwrite: delete an existing pool in the folder first, but no other files.
+            overwrite: delete the pool in the folder first, but no other files.
 
         Raises:
-            PoolError: without ``overwrite``, the folder isn't empty; with it, the folder holds
-                something else than a pool; or the folder can't be written.
+            PoolError: the folder holds something else than a pool; it holds a pool with images and
+                ``overwrite`` is not set; it can't be written; or another process adds images.
         """
         pool = cls(path)
-        content = (json.dumps(settings, indent=2, allow_nan=False) + "\n").encode()
-        with _explained(f"opening {path}"):
-            empty = not pool.path.is_dir() or not any(pool.path.iterdir())
-        if not empty:
-            if not overwrite:
-                raise PoolError(
-                    f"{path} is not empty: continue it with --resume or replace it with --overwrite"
-                )
-            pool._delete()
-        pool._write(SETTINGS, lambda file: file.write(content), held=0)
+        with pool._opening():
+            pool._start(settings, overwrite)
         return pool
 
     @classmethod
@@ -124,33 +103,51 @@ class Pool:
             settings: the settings that the pool was made with.
 
         Raises:
-            PoolError: the pool was made with other settings, or can't be read or written.
+            PoolError: the pool was made with other settings, lacks a file of an image, can't be
+                read or written, or another process adds images.
         """
         pool = cls(path)
-        old = pool._read(SETTINGS, json.loads, missing=None)
-        if old is None:
-            return cls.create(path, settings)
-        new = json.loads(json.dumps(settings))
-        for key in old | new:
-            before, now = (
-                json.dumps(side[key], sort_keys=True) if key in side else "nothing"
-                for side in (old, new)
-            )
-            if before != now:
-                raise PoolError(
-                    f"{path} can't be resumed: it was made with {key} = {before}, now it is {now}"
-                )
+        with pool._opening():
+            old = pool._settings()
+            if old is None:
+                pool._start(settings, overwrite=False)
+            else:
+                pool._check_settings(old, settings)
+                pool._check_files()
+                pool._discard_unfinished(before=len(pool.records))
         return pool
+
+    def close(self) -> None:
+        """Let another process add images. The end of this process does the same."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """The record of each image, in the order of their index.
 
         Raises:
-            PoolError: the manifest can't be read.
+            PoolError: the manifest can't be read, or a line isn't the record of its image.
         """
         lines: list[dict[str, Any]] = self._read(MANIFEST, _parse_lines, missing=[])
         return lines
+
+    @property
+    def loss(self) -> dict[str, Any] | None:
+        """What the last :meth:`add` was given as ``loss``, or None.
+
+        Raises:
+            PoolError: the file can't be read, or holds something else.
+        """
+        loss: dict[str, Any] | None = self._read(LOSS, _parse_loss, missing=None)
+        return loss
 
     def add(
         self,
@@ -158,6 +155,7 @@ class Pool:
         masked_images: Tensor,
         masks: Tensor,
         records: Sequence[Mapping[str, Any]],
+        loss: Mapping[str, Any] | None = None,
     ) -> None:
         """Add a batch of images. After an error the pool has none of them.
 
@@ -167,11 +165,16 @@ class Pool:
             masks: bool [B, rows, columns], true at kept patches.
             records: further entries of each image's record, as JSON values. The pool adds ``index``
                 and the files ``image``, ``masked`` and ``mask``.
+            loss: of this batch: its ``history``, the values of each objective by its name, and its
+                ``stops``. It replaces that of the batch before.
 
         Raises:
-            ValueError: shapes or types don't fit, or a record has a NaN or an infinity.
+            ValueError: shapes or types don't fit, a record has a NaN or an infinity, or the pool
+                was opened to be read only.
             PoolError: a file can't be written. The pool is then as it was before.
         """
+        if self._lock is None:
+            raise ValueError("expected a pool of Pool.create or Pool.resume, Pool(path) only reads")
         _check_batch(images, masked_images, masks, len(records))
         lines = self.records
         held = len(lines)
@@ -179,21 +182,24 @@ class Pool:
         grey = (masks.cpu().byte() * 255).numpy()
         batch = zip(records, _to_uint8(images), _to_uint8(masked_images), grey, strict=True)
         for index, (record, *pixels) in enumerate(batch, start=held):
-            files = {key: f"{folder}/{index:06}.png" for key, folder in FOLDERS.items()}
+            files = _files(index)
             pictures |= zip(files.values(), map(Image.fromarray, pixels), strict=True)
             lines.append({**record, "index": index, **files})
-        manifest = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+        manifest = "".join(map(_line, lines)).encode()
+        loss_line = None if loss is None else _line(loss).encode()
 
         try:
             for name, picture in pictures.items():
                 self._write(name, partial(picture.save, format="PNG"), held)
+            if loss_line is not None:
+                self._write(LOSS, lambda file: file.write(loss_line), held)
             self._write(MANIFEST, lambda file: file.write(manifest), held)
         except PoolError:
             for name in pictures:
                 with suppress(OSError):
                     (self.path / name).unlink()
             raise
-        shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
+        self._discard_unfinished()
 
     def add_unfinished(self, images: Tensor) -> None:
         """Save the images of an interrupted batch as ``unfinished/000000.png`` and so on.
@@ -212,41 +218,147 @@ class Pool:
             self._write(f"{UNFINISHED}/{index:06}.png", save, held)
 
     def _read(self, name: str, parse: Callable[[str], Any], missing: Any) -> Any:
-        with _explained(f"reading {self.path / name}"):
+        with explained(f"reading {self.path / name}"):
             try:
                 return parse((self.path / name).read_text("utf-8"))
             except FileNotFoundError:
                 return missing
 
     def _write(self, name: str, write: Callable[[BinaryIO], object], held: int) -> None:
-        with _explained(f"writing {self.path / name}", f"; images safe in the pool: {held}"):
+        with explained(f"writing {self.path / name}", f"; images safe in the pool: {held}"):
             write_atomically(self.path / name, write)
 
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Hold the lock from here on, unless the body fails."""
+        self._settings()  # before the lock, which is a file, so that none is put among foreign ones
+        lock = FileLock(self.path / LOCK, timeout=0)
+        with explained(f"opening {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise PoolError(f"another process adds images to {self.path}") from None
+        self._lock = lock
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _settings(self) -> dict[str, Any] | None:
+        """The settings, or None where there is no pool yet.
+
+        Raises:
+            PoolError: the folder holds something else than a pool.
+        """
+        with explained(f"opening {self.path}"):
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        if names <= _TRACES:
+            return None
+        settings = self._read(SETTINGS, json.loads, missing=None)
+        if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+            raise PoolError(
+                f"{self.path} is not empty, and not a pool of this version, whose {SETTINGS} has "
+                f'"format": "{FORMAT}": choose another folder'
+            )
+        return settings
+
+    def _start(self, settings: Mapping[str, Any], overwrite: bool) -> None:
+        content = json.dumps({"format": FORMAT, **settings}, indent=2, allow_nan=False) + "\n"
+        if self._settings() is not None:
+            if overwrite:
+                self._delete()
+            elif self._has_images():
+                raise PoolError(
+                    f"{self.path} is not empty: continue it with --resume or replace it with "
+                    "--overwrite"
+                )
+        self._write(SETTINGS, lambda file: file.write(content.encode()), held=0)
+
+    def _has_images(self) -> bool:
+        with explained(f"reading {self.path / MANIFEST}"), suppress(FileNotFoundError):
+            return (self.path / MANIFEST).stat().st_size > 0
+        return False
+
+    def _check_settings(self, old: dict[str, Any], settings: Mapping[str, Any]) -> None:
+        new = json.loads(json.dumps({"format": FORMAT, **settings}))
+        for key in old | new:
+            with explained(f"reading {self.path / SETTINGS}"):
+                before, now = (
+                    json.dumps(side[key], sort_keys=True) if key in side else "nothing"
+                    for side in (old, new)
+                )
+            if before != now:
+                raise PoolError(
+                    f"{self.path} can't be resumed: it was made with {key} = {before}, "
+                    f"now it is {now}"
+                )
+
+    def _check_files(self) -> None:
+        for record in self.records:
+            for key in FOLDERS:
+                path = self.path / record[key]
+                with explained(f"reading {path}"):
+                    found = path.is_file()
+                if not found:
+                    raise PoolError(
+                        f"{path} is missing: put it back, or make the pool anew with --overwrite"
+                    )
+
+    def _discard_unfinished(self, before: int | None = None) -> None:
+        """Delete unfinished images, or only those with a smaller number."""
+        with suppress(OSError):
+            delete_pictures(self.path / UNFINISHED, before)
+
     def _delete(self) -> None:
-        """Delete the pool. The manifest goes first, so that no line outlives its files."""
-        if not any((self.path / name).exists() for name in (MANIFEST, SETTINGS)):
-            raise PoolError(f"{self.path} is not a pool of images, so it is not overwritten")
-        with _explained(f"deleting {self.path}"):
-            (self.path / MANIFEST).unlink(missing_ok=True)
-            for folder in (*FOLDERS.values(), UNFINISHED):
-                with suppress(FileNotFoundError):
-                    shutil.rmtree(self.path / folder)
-            for name in (CONTACT_SHEET, LOSS_CURVES, SETTINGS):
-                (self.path / name).unlink(missing_ok=True)
+        """Delete everything but the settings, which mark the folder as a pool until the end.
+
+        The manifest goes first, so that no line outlives its files.
+        """
+        folders = [self.path / name for name in (*FOLDERS.values(), UNFINISHED)]
+        for folder in filter(Path.is_symlink, folders):
+            raise PoolError(
+                f"{folder} is a symbolic link, which is not followed, so {self.path} is not "
+                "overwritten"
+            )
+        with explained(f"deleting {self.path}"):
+            for name in (MANIFEST, LOSS, CONTACT_SHEET, LOSS_CURVES):
+                delete_file(self.path / name)
+            for folder in folders:
+                delete_pictures(folder)
 
 
-@contextmanager
-def _explained(action: str, outcome: str = "") -> Iterator[None]:
-    """Turn an error of the system or of JSON into a PoolError with one sentence."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PoolError(f"{action} failed: {reason}{outcome}") from error
+def _files(index: int) -> dict[str, str]:
+    """The files of an image, relative to the pool."""
+    return {key: f"{folder}/{index:06}.png" for key, folder in FOLDERS.items()}
+
+
+def _line(entries: Mapping[str, Any]) -> str:
+    return json.dumps(entries, allow_nan=False) + "\n"
 
 
 def _parse_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line, parse_constant=_refuse) for line in text.splitlines()]
+    for index, line in enumerate(lines):
+        expected = {"index": index, **_files(index)}
+        if not isinstance(line, dict) or any(line.get(key) != expected[key] for key in expected):
+            raise ValueError(f"line {index + 1} is not the record of image {index}")
+    return lines
+
+
+def _parse_loss(text: str) -> dict[str, Any]:
+    loss = json.loads(text, parse_constant=_refuse)
+    history, stops = (isinstance(loss, dict) and loss.get(key) for key in ("history", "stops"))
+    lists = [stops, *history.values()] if isinstance(history, dict) else [None]
+    for numbers in lists:
+        if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError("it is not the loss of a batch")
+    return dict(loss)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no value of JSON")
 
 
 def _check_batch(images: Tensor, masked_images: Tensor, masks: Tensor, size: int) -> None:

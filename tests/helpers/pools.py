@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from smi_fast.pool import LOCK
+
 SETTINGS = {"teacher": "fashion-canvas", "at": (50, 100), "seed": 0}
 
 
@@ -24,9 +26,11 @@ def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, list[dict[s
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its relative name."""
+    """Every file below a folder but the lock, by its relative name."""
     return {
-        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != LOCK
     }
 
 

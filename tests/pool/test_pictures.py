@@ -131,3 +131,14 @@ def test_loss_curves_is_logarithmic_unless_a_value_is_negative(
     bottom = np.nonzero(blue[:, right])[0].max()
     height = np.nonzero(blue[:, (left + right) // 2])[0].mean()
     assert (height - top) / (bottom - top) == pytest.approx(middle, abs=0.03)
+
+
+def test_pictures_have_the_same_bytes_whenever_they_are_drawn(tmp_path: Path) -> None:
+    made = colour_pool(tmp_path, classes=2, per_class=1)
+    made.add(*batch(1), {"stops": [2], "history": {"cross_entropy": [3, 2.5, 0.25]}})
+    drawn = []
+    for _ in range(2):
+        pictures.draw_loss(made)
+        pictures.draw_sheet(made)
+        drawn.append([(tmp_path / name).read_bytes() for name in ("loss.png", "contact_sheet.png")])
+    assert drawn[0] == drawn[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def test_unfinished_images_are_kept_until_the_next_batch(tmp_path: Path) -> None
     assert not (tmp_path / "unfinished").exists()
 
     made.add_unfinished(images)
+    made.close()
     Pool.create(tmp_path, SETTINGS, overwrite=True)
     assert set(files(tmp_path)) == {"settings.json"}
 
@@ -181,26 +182,26 @@ def test_resume_refuses_other_settings(
 
 def test_create_and_resume_refuse_a_folder_with_something_else_in_it(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    for attempt in (Pool.create, Pool.resume):
-        with pytest.raises(PoolError, match=r"not empty.*--resume.*--overwrite"):
+    for attempt in (Pool.create, Pool.resume, partial(Pool.create, overwrite=True)):
+        with pytest.raises(PoolError, match=r"not empty, and not a pool .* choose another folder"):
             attempt(tmp_path, SETTINGS)
-    with pytest.raises(PoolError, match="not a pool"):
-        Pool.create(tmp_path, SETTINGS, overwrite=True)
     assert files(tmp_path) == {"thesis.tex": b"precious"}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_create_refuses_a_pool_and_overwrites_it_when_told(tmp_path: Path) -> None:
     Pool.create(tmp_path, SETTINGS).add(*batch(2))
     (tmp_path / pool.CONTACT_SHEET).write_bytes(b"of the old images")
     (tmp_path / "notes.txt").write_text("not the pool's")
-    with pytest.raises(PoolError, match="not empty"):
+    with pytest.raises(PoolError, match=r"not empty.*--resume.*--overwrite"):
         Pool.create(tmp_path, SETTINGS)
     assert len(Pool(tmp_path).records) == 2
 
     made = Pool.create(tmp_path, {"seed": 1}, overwrite=True)
     assert made.records == []
     assert set(files(tmp_path)) == {"settings.json", "notes.txt"}
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings == {"format": "smi_fast pool 1", "seed": 1}
 
 
 def test_a_failed_overwrite_leaves_a_pool_that_can_be_overwritten(
@@ -208,7 +209,7 @@ def test_a_failed_overwrite_leaves_a_pool_that_can_be_overwritten(
 ) -> None:
     Pool.create(tmp_path, SETTINGS).add(*batch(2))
     with monkeypatch.context() as patch:
-        fail_at_call(patch, shutil, "rmtree", 2)
+        fail_at_call(patch, Path, "unlink", 12)
         with pytest.raises(PoolError, match=r"deleting .* failed: No space left"):
             Pool.create(tmp_path, SETTINGS, overwrite=True)
     assert Pool(tmp_path).records == []
@@ -230,10 +231,134 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    made = Pool.create(tmp_path, SETTINGS)
-    (tmp_path / "manifest.jsonl").write_text('{"index": 0\n')
-    with pytest.raises(PoolError, match=r"reading .*manifest.jsonl failed: Expecting"):
+    with Pool.create(tmp_path, SETTINGS) as made:
+        made.add(*batch(2))
+    good = (tmp_path / "manifest.jsonl").read_text()
+    wrong = "line 1 is not the record of image 0"
+    for damaged, sentence in (
+        ('{"index": 0\n', "Expecting"),
+        ("{}\n", wrong),
+        ("[]\n", wrong),
+        (good.replace("images/000000", "../../000000"), wrong),
+        (good.replace("images/000000", "/etc/000000"), wrong),
+        (good.splitlines()[1], wrong),
+        (good.replace('"seed": 0', '"confidence": NaN'), "NaN is no value of JSON"),
+        ("[" * 10**5, "nested too deep"),
+    ):
+        (tmp_path / "manifest.jsonl").write_text(damaged)
+        with pytest.raises(PoolError, match=f"reading .*manifest.jsonl failed: .*{sentence}"):
+            Pool.resume(tmp_path, SETTINGS)
+    (tmp_path / "manifest.jsonl").write_text(good)
+    assert len(Pool.resume(tmp_path, SETTINGS).records) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"editor.tabSize": 4}', "not a pool of this version"),
+        ('{"teacher": "fashion-canvas", "seed": 0}', "not a pool of this version"),
+        ("[]", "not a pool of this version"),
+        ('// comment\n{"a": 1}', "Expecting value"),
+        ("[" * 10**5, "nested too deep"),
+    ],
+)
+def test_settings_of_something_else_make_no_pool(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000000.png").write_bytes(b"holiday")
+    before = files(tmp_path)
+    for attempt in (Pool.create, Pool.resume, partial(Pool.create, overwrite=True)):
+        with pytest.raises(PoolError, match=sentence):
+            attempt(tmp_path, SETTINGS)
+    assert files(tmp_path) == before
+
+
+def test_overwrite_deletes_only_what_a_pool_wrote(tmp_path: Path) -> None:
+    with Pool.create(tmp_path, SETTINGS) as made:
+        made.add(*batch(2), {"stops": [], "history": {"l": [1.0]}})
+        made.add_unfinished(batch(1)[0])
+    foreign = ["notes.txt", "images/holiday.jpg", "images/1.png", "images/0000001.png"]
+    foreign += ["masks/000000.png.bak", "unfinished/mine.png", "masked/sub/000000.png"]
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"precious")
+    for name in (".loss.png.part", ".manifest.jsonl.part", "images/.000007.png.part"):
+        (tmp_path / name).write_bytes(b"left by a kill")
+    Pool.create(tmp_path, SETTINGS, overwrite=True)
+    assert set(files(tmp_path)) == {"settings.json", *foreign}
+
+
+@pytest.mark.parametrize("folder", ["images", "unfinished"])
+def test_overwrite_follows_no_link(tmp_path: Path, folder: str) -> None:
+    with Pool.create(tmp_path / "pool", SETTINGS) as made:
         made.add(*batch(1))
+        made.add_unfinished(batch(1)[0])
+    (tmp_path / "pool" / folder).rename(tmp_path / "elsewhere")
+    (tmp_path / "pool" / folder).symlink_to(tmp_path / "elsewhere")
+    before = files(tmp_path)
+    with pytest.raises(PoolError, match=f"{folder} is a symbolic link, which is not followed"):
+        Pool.create(tmp_path / "pool", SETTINGS, overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_a_pool_without_images_can_be_created_again(tmp_path: Path) -> None:
+    Pool.create(tmp_path, SETTINGS).add_unfinished(batch(1)[0])
+    Pool.create(tmp_path, {"seed": 1}).add(*batch(1))
+    assert Pool.resume(tmp_path, {"seed": 1}).records[0]["index"] == 0
+
+
+def test_traces_of_a_killed_start_are_no_obstacle(tmp_path: Path) -> None:
+    for name in (".lock", ".settings.json.part"):
+        (tmp_path / name).write_bytes(b"")
+    Pool.create(tmp_path, SETTINGS)
+    assert set(files(tmp_path)) == {"settings.json"}
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    first = Pool.create(tmp_path, SETTINGS)
+    first.add(*batch(1))
+    for attempt in (Pool.create, Pool.resume, partial(Pool.create, overwrite=True)):
+        with pytest.raises(PoolError, match=f"another process adds images to {tmp_path}"):
+            attempt(tmp_path, SETTINGS)
+    assert len(Pool(tmp_path).records) == 1  # reading needs no lock
+    first.close()
+    with Pool.resume(tmp_path, SETTINGS) as second:
+        second.add(*batch(1))
+    assert len(Pool.resume(tmp_path, SETTINGS).records) == 2
+
+
+@pytest.mark.parametrize("folder", ["images", "masked", "masks"])
+def test_resume_misses_a_file(tmp_path: Path, folder: str) -> None:
+    with Pool.create(tmp_path, SETTINGS) as made:
+        made.add(*batch(2))
+    (tmp_path / folder / "000001.png").unlink()
+    with pytest.raises(PoolError, match=f"{folder}/000001.png is missing: put it back"):
+        Pool.resume(tmp_path, SETTINGS)
+
+
+def test_resume_deletes_unfinished_images_that_are_complete_by_now(tmp_path: Path) -> None:
+    with Pool.create(tmp_path, SETTINGS) as made:
+        made.add(*batch(1))
+        made.add_unfinished(batch(2)[0])
+    (tmp_path / "unfinished" / "000000.png").write_bytes(b"left by a kill")
+    Pool.resume(tmp_path, SETTINGS)
+    assert {name for name in files(tmp_path) if "unfinished" in name} == {
+        "unfinished/000001.png",
+        "unfinished/000002.png",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", '{"stops": [], "history": {"l": ["x"]}}', '{"stops": 3, "history": {}}', "{"],
+)
+def test_a_damaged_loss_is_named(tmp_path: Path, text: str) -> None:
+    made = Pool.create(tmp_path, SETTINGS)
+    made.add(*batch(1), {"stops": [2], "history": {"l": [1, 0.5]}})
+    assert made.loss == {"stops": [2], "history": {"l": [1, 0.5]}}
+    (tmp_path / "loss.json").write_text(text)
+    with pytest.raises(PoolError, match=r"reading .*loss.json failed"):
+        made.loss  # noqa: B018
 
 
 def test_add_says_what_it_expected(tmp_path: Path) -> None:
@@ -253,6 +378,8 @@ def test_add_says_what_it_expected(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             made.add(*arguments)
+    with pytest.raises(ValueError, match="only reads"):
+        Pool(tmp_path).add(*batch(1))
     assert set(files(tmp_path)) == {"settings.json"}
 
 

@@ -1,0 +1,77 @@
+"""Options of the command: from text to values, and their bounds."""
+
+from __future__ import annotations
+
+import re
+
+# The jitter and the loss of each iteration are held in memory, the record of each image too.
+MOST_ITERATIONS = MOST_IMAGES = 1_000_000
+MOST_SEED = 2**64 - 1
+
+
+def check_most(option: str, value: int, most: int) -> None:
+    """Refuse a value above ``most``.
+
+    Raises:
+        ValueError: it is above; the message names the option.
+    """
+    if value > most:
+        raise ValueError(f"expected {option} of at most {most}, got {value}")
+
+
+def parse_classes(text: str) -> list[range]:
+    """Parse classes such as "3,17,20-24" into ranges, in the same order.
+
+    >>> parse_classes("3,20-24")
+    [range(3, 4), range(20, 25)]
+
+    Raises:
+        ValueError: other text, or a range that descends.
+    """
+    found = [
+        re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip()) for part in text.split(",")
+    ]
+    pairs = [(int(m[1]), int(m[2] or m[1])) for m in found if m is not None]
+    if len(pairs) < len(found) or any(first > last for first, last in pairs):
+        raise ValueError(f"expected classes such as 0-9 or 3,17,20-24, got {text!r}")
+    return [range(first, last + 1) for first, last in pairs]
+
+
+def labels(ranges: list[range], classes: int, per_class: int) -> list[int]:
+    """The class of each image of a pool, checked before the list is made.
+
+    >>> labels([range(3, 4), range(7, 9)], classes=10, per_class=2)
+    [3, 3, 7, 7, 8, 8]
+
+    Args:
+        ranges: the wanted classes.
+        classes: number of the teacher's classes.
+        per_class: number of images of each wanted class.
+
+    Raises:
+        ValueError: a class that the teacher doesn't have, or more than :data:`MOST_IMAGES` images.
+    """
+    last = max(numbers[-1] for numbers in ranges)
+    if last >= classes:
+        raise ValueError(f"expected classes in 0..{classes - 1}, got {last}")
+    images = sum(map(len, ranges)) * per_class
+    if images > MOST_IMAGES:
+        raise ValueError(f"expected at most {MOST_IMAGES} images, got {images}")
+    return [label for numbers in ranges for label in numbers for _ in range(per_class)]
+
+
+def parse_device(name: str) -> str:
+    """The device that a name asks for; for "auto" the GPU if there is one.
+
+    Raises:
+        ValueError: another name, or a GPU that isn't visible.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    found = re.fullmatch("cuda(?::([0-9]{1,3}))?", name)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name != "cpu" and (found is None or int(found[1] or 0) >= visible):
+        raise ValueError(f"expected device auto, cpu or a visible cuda device, got {name!r}")
+    return name

@@ -1,0 +1,88 @@
+"""Files of a pool: written completely or not at all, and deleted only when they are the pool's."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_NUMBER = "([0-9]{6}|[1-9][0-9]{6,})"
+_PICTURE = re.compile(rf"{_NUMBER}\.png|\.{_NUMBER}\.png\.part")
+
+
+class PoolError(OSError):
+    """A pool can't be made, read or written; the message says what failed, and why."""
+
+
+@contextmanager
+def explained(action: str, outcome: str = "") -> Iterator[None]:
+    """Turn an error of the system or of JSON into a PoolError with one sentence."""
+    try:
+        yield
+    except PoolError:
+        raise
+    except RecursionError as error:
+        raise PoolError(f"{action} failed: it is nested too deep{outcome}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PoolError(f"{action} failed: {reason}{outcome}") from error
+
+
+def unfinished_name(path: Path) -> Path:
+    """Where a file is written before it is complete."""
+    return path.with_name(f".{path.name}.part")
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file completely, or leave it as it was.
+
+    Args:
+        path: the file; replaced when it exists, its folder made when missing.
+        write: called with a binary file, to which it writes the content.
+
+    Raises:
+        OSError: the system's error. The file is then as it was before.
+    """
+    path = Path(path)
+    temporary = unfinished_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def delete_file(path: Path) -> None:
+    """Delete a file and what an interrupted write left of it; a missing file is no error."""
+    path.unlink(missing_ok=True)
+    unfinished_name(path).unlink(missing_ok=True)
+
+
+def delete_pictures(folder: Path, before: int | None = None) -> None:
+    """Delete the pictures that a pool wrote into a folder, and the folder when it is then empty.
+
+    Files with other names stay, and so does everything behind a symbolic link.
+
+    Args:
+        folder: one of the pool's folders.
+        before: only pictures with a smaller number; by default all.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        found = _PICTURE.fullmatch(path.name)
+        if found is None or path.is_dir():
+            continue
+        if before is None or int(found[1] or found[2]) < before:
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
