@@ -200,6 +200,11 @@ class SparseViT(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.channels, *self.image_size)
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"expected images as a tensor [B, {expected[0]}, {expected[1]}, {expected[2]}], "
+                f"got {type(images).__name__}"
+            )
         if images.dim() != 4 or images.shape[1:] != expected:
             raise ValueError(
                 f"expected images [B, {expected[0]}, {expected[1]}, {expected[2]}] "
