@@ -182,9 +182,9 @@ class SparseViT(nn.Module):
                 tap.
             BackendUnavailable: the backend can't run these images.
         """
-        self._check_images(images)
         if not torch.compiler.is_compiling():
             self._weights.follow()
+        self._check_images(images)
         if kept is None:
             kept = self.every_patch(len(images))
         shift, flip = jitter if jitter is not None else ((0, 0), False)
