@@ -29,7 +29,9 @@ def random_jitter(
     shift = torch.stack(
         [torch.randint(-m, m + 1, (iterations,), generator=generator) for m in limits], dim=1
     )
-    return shift, torch.rand(iterations, generator=generator) < 0.5
+    # The data type is named, so that the default one doesn't change what a seed draws.
+    flip = torch.rand(iterations, generator=generator, dtype=torch.float32) < 0.5
+    return shift, flip
 
 
 def jitter_images(images: Tensor, shift: Tensor, flip: Tensor) -> Tensor:

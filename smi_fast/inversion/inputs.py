@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -14,13 +16,46 @@ from smi_fast.teacher import SparseViT
 from smi_fast.teacher.space import ImageSpace
 
 
+def check_weights(teacher: SparseViT) -> SparseViT:
+    """The teacher, when the pixels can be optimised in its data type and on its device.
+
+    Raises:
+        ValueError: weights in float16 or without values.
+    """
+    if teacher.device.type == "meta":
+        raise ValueError(
+            "expected a teacher with weights, got one on the meta device: load its weights first"
+        )
+    if teacher.dtype == torch.float16:
+        raise ValueError(
+            "expected a teacher in float32, float64 or bfloat16, got float16, in which the moments "
+            "of Adam underflow: pass teacher.float()"
+        )
+    return teacher
+
+
+def check_numbers(iterations: int, lr: float, betas: tuple[float, float]) -> None:
+    """Check the numbers of the optimiser.
+
+    Raises:
+        ValueError: one of them out of range, or no number.
+    """
+    if not isinstance(iterations, Integral) or iterations < 1:
+        raise ValueError(f"expected 1 or more iterations, got {iterations!r}")
+    if not (isinstance(lr, Real) and math.isfinite(lr) and lr > 0):
+        raise ValueError(f"expected lr above 0, got {lr!r}")
+    pair = betas if isinstance(betas, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in pair):
+        raise ValueError(f"expected two betas in [0, 1), got {betas!r}")
+
+
 def image_space(
     teacher: SparseViT, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> ImageSpace:
     """The space of a teacher's images; mean and std by default from its ``pretrained_cfg``.
 
     Raises:
-        ValueError: no mean or std of each channel, or a std that isn't above 0.
+        ValueError: no finite mean and std of each channel, or a std that isn't above 0.
     """
     pair = (_per_channel(teacher, name, given) for name, given in (("mean", mean), ("std", std)))
     return ImageSpace(teacher.channels, *teacher.image_size, *pair)
@@ -31,9 +66,15 @@ def _per_channel(teacher: SparseViT, name: str, given: Sequence[float] | None) -
         given = (getattr(teacher.vit, "pretrained_cfg", None) or {}).get(name)
     if given is None:
         raise ValueError(f"the teacher's pretrained_cfg has no {name}: pass {name}=(r, g, b)")
-    values = torch.tensor(tuple(given), dtype=torch.float64)
+    try:
+        values = torch.tensor(tuple(given), dtype=torch.float64)
+    except (TypeError, ValueError):
+        values = torch.tensor(torch.nan)
     if values.shape != (teacher.channels,):
-        raise ValueError(f"expected {name} of {teacher.channels} channels, got {tuple(given)}")
+        got = tuple(given) if isinstance(given, Sequence) else given
+        raise ValueError(f"expected {name} of {teacher.channels} channels, got {got!r}")
+    if not values.isfinite().all():
+        raise ValueError(f"expected a finite {name}, got {tuple(given)}")
     if name == "std" and (values <= 0).any():
         raise ValueError(f"expected std above 0, got {tuple(given)}")
     return values.to(teacher.device, teacher.dtype)
@@ -45,10 +86,22 @@ def check_targets(targets: Tensor | Sequence[int], teacher: SparseViT) -> Tensor
     Raises:
         ValueError: another shape, type, range or device.
     """
-    given, classes = torch.as_tensor(targets), teacher.num_classes
+    classes = teacher.num_classes
+    try:
+        given = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"expected targets as whole numbers [B] or probabilities [B, {classes}], "
+            f"got {targets!r}"
+        ) from None
     if isinstance(targets, Tensor) and targets.device != teacher.device:
         raise ValueError(
             f"expected targets on {teacher.device}, as the teacher, got {targets.device}"
+        )
+    if classes == 0 and given.shape[1:] != (0,):
+        raise ValueError(
+            "the teacher has no classes (num_classes=0): pass torch.empty(B, 0) as targets of B "
+            "images, and objectives that read no targets"
         )
     if given.dim() == 1 and not given.is_floating_point() and given.dtype != torch.bool:
         if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:
@@ -57,11 +110,21 @@ def check_targets(targets: Tensor | Sequence[int], teacher: SparseViT) -> Tensor
             )
         return given.to(teacher.device, torch.int64)
     if given.dim() == 2 and given.is_floating_point() and given.shape[1] == classes:
+        _check_probabilities(given)
         return given.to(teacher.device, teacher.dtype)
     raise ValueError(
         f"expected targets as whole numbers [B] or probabilities [B, {classes}], "
         f"got {given.dtype} {list(given.shape)}"
     )
+
+
+def _check_probabilities(targets: Tensor) -> None:
+    """Refuse what no objective takes; a row needn't sum to 1, as it may want several classes."""
+    if not (targets.isfinite() & (targets >= 0)).all():
+        raise ValueError("expected targets as probabilities, got some below 0 or not finite")
+    if targets.shape[1] and not targets.any(dim=1).all():
+        row = int((~targets.any(dim=1)).nonzero()[0])
+        raise ValueError(f"expected targets above 0 in each image, image {row} has none")
 
 
 def first_parameters(
@@ -81,12 +144,33 @@ def first_parameters(
         return parametrization.initial(batch, generator).contiguous()
     space = parametrization.space
     shape = (batch, space.channels, space.height, space.width)
+    if not isinstance(init, Tensor):
+        raise ValueError(
+            f"expected init as a tensor {list(shape)}, got {type(init).__name__}: "
+            "torch.from_numpy makes one of an array"
+        )
     if init.shape != shape or not init.is_floating_point() or init.device != space.mean.device:
         raise ValueError(
             f"expected init as floating point {list(shape)} on {space.mean.device}, "
             f"got {init.dtype} {list(init.shape)} on {init.device}"
         )
     return parametrization.parameters_of(init.detach())
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse a seed in place of a generator, and a generator of another device than the CPU.
+
+    Raises:
+        ValueError: the generator is one of these.
+    """
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"expected generator as torch.Generator().manual_seed(seed) or None, got {generator!r}"
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(f"expected a generator on the CPU, got one on {generator.device}")
 
 
 def jitter_table(
@@ -103,6 +187,12 @@ def jitter_table(
     """
     if jitter is None:
         jitter = random_jitter(iterations, teacher.image_size, generator)
+    pair = jitter if isinstance(jitter, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(table, Tensor) for table in pair):
+        raise ValueError(
+            "expected jitter as two tensors (shift, flip), or None for the default, "
+            f"got {jitter!r}; zeros for each mean no jitter"
+        )
     shift, flip = jitter
     if shift.shape != (iterations, 2) or shift.dtype != torch.int64:
         raise ValueError(

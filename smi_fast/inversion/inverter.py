@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -10,7 +9,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from smi_fast.inversion.inputs import check_targets, first_parameters, image_space, jitter_table
+from smi_fast.inversion.inputs import (
+    check_generator,
+    check_numbers,
+    check_targets,
+    check_weights,
+    first_parameters,
+    image_space,
+    jitter_table,
+)
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
@@ -19,7 +26,7 @@ from smi_fast.objectives import CrossEntropy, Objective, TotalVariation, as_obje
 from smi_fast.ops.backends import AUTO
 from smi_fast.ops.grid import patch_mask
 from smi_fast.parametrizations import Parametrization, Pixels
-from smi_fast.schedules import Schedule, Stop, StopSchedule, check
+from smi_fast.schedules import Schedule, Stop, StopSchedule, check, promised
 from smi_fast.teacher import SparseViT
 
 BACKGROUNDS = ("frozen", "regularized")
@@ -30,6 +37,8 @@ Terms = Iterable[Objective | Callable[[Tensor, Tensor], Tensor]]
 
 class SparseInverter:
     """Sparse model inversion of a frozen Vision Transformer.
+
+    Its options are decided once; other ones need another inverter.
 
     >>> inverter = SparseInverter(teacher, iterations=20, schedule=Dense())
     >>> result = inverter.invert([3, 5], progress=False)
@@ -57,7 +66,9 @@ class SparseInverter:
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
 
     Raises:
-        ValueError: any of these out of range, with what was expected and what came.
+        ValueError: any of these out of range, with what was expected and what came; or a teacher in
+            float16 or without weights.
+        TypeError: an objective, a schedule or a parametrization that isn't one.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
     """
@@ -79,41 +90,46 @@ class SparseInverter:
         backend: str = AUTO,
     ) -> None:
         sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
+        check_weights(sparse)
+        check_numbers(iterations, lr, betas)
         terms = (CrossEntropy(), TotalVariation()) if objectives is None else objectives
+        parametrization = Pixels() if parametrization is None else parametrization
+        if not isinstance(parametrization, Parametrization):
+            raise TypeError(f"expected a parametrization, Pixels(), got {parametrization!r}")
         space = image_space(sparse, mean, std)
         self.settings = Settings(
             teacher=sparse,
             objectives=as_objectives(terms),
-            parametrization=(Pixels() if parametrization is None else parametrization).bind(space),
+            parametrization=parametrization.bind(space),
             space=space,
             iterations=iterations,
             lr=lr,
-            betas=betas,
+            betas=(betas[0], betas[1]),
             freeze_background=_one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
         )
         self.schedule: Schedule = StopSchedule() if schedule is None else schedule
         self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
-        self._check_options()
-        counts = self.schedule.counts(sparse.num_patches)
-        self._counts = dict(zip(self.schedule.at, counts, strict=True))
+        counts = promised(self.schedule, sparse.num_patches)
+        self._check_schedule(max(counts, default=0))
+        self._counts = counts
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuses a change that would come too late to have an effect."""
+        if "_counts" in vars(self):
+            raise AttributeError(f"a SparseInverter can't be changed ({name}): make another one")
+        super().__setattr__(name, value)
 
     @property
     def teacher(self) -> SparseViT:
         """The wrapped teacher."""
         return self.settings.teacher
 
-    def _check_options(self) -> None:
-        settings, at = self.settings, self.schedule.at
-        if settings.iterations < 1:
-            raise ValueError(f"expected 1 or more iterations, got {settings.iterations}")
-        if not (math.isfinite(settings.lr) and settings.lr > 0):
-            raise ValueError(f"expected lr above 0, got {settings.lr}")
-        if len(settings.betas) != 2 or not all(0 <= beta < 1 for beta in settings.betas):
-            raise ValueError(f"expected two betas in [0, 1), got {settings.betas}")
-        if at and at[-1] >= settings.iterations:
+    def _check_schedule(self, last: int) -> None:
+        iterations = self.settings.iterations
+        if last >= iterations:
             raise ValueError(
-                f"the stop at {at[-1]} is past the end of {settings.iterations} iterations: "
+                f"the stop at {last} is past the end of {iterations} iterations: "
                 "run more of them, or take StopSchedule.scaled(iterations)"
             )
         if self.final_mask == "reranked" and not hasattr(self.schedule, "remaining"):
@@ -136,8 +152,9 @@ class SparseInverter:
 
         Args:
             targets: class indices [B], or probabilities [B, classes].
-            init: first images [B, 3, H, W] in normalised space; by default the parametrization's
-                own, of ``Pixels`` standard normal noise.
+            init: first images [B, 3, H, W] in normalised space, (pixels - mean) / std; by default
+                the parametrization's own, of ``Pixels`` standard normal noise. Pixels in [0, 1] are
+                taken as they are too, because they may be meant.
             jitter: shift int64 [T, 2] in pixels and flip bool [T] of each iteration; by default
                 uniform in an eighth of each side, and half of the iterations mirrored. Around stops
                 there is none, whatever is given.
@@ -145,10 +162,13 @@ class SparseInverter:
                 torch's own.
             progress: show a progress bar, or a line per stop where stderr is no terminal.
             callback: called after each iteration with its number, the images in normalised space
-                and the kept patches. Copy them to hold on to them: they are the loop's own.
+                and the kept patches. Copy them to hold on to them: they are the loop's own. What it
+                returns is ignored. It ends the run early by ``raise KeyboardInterrupt``; any other
+                exception, StopIteration too, leaves ``invert`` without a result.
 
         Raises:
-            ValueError: targets, init or jitter of the wrong shape, type, range or device.
+            ValueError: targets, init, jitter or generator of the wrong shape, type, range or
+                device; or no objective depends on the images.
             WrongSelection: the schedule answers something else than it promised.
             NonFiniteLoss: an objective or the gradient is infinite or not a number.
         """
@@ -197,6 +217,7 @@ class SparseInverter:
         settings, teacher = self.settings, self.teacher
         teacher.refresh()
         targets = check_targets(targets, teacher)
+        check_generator(generator)
         batch = len(targets)
         parameters = first_parameters(settings.parametrization, init, batch, generator)
         shift, flip = jitter_table(jitter, settings.iterations, teacher, self.schedule, generator)

@@ -102,7 +102,7 @@ class Loop:
 
     def _replay(self, graphs: dict[tuple[bool, ...], CapturedCall], number: int) -> None:
         settings = self._state.settings
-        due = tuple(number % objective.every == 0 for objective in settings.objectives)
+        due = settings.due(number)
         if due not in graphs:
             step = partial(self._state.step, number=number)
             graphs[due] = CapturedCall(step, settings.teacher.device)

@@ -36,7 +36,7 @@ class Phase:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FinishedGroup:
     """Patches that a schedule took out at a stop as a finished sparse image.
 
@@ -51,9 +51,12 @@ class FinishedGroup:
     pixels: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InversionResult:
     """What an inversion gives back.
+
+    It can be pickled, so ``torch.save(result, path)`` writes it and
+    ``torch.load(path, weights_only=False)`` reads it.
 
     Attributes:
         images: [B, 3, H, W] in [0, 1], background included.

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from smi_fast import ops
 from smi_fast.inversion.result import FinishedGroup
-from smi_fast.objectives import LossInputs, Objective
+from smi_fast.objectives import LossInputs, Objective, value_of
 from smi_fast.parametrizations import Parametrization
 from smi_fast.schedules import Selection
 from smi_fast.teacher import SparseViT
 from smi_fast.teacher.space import ImageSpace
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Settings:
     """What an inversion is decided by, apart from its targets, its start and its schedule.
 
@@ -43,8 +43,12 @@ class Settings:
     freeze_background: bool
     backend: str
 
+    def due(self, number: int) -> tuple[bool, ...]:
+        """Which objectives are evaluated in an iteration."""
+        return tuple(number % objective.every == 0 for objective in self.objectives)
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, eq=False)
 class InversionState:
     """The state of an inversion; :meth:`step` takes one iteration.
 
@@ -141,14 +145,20 @@ class InversionState:
         return importance
 
     def evaluate(self, *, score: bool = False, number: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Records the objectives; returns the parameters' gradient, and importance or None."""
+        """Records the objectives; returns the parameters' gradient, and importance or None.
+
+        Raises:
+            ValueError: no objective depends on the images, or one isn't a scalar.
+        """
         settings, teacher = self.settings, self.settings.teacher
+        pairs = [*zip(settings.objectives, settings.due(number), strict=True)]
         parameters = self.parameters.detach().requires_grad_()
         images = self._images(parameters)
         shift, flip = (
             table.index_select(0, self.iteration)[0] for table in (self.shift, self.flip)
         )
-        output = teacher(images, self.kept, jitter=(shift, flip), importance=score, taps=self._taps)
+        taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
+        output = teacher(images, self.kept, jitter=(shift, flip), importance=score, taps=taps)
         inputs = LossInputs(
             images=images,
             logits=output.logits,
@@ -163,7 +173,9 @@ class InversionState:
             jitter=(shift, flip),
             taps=output.taps,
         )
-        values = [objective(inputs) for objective in settings.objectives]
+        values = [
+            value_of(objective, inputs) if due else images.new_zeros(()) for objective, due in pairs
+        ]
         # A weight of 1 is left out: it would cost a kernel forward and another backward.
         loss = torch.stack(
             [
@@ -171,7 +183,16 @@ class InversionState:
                 for objective, value in zip(settings.objectives, values, strict=True)
             ]
         ).sum()
-        (gradient,) = torch.autograd.grad(loss, parameters)
+        gradient = _gradient(loss, parameters)
+        if gradient is None:
+            # In an iteration without an evaluated objective the pixels only follow their momentum.
+            if all(due for _, due in pairs):
+                names = ", ".join(objective.name for objective in settings.objectives)
+                raise ValueError(
+                    f"no objective depends on the images: the gradient of {names} was cut off, as "
+                    "by .detach(), .item() or torch.no_grad()"
+                )
+            gradient = torch.zeros_like(parameters)
         with torch.no_grad():
             row = torch.stack([*values, gradient.sum()]).to(self.record.dtype)
             self.record.index_copy_(0, self.iteration, row[None])
@@ -197,12 +218,6 @@ class InversionState:
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,
         )
-
-    @property
-    def _taps(self) -> set[str]:
-        """The taps that the objectives read."""
-        settings = self.settings
-        return {tap for term in settings.objectives for tap in term.taps(settings.teacher.depth)}
 
     @property
     def _moving(self) -> tuple[Tensor, ...]:
@@ -238,3 +253,11 @@ class InversionState:
         *columns, _ = self.record[: self.done()].T.tolist()
         names = (objective.name for objective in self.settings.objectives)
         return dict(zip(names, columns, strict=True))
+
+
+def _gradient(loss: Tensor, parameters: Tensor) -> Tensor | None:
+    """Gradient of the loss, or None when it doesn't depend on the parameters."""
+    if not loss.requires_grad:
+        return None
+    (gradient,) = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return gradient

@@ -2,7 +2,7 @@
 
 from smi_fast.objectives.adversarial import AdversarialJS
 from smi_fast.objectives.attention_prior import AttentionPrior
-from smi_fast.objectives.base import LossInputs, Objective, UserTerm, as_objectives
+from smi_fast.objectives.base import LossInputs, Objective, UserTerm, as_objectives, value_of
 from smi_fast.objectives.batch_norm import BatchNormMatching
 from smi_fast.objectives.classification import BinaryCrossEntropy, CrossEntropy
 from smi_fast.objectives.gaussian_similarity import GaussianSimilarity
@@ -30,4 +30,5 @@ __all__ = [
     "VariationTarget",
     "as_objectives",
     "collect_statistics",
+    "value_of",
 ]

@@ -100,13 +100,13 @@ def random_mixtures(
     Returns:
         float32 [*shape, rows·columns], which sums to 1 over the patches.
     """
-    draw = torch.rand(*shape, components, 5, generator=generator)
+    draw = torch.rand(*shape, components, 5, generator=generator, dtype=torch.float32)
     count = torch.randint(1, components + 1, (*shape, 1), generator=generator)
     low, high = SPREAD
     density = draw[..., 4] * (torch.arange(components) < count)
     axes = []
     for axis, side in enumerate(grid):
-        places = (torch.arange(side) + 0.5) / side
+        places = (torch.arange(side, dtype=torch.float32) + 0.5) / side
         spread = low + (high - low) * draw[..., 2 + axis, None]
         axes.append((-0.5 * ((places - draw[..., axis, None]) / spread).square()).exp() / spread)
     mixtures = torch.einsum("...k,...kr,...kc->...rc", density, *axes).flatten(-2)

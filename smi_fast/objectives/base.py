@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from smi_fast.teacher.space import ImageSpace
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
     """What the objectives of one iteration may read.
 
@@ -69,7 +70,8 @@ class Objective(ABC):
     Attributes:
         name: key of its values, before the weight, in the history.
         weight: its factor.
-        every: iterations from one evaluation to the next; in between its value is a constant.
+        every: the loop calls the objective in iterations that are a multiple of it. In between the
+            value is 0, without a gradient.
     """
 
     name: str
@@ -108,7 +110,7 @@ class UserTerm(Objective):
     """A function ``(images, logits) -> scalar`` as an objective.
 
     The images [B, C, H, W] are normalised and not jittered; the logits [B, classes] are those of
-    the jittered images.
+    the jittered images' kept patches.
 
     >>> brightness = UserTerm(lambda images, logits: images.mean(), "brightness", weight=0.1)
     >>> options = {"iterations": 3, "schedule": Dense(), "progress": False}
@@ -129,13 +131,22 @@ class UserTerm(Objective):
     weight: float = 1.0
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        value = self.function(inputs.images, inputs.logits)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"expected the objective {self.name} to return a scalar tensor, got {got}"
-            )
-        return value.reshape(())
+        return self.function(inputs.images, inputs.logits)
+
+
+def value_of(objective: Objective, inputs: LossInputs) -> Tensor:
+    """The value of an objective, a scalar.
+
+    Raises:
+        ValueError: it returns anything else than a tensor with one element.
+    """
+    value = objective(inputs)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"expected the objective {objective.name} to return a scalar tensor, got {got}"
+        )
+    return value.reshape(())
 
 
 def as_objectives(
@@ -144,9 +155,13 @@ def as_objectives(
     """The given objectives; each function is wrapped in :class:`UserTerm`.
 
     Raises:
-        ValueError: an empty list, or two objectives with the same name.
-        TypeError: something that is neither an objective nor a function.
+        ValueError: an empty list, two objectives with the same name, or one whose ``every`` isn't a
+            whole number from 1.
+        TypeError: no list, something in it that is neither an objective nor a function, or an
+            objective without name or weight.
     """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"expected a list of objectives, [CrossEntropy()], got {given!r}")
     objectives = tuple(map(_as_objective, given))
     names = [objective.name for objective in objectives]
     if not names or len(set(names)) < len(names):
@@ -158,10 +173,28 @@ def as_objectives(
 
 
 def _as_objective(given: Objective | Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    if isinstance(given, type):
+        raise TypeError(f"expected an objective, got the class {given.__name__}: call it")
     if isinstance(given, Objective):
-        return given
+        return _complete(given)
     if callable(given):
         return UserTerm(given, getattr(given, "__name__", type(given).__name__))
     raise TypeError(
         f"expected an objective or a function (images, logits) -> scalar, got {given!r}"
     )
+
+
+def _complete(objective: Objective) -> Objective:
+    """The objective, when it has what the loop reads of it."""
+    kind = type(objective).__name__
+    if not isinstance(getattr(objective, "name", None), str):
+        raise TypeError(f"expected the objective {kind} to have a name, as name = {kind.lower()!r}")
+    if not isinstance(getattr(objective, "weight", None), (Real, Tensor)):
+        raise TypeError(f"expected the objective {kind} to have a weight, as weight = 1.0")
+    every = objective.every
+    if not isinstance(every, Integral) or every < 1:
+        raise ValueError(
+            f"expected every of the objective {objective.name} to be a whole number from 1, "
+            f"got {every!r}"
+        )
+    return objective

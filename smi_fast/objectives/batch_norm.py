@@ -44,9 +44,8 @@ class BatchNormMatching(Objective):
             objective runs a frozen copy over the same weights.
         first_weight: factor of the first layer, in the order of ``cnn.modules()``.
         weight: factor.
-        every: iterations from one evaluation to the next. An evaluated value is multiplied by
-            ``every``, as in lazy regularisation (arXiv 1912.04958, appendix B). In between the
-            value is 0.
+        every: iterations from one evaluation to the next, as for every :class:`Objective`. The
+            value is multiplied by it, as in lazy regularisation (arXiv 1912.04958, appendix B).
         mean: [C], of the normalised space in which the CNN takes images; by default from its
             ``pretrained_cfg``. A CNN without one takes images as the teacher does.
         std: [C], likewise.
@@ -96,8 +95,6 @@ class BatchNormMatching(Objective):
             )
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        if inputs.iteration % self.every:
-            return inputs.images.new_zeros(())
         self._record.backend = inputs.backend
         self._record.distances.clear()
         self._cnn(self._cnn_images(inputs))

@@ -57,7 +57,7 @@ class GaussianSimilarity(Objective):
         return of_blocks("attention.{}.scores", self.blocks, depth)
 
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
-        rank = torch.rand(batch, teacher.num_patches, generator=generator)
+        rank = torch.rand(batch, teacher.num_patches, generator=generator, dtype=torch.float32)
         self._rank = rank.to(teacher.device)
 
     def __call__(self, inputs: LossInputs) -> Tensor:

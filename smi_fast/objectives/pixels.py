@@ -134,8 +134,9 @@ class PatchSeamTV(Objective):
             grid = (images.shape[2] // size, images.shape[3] // size)
             mask = patch_mask(inputs.active, *grid)[:, None]
             below, beside = mask[:, :, 1:] | mask[:, :, :-1], mask[..., 1:] | mask[..., :-1]
-            rows = rows * below.repeat_interleave(size, dim=3)
-            columns = columns * beside.repeat_interleave(size, dim=2)
+            # Filled and not multiplied, because 0 times a frozen NaN is NaN.
+            rows = rows.masked_fill(~below.repeat_interleave(size, dim=3), 0)
+            columns = columns.masked_fill(~beside.repeat_interleave(size, dim=2), 0)
         row_norms: Tensor = torch.linalg.vector_norm(rows, dim=(0, 1, 3))
         column_norms: Tensor = torch.linalg.vector_norm(columns, dim=(0, 1, 2))
         return row_norms.sum() + column_norms.sum()
@@ -178,7 +179,8 @@ class VariationTarget(Objective):
 
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
         values = batch * teacher.channels * math.prod(teacher.image_size)
-        drawn = self.low + (self.high - self.low) * torch.rand((), generator=generator)
+        share = torch.rand((), generator=generator, dtype=torch.float32)
+        drawn = self.low + (self.high - self.low) * share
         self._target = (drawn * math.sqrt(values / PUBLISHED_VALUES)).to(teacher.device)
 
     def __call__(self, inputs: LossInputs) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def soft_targets(
-    labels: Tensor,
+    labels: Tensor | Sequence[Any],
     classes: int,
     *,
     low: float = 5.0,
@@ -25,7 +28,7 @@ def soft_targets(
     (torch.Size([2, 10]), [3, 5])
 
     Args:
-        labels: int64 [B], or int64 [B, n] for n classes in each image.
+        labels: int64 [B], or int64 [B, n] for n classes in each image; a tensor or lists.
         classes: number of the teacher's classes.
         low: smallest logit of a wanted class.
         high: largest logit of a wanted class.
@@ -38,12 +41,13 @@ def soft_targets(
         ValueError: labels of another shape or type, or out of range.
     """
     labels = _checked(labels, classes)
-    drawn = low + (high - low) * torch.rand(labels.shape, generator=generator)
-    logits = torch.zeros(len(labels), classes, device=labels.device)
+    share = torch.rand(labels.shape, generator=generator, dtype=torch.float32)
+    drawn = low + (high - low) * share
+    logits = torch.zeros(len(labels), classes, dtype=torch.float32, device=labels.device)
     return logits.scatter(1, labels, drawn.to(labels.device)).softmax(dim=1)
 
 
-def multi_targets(labels: Tensor, classes: int) -> Tensor:
+def multi_targets(labels: Tensor | Sequence[Any], classes: int) -> Tensor:
     """Targets of several classes, for :class:`smi_fast.BinaryCrossEntropy`.
 
     They are 1 at each wanted class and 0 elsewhere.
@@ -52,7 +56,7 @@ def multi_targets(labels: Tensor, classes: int) -> Tensor:
     tensor([[1., 0., 1., 0.]])
 
     Args:
-        labels: int64 [B, n], n classes in each image.
+        labels: int64 [B, n], n classes in each image; a tensor or lists.
         classes: number of the teacher's classes.
 
     Returns:
@@ -62,10 +66,12 @@ def multi_targets(labels: Tensor, classes: int) -> Tensor:
         ValueError: labels of another shape or type, or out of range.
     """
     labels = _checked(labels, classes)
-    return torch.zeros(len(labels), classes, device=labels.device).scatter(1, labels, 1.0)
+    zeros = torch.zeros(len(labels), classes, dtype=torch.float32, device=labels.device)
+    return zeros.scatter(1, labels, 1.0)
 
 
-def _checked(labels: Tensor, classes: int) -> Tensor:
+def _checked(labels: Tensor | Sequence[Any], classes: int) -> Tensor:
+    labels = torch.as_tensor(labels)
     if labels.dim() not in (1, 2) or labels.dtype != torch.int64:
         raise ValueError(
             f"expected labels int64 [B] or [B, n], got {labels.dtype} {list(labels.shape)}"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
+
+# How the C++ kernels refuse an index, see checked_indices in csrc/cpu/common.h.
+_OUT_OF_RANGE = re.compile(r"expected \w+ in \[0, \d+\), got -?\d+ at \[\d+, \d+\]")
 
 
 def expect(holds: bool, expected: str, got: Tensor) -> None:
@@ -33,6 +38,14 @@ def expect_index(name: str, index: Tensor, like: Tensor) -> None:
 
     Its values are not checked: that would wait for the device.
     """
+    if not isinstance(index, Tensor):
+        raise ValueError(f"expected {name} int64 [{len(like)}, K], got {type(index).__name__}")
     fits = index.dim() == 2 and len(index) == len(like) and index.dtype == torch.int64
     expect(fits, f"{name} int64 [{len(like)}, K]", index)
     expect_device(index, like)
+
+
+def as_value_error(error: RuntimeError) -> Exception:
+    """What to raise for an error of a kernel: a ValueError when it refused an index."""
+    found = _OUT_OF_RANGE.search(str(error))
+    return error if found is None else ValueError(found[0])

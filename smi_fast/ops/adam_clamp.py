@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smi_fast.ops._checks import expect, expect_device, expect_index, expect_patches
+from smi_fast.ops._checks import as_value_error, expect, expect_device, expect_index, expect_patches
 from smi_fast.ops.backends import AUTO, choose
 
 
@@ -53,7 +53,8 @@ def adam_clamp_(
         backend: see :mod:`smi_fast.ops.backends`.
 
     Raises:
-        ValueError: wrong shape, data type, device or step.
+        ValueError: wrong shape, data type, device or step;
+            with the C++ kernels also a number of ``active`` out of range.
         BackendUnavailable: the backend can't run here.
     """
     expect(images.dim() == 4, "images [B, C, H, W]", images)
@@ -76,7 +77,11 @@ def adam_clamp_(
         expect_index("active", active, images)
     functions = choose("adam_clamp_", images.device, images.dtype, backend).functions
     moments = (exp_avg, exp_avg_sq)
-    functions.adam_clamp_(images, grad, *moments, step, lr, *betas, low, high, active, patch_size)
+    numbers = (step, lr, *betas, low, high)
+    try:
+        functions.adam_clamp_(images, grad, *moments, *numbers, active, patch_size)
+    except RuntimeError as error:
+        raise as_value_error(error) from None
     if not torch.compiler.is_compiling():
         # Autograd refuses a backward pass over tensors that were changed since: it must know.
         torch.autograd.graph.increment_version([images, *moments])

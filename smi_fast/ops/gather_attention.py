@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast.ops._checks import expect, expect_device, expect_index
+from smi_fast.ops._checks import as_value_error, expect, expect_device, expect_index
 from smi_fast.ops.backends import AUTO, Backend, choose
 from smi_fast.ops.limits import AttentionSize
 
@@ -56,7 +56,8 @@ def gather_attention(
         probabilities, averaged over heads.
 
     Raises:
-        ValueError: wrong shape, data type or device.
+        ValueError: wrong shape, data type or device;
+            with the C++ kernels also a number of ``token_index`` out of range.
         BackendUnavailable: the backend can't run here.
     """
     expect(qkv.dim() == 5 and qkv.shape[2] == 3, "qkv [B, N, 3, H, D]", qkv)
@@ -70,7 +71,10 @@ def gather_attention(
     gradient = qkv.requires_grad and torch.is_grad_enabled()
     size = AttentionSize(tokens, qkv.shape[4], gradient)
     chosen = choose("gather_attention", qkv.device, qkv.dtype, backend, size)
-    out, row = _GatherAttention.apply(qkv, token_index, lengths, importance, chosen)
+    try:
+        out, row = _GatherAttention.apply(qkv, token_index, lengths, importance, chosen)
+    except RuntimeError as error:
+        raise as_value_error(error) from None
     return out, row if importance else None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast.ops._checks import expect, expect_index, expect_patches
+from smi_fast.ops._checks import as_value_error, expect, expect_index, expect_patches
 from smi_fast.ops.backends import AUTO, Backend, choose
 
 
@@ -52,7 +52,8 @@ def gather_patches(
         int64 [B, K], the cell of each patch in the grid of the jittered image.
 
     Raises:
-        ValueError: wrong shape, data type or device.
+        ValueError: wrong shape, data type or device;
+            with the C++ kernels also a number of ``kept`` out of range.
         BackendUnavailable: the backend can't run here.
     """
     expect(images.dim() == 4, "images [B, C, H, W]", images)
@@ -63,7 +64,10 @@ def gather_patches(
     expect(shift.shape == (2,) and shift.dtype == torch.int64, "shift int64 [2]", shift)
     expect(flip.dim() == 0 and flip.dtype == torch.bool, "flip bool []", flip)
     chosen = choose("gather_patches", images.device, images.dtype, backend)
-    patches, positions = _GatherPatches.apply(images, kept, shift, flip, patch_size, chosen)
+    try:
+        patches, positions = _GatherPatches.apply(images, kept, shift, flip, patch_size, chosen)
+    except RuntimeError as error:
+        raise as_value_error(error) from None
     return patches, positions
 
 

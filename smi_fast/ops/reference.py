@@ -53,11 +53,19 @@ def gather_patches_backward(
     return images.view(len(grad), channels, height, width)
 
 
-def _rows(qkv: Tensor, token_index: Tensor | None) -> Tensor:
-    """The chosen rows of qkv [B, N, 3, H, D] as [3, B, H, K, D]."""
+def _rows(qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The chosen rows of qkv [B, N, 3, H, D] as [3, B, H, K, D]; zeros from ``lengths`` on."""
     if token_index is not None:
         qkv = qkv.gather(1, token_index[:, :, None, None, None].expand(-1, -1, *qkv.shape[2:]))
-    return qkv.permute(2, 0, 3, 1, 4)
+    return _cut(qkv, lengths).permute(2, 0, 3, 1, 4)
+
+
+def _cut(rows: Tensor, lengths: Tensor | None) -> Tensor:
+    """Rows [B, K, ...] with zeros from ``lengths`` on, where a NaN would pass a product with 0."""
+    if lengths is None:
+        return rows
+    beyond = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]
+    return rows.masked_fill(beyond.reshape(*beyond.shape, *[1] * (rows.dim() - 2)), 0)
 
 
 def _probabilities(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
@@ -75,11 +83,11 @@ def gather_attention(
     qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None, importance: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`smi_fast.ops.gather_attention`; without ``importance`` the second is [B, 0]."""
-    q, k, v = _rows(qkv, token_index)
+    q, k, v = _rows(qkv, token_index, lengths)
     probabilities = _probabilities(q, k, lengths)
     out = (probabilities @ v).transpose(1, 2).flatten(2)
     if importance:
-        return out, probabilities[:, :, 0].mean(dim=1)
+        return out, probabilities[:, :, :1].mean(dim=(1, 2))
     return out, qkv.new_empty(len(qkv), 0)
 
 
@@ -91,8 +99,9 @@ def gather_attention_backward(
     It computes P again, and then
     dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS K / √D, dK = dSᵀ Q / √D.
     """
-    q, k, v = _rows(qkv, token_index)
+    q, k, v = _rows(qkv, token_index, lengths)
     probabilities = _probabilities(q, k, lengths)
+    grad = _cut(grad, lengths)
     grad = grad.unflatten(2, q.shape[1::2]).transpose(1, 2)
     d_probabilities = grad @ v.transpose(-2, -1)
     weighted = probabilities * d_probabilities
@@ -140,7 +149,7 @@ def total_variation(images: Tensor, active: Tensor | None, patch_size: int) -> T
         count = images.new_full((), difference.numel())
         if mask is not None:
             counted = _counted(mask, offset)
-            difference = difference * counted
+            difference = difference.masked_fill(~counted, 0)
             count = counted.sum().to(images.dtype) * images.shape[1]
         sums.append(torch.stack([difference.abs().sum(), difference.square().sum().sqrt(), count]))
     return torch.stack(sums, dim=1)
@@ -170,7 +179,7 @@ def total_variation_backward(
         per_count = torch.where(count > 0, grad_l1 / count, 0.0)
         slope = difference * per_norm + difference.sign() * per_count
         if mask is not None:
-            slope = slope * _counted(mask, offset)
+            slope = slope.masked_fill(~_counted(mask, offset), 0)
         to_here, to_there = _pair(result, offset)
         to_here.add_(slope)
         to_there.sub_(slope)
@@ -260,7 +269,7 @@ def _adam_clamp_(
     dtype = sum_dtype(tensors[0].dtype)
     pixels, grad, exp_avg, exp_avg_sq = (tensor.to(dtype) for tensor in tensors)
     taken = step.double()
-    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg.add_(grad - exp_avg, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = (exp_avg_sq.sqrt() / (1 - beta2**taken) ** 0.5).add_(ADAM_EPS)
     pixels.add_(exp_avg * (-lr / (1 - beta1**taken)) / root)

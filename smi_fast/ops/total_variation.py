@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast.ops._checks import expect, expect_index, expect_patches
+from smi_fast.ops._checks import as_value_error, expect, expect_index, expect_patches
 from smi_fast.ops.backends import AUTO, Backend, choose
 
 
@@ -42,7 +42,8 @@ def total_variation(
         l1 and l2, scalars in float32, or in float64 for such images.
 
     Raises:
-        ValueError: wrong shape, data type or device.
+        ValueError: wrong shape, data type or device;
+            with the C++ kernels also a number of ``active`` out of range.
         BackendUnavailable: the backend can't run here.
     """
     expect(images.dim() == 4, "images [B, C, H, W]", images)
@@ -50,7 +51,10 @@ def total_variation(
         expect_patches(images, patch_size)
         expect_index("active", active, images)
     chosen = choose("total_variation", images.device, images.dtype, backend)
-    l1, l2 = _TotalVariation.apply(images, active, patch_size, chosen)
+    try:
+        l1, l2 = _TotalVariation.apply(images, active, patch_size, chosen)
+    except RuntimeError as error:
+        raise as_value_error(error) from None
     return l1, l2
 
 

@@ -6,6 +6,7 @@ from smi_fast.schedules.base import (
     Stop,
     WrongSelection,
     check,
+    promised,
     still_iterations,
 )
 from smi_fast.schedules.dense import Dense
@@ -19,5 +20,6 @@ __all__ = [
     "StopSchedule",
     "WrongSelection",
     "check",
+    "promised",
     "still_iterations",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stop:
     """What a schedule knows at a stop.
 
@@ -26,7 +28,7 @@ class Stop:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a schedule answers at a stop.
 
@@ -61,6 +63,49 @@ class Schedule(Protocol):
         """Which patches stay after a stop: as many as :meth:`counts` promises."""
 
 
+def check_stops(at: Iterable[int]) -> tuple[int, ...]:
+    """The iterations of stops as a tuple.
+
+    Raises:
+        ValueError: they aren't whole numbers that ascend from 1.
+    """
+    try:
+        stops = tuple(map(operator.index, at))
+    except TypeError:
+        raise ValueError(f"expected stops as whole numbers, (50, 100), got {at!r}") from None
+    if not ascend(stops):
+        raise ValueError(f"expected stops that ascend from 1 or later, got {stops}")
+    return stops
+
+
+def ascend(stops: Sequence[int]) -> bool:
+    """Whether the iterations of stops ascend from 1 or later."""
+    return list(stops) == sorted(set(stops)) and min(stops, default=1) >= 1
+
+
+def promised(schedule: Schedule, patches: int) -> dict[int, int]:
+    """How many of ``patches`` a schedule promises to keep after each of its stops.
+
+    Raises:
+        TypeError: it is no schedule; the message names what it lacks.
+        ValueError: stops that don't ascend from 1, or not one count from 1 for each stop.
+    """
+    lacks = [name for name in ("at", "counts", "select") if not hasattr(schedule, name)]
+    if lacks or isinstance(schedule, type):
+        got = f"the class {schedule.__name__}" if isinstance(schedule, type) else repr(schedule)
+        raise TypeError(
+            "expected a schedule, which has at, counts(patches) and select(stop), "
+            f"got {got}{', without ' if lacks else ''}{' and '.join(lacks)}"
+        )
+    at, counts = check_stops(schedule.at), tuple(schedule.counts(patches))
+    if len(counts) != len(at) or any(count < 1 for count in counts):
+        raise ValueError(
+            f"expected one count from 1 for each of {len(at)} stops from "
+            f"{type(schedule).__name__}.counts, got {counts}"
+        )
+    return dict(zip(at, counts, strict=True))
+
+
 class WrongSelection(ValueError):
     """A schedule answered something else than it promised."""
 
@@ -77,6 +122,11 @@ def check(selection: Selection, stop: Stop, count: int) -> Selection:
         WrongSelection: another count; patches that weren't kept, repeat, or don't ascend; or a
             patch that both stays and leaves.
     """
+    if not isinstance(selection, Selection):
+        raise WrongSelection(
+            f"expected a Selection from the schedule at {stop.iteration}, "
+            f"got {type(selection).__name__}"
+        )
     _check_set("kept", selection.kept, stop, count)
     if selection.finished is not None:
         _check_set("finished", selection.finished, stop, None)
@@ -91,6 +141,10 @@ def check(selection: Selection, stop: Stop, count: int) -> Selection:
 
 def _check_set(name: str, patches: Tensor, stop: Stop, count: int | None) -> None:
     at, batch = stop.iteration, len(stop.kept)
+    if not isinstance(patches, Tensor):
+        raise WrongSelection(
+            f"expected {name} as a tensor from the schedule at {at}, got {type(patches).__name__}"
+        )
     fits = patches.dim() == 2 and len(patches) == batch and patches.dtype == torch.int64
     if not fits or (count is not None and patches.shape[1] != count):
         size = "F" if count is None else count

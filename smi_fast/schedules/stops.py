@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.schedules.base import Selection, Stop
+from smi_fast.schedules.base import Selection, Stop, ascend, check_stops
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class StopSchedule:
             which stopped patches count as 0, so that patches stay which belong together.
 
     Raises:
-        ValueError: stops that don't ascend from 1, shares out of range, or not one share per stop.
+        ValueError: stops that aren't whole numbers or don't ascend from 1, shares out of range, or
+            not one share per stop.
     """
 
     at: tuple[int, ...] = (50, 100, 200, 300)
@@ -34,16 +37,18 @@ class StopSchedule:
     compact: bool = False
 
     def __post_init__(self) -> None:
-        at, drop = tuple(self.at), tuple(self.drop)
+        at = check_stops(self.at)
+        try:
+            drop = tuple(self.drop)
+        except TypeError:
+            raise ValueError(f"expected shares to drop, (0.3, 0.3), got {self.drop!r}") from None
         object.__setattr__(self, "at", at)
         object.__setattr__(self, "drop", drop)
         if len(at) != len(drop):
             raise ValueError(
                 f"expected a share to drop for each stop, got {len(at)} stops, {drop=}"
             )
-        if list(at) != sorted(set(at)) or min(at, default=1) < 1:
-            raise ValueError(f"expected stops that ascend from 1 or later, got {at}")
-        if any(not 0 <= share < 1 for share in drop):
+        if not all(isinstance(share, Real) and 0 <= share < 1 for share in drop):
             raise ValueError(f"expected shares to drop in [0, 1), got {drop}")
 
     @classmethod
@@ -54,9 +59,17 @@ class StopSchedule:
             ValueError: too few iterations to keep the stops apart.
         """
         published = cls()
-        return cls(
-            tuple(round(t * iterations / 4000) for t in published.at), published.drop, compact
-        )
+
+        def scaled(length: int) -> list[int]:
+            return [round(t * length / 4000) for t in published.at]
+
+        least = next(n for n in itertools.count(max(iterations, 1)) if ascend(scaled(n)))
+        if least != iterations:
+            raise ValueError(
+                f"expected {least} or more iterations, to keep {len(published.at)} stops apart, "
+                f"got {iterations}"
+            )
+        return cls(tuple(scaled(iterations)), published.drop, compact)
 
     @classmethod
     def once(cls, iterations: int, *, keep: float = 0.47, at: float = 0.1) -> StopSchedule:

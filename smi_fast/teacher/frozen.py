@@ -71,6 +71,7 @@ class SharedWeights:
                 own = ours[name]
                 assert own is not None
                 if own.data_ptr() == self._addresses[index] != found[index]:
-                    own.data = self._view(theirs[name])
+                    # A new parameter, because it also shares the count of in-place changes.
+                    ours[name] = nn.Parameter(self._view(theirs[name]), requires_grad=False)
                 self._shared[index] = self._view(theirs[name])
         self._addresses = found

@@ -182,9 +182,9 @@ class SparseViT(nn.Module):
                 tap.
             BackendUnavailable: the backend can't run these images.
         """
-        self._check_images(images)
         if not torch.compiler.is_compiling():
             self._weights.follow()
+        self._check_images(images)
         if kept is None:
             kept = self.every_patch(len(images))
         shift, flip = jitter if jitter is not None else ((0, 0), False)
@@ -200,6 +200,11 @@ class SparseViT(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.channels, *self.image_size)
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"expected images as a tensor [B, {expected[0]}, {expected[1]}, {expected[2]}], "
+                f"got {type(images).__name__}"
+            )
         if images.dim() != 4 or images.shape[1:] != expected:
             raise ValueError(
                 f"expected images [B, {expected[0]}, {expected[1]}, {expected[2]}] "

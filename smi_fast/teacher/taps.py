@@ -51,9 +51,11 @@ def parse(names: Iterable[str], depth: int, prefix: int) -> dict[int, dict[str, 
         prefix: number of the teacher's prefix tokens.
 
     Raises:
-        ValueError: a name that isn't a tap, a block that the teacher doesn't have, or a row of a
-            teacher without class token.
+        ValueError: one text in place of a list, a name that isn't a tap, a block that the teacher
+            doesn't have, or a row of a teacher without class token.
     """
+    if isinstance(names, str):
+        raise ValueError(f"expected a list of taps, [{names!r}], got {names!r}")
     wanted: dict[int, dict[str, str]] = {}
     for name in names:
         match = _FORM.fullmatch(name)

@@ -53,7 +53,8 @@ def tiny_vit(img_size: int | tuple[int, int] = (32, 48)) -> VisionTransformer:
 
 
 def random_images(teacher: VisionTransformer, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, *teacher.patch_embed.img_size)
+    embed = teacher.patch_embed
+    return torch.randn(batch, embed.proj.in_channels, *embed.img_size)
 
 
 def with_gradient(model: nn.Module, images: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:

@@ -48,20 +48,25 @@ class Seldom(Objective):
 
     name, weight, every = "seldom", 1e-3, 3
 
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
     def __call__(self, inputs: LossInputs) -> Tensor:
-        if inputs.iteration % self.every:
-            return inputs.images.new_zeros(())
+        self.calls.append(inputs.iteration)
         return inputs.images.square().sum()
 
 
 def test_captured_loop_evaluates_seldom_objectives_when_they_are_due(
     teacher: VisionTransformer, request: pytest.FixtureRequest
 ) -> None:
+    seldom = Seldom()
+
     def inverted() -> InversionResult:
-        run = make(teacher, objectives=[CrossEntropy(), Seldom()])
+        run = make(teacher, objectives=[CrossEntropy(), seldom])
         return run.invert(TARGETS, generator=torch.Generator().manual_seed(0), progress=False)
 
     checked = inverted()
+    assert seldom.calls == [0, 3, 6, 9]
     request.getfixturevalue("replays")
     captured = inverted()
     assert torch.equal(captured.images, checked.images)

@@ -22,8 +22,9 @@ def test_dense_has_no_stops() -> None:
 def test_scaled_stops_are_the_published_ones_at_4000() -> None:
     assert StopSchedule.scaled(4000) == StopSchedule()
     assert StopSchedule.scaled(400).at == (5, 10, 20, 30)
-    with pytest.raises(ValueError, match=r"stops that ascend from 1 or later, got \(0, 0, 0, 1\)"):
+    with pytest.raises(ValueError, match=r"expected 60 or more iterations, .* got 10"):
         StopSchedule.scaled(10)
+    assert StopSchedule.scaled(60).at == (1, 2, 3, 4)
 
 
 def test_select_keeps_the_top_in_ascending_order() -> None:
@@ -43,11 +44,20 @@ def test_select_keeps_the_top_in_ascending_order() -> None:
         ((50,), (0.3, 0.3), "a share to drop for each stop, got 1 stops"),
         ((50,), (1.0,), r"shares to drop in \[0, 1\), got \(1.0,\)"),
         ((50,), (-0.1,), r"shares to drop in \[0, 1\)"),
+        ((50,), (float("nan"),), r"shares to drop in \[0, 1\)"),
+        ((50,), ("a",), r"shares to drop in \[0, 1\), got \('a',\)"),
+        ((50,), 0.3, r"shares to drop, \(0.3, 0.3\), got 0.3"),
+        ((5.0,), (0.3,), r"stops as whole numbers, \(50, 100\), got \(5.0,\)"),
+        (50, (0.3,), r"stops as whole numbers, \(50, 100\), got 50"),
     ],
 )
 def test_bad_stops_are_refused(at: tuple, drop: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StopSchedule(at, drop)
+
+
+def test_lists_are_taken() -> None:
+    assert StopSchedule([50, 100], [0.3, 0.3]) == StopSchedule((50, 100), (0.3, 0.3))
 
 
 def test_dropping_everything_is_refused() -> None:

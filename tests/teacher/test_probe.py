@@ -12,64 +12,8 @@ from torch import Tensor, nn
 
 from smi_fast import SparseViT, UnsupportedTeacher
 from smi_fast.teacher.probe import TOLERANCE
+from tests.helpers.layers import Adapter, Times, conv, linear, norm
 from tests.helpers.teachers import random_images, relative_error, tiny_vit, with_gradient
-
-
-class LouderLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 1.3 * super().forward(x)
-
-
-class LouderNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return 1.3 * super().forward(x)
-
-
-class LouderConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 1.3 * super().forward(x)
-
-
-class Times(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * x
-
-
-class Adapter(nn.Module):
-    """A wrapped layer, as peft makes it: the weight is that of the base layer."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base, self.extra = base, nn.Linear(base.in_features, base.out_features)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor:
-        return self.base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.extra(x)
-
-
-def linear(old: nn.Linear) -> nn.Module:
-    new = LouderLinear(old.in_features, old.out_features)
-    new.load_state_dict(old.state_dict())
-    return new
-
-
-def norm(old: nn.LayerNorm) -> nn.Module:
-    new = LouderNorm(old.normalized_shape, old.eps)
-    new.load_state_dict(old.state_dict())
-    return new
-
-
-def conv(old: nn.Conv2d) -> nn.Module:
-    new = LouderConv(3, old.out_channels, old.kernel_size, old.stride)
-    new.load_state_dict(old.state_dict())
-    return new
 
 
 def replaced(path: str, make: Callable[[nn.Module], nn.Module]) -> VisionTransformer:

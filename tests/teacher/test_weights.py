@@ -5,78 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from smi_fast import Dense, SparseInverter, SparseViT
 from tests.helpers.inversions import SPACE
 from tests.helpers.teachers import random_images, relative_error, tiny_vit
-
-Change = Callable[[VisionTransformer, SparseViT], object]
-
-
-def other_weights() -> dict[str, torch.Tensor]:
-    return {name: 1.5 * weight for name, weight in tiny_vit().state_dict().items()}
-
-
-def optimiser(make: type, **options: object) -> Change:
-    def change(teacher: VisionTransformer, sparse: SparseViT) -> None:
-        steps = make(teacher.parameters(), lr=0.05, **options)
-        teacher(random_images(teacher)).square().sum().backward()
-        steps.step()
-
-    return change
-
-
-def replace_data(teacher: VisionTransformer, sparse: SparseViT) -> None:
-    for weight in teacher.parameters():
-        weight.data = 1.1 * weight.data
-
-
-def replace_data_of_the_copy(teacher: VisionTransformer, sparse: SparseViT) -> None:
-    for ours, weight in zip(sparse.vit.parameters(), teacher.parameters(), strict=True):
-        ours.data = 1.1 * ours.data
-        weight.data = ours.data
-
-
-def replace_twice(teacher: VisionTransformer, sparse: SparseViT) -> None:
-    """Without a pass in between, so that freed memory may be used again."""
-    for factor in (0.9, 1.2):
-        for weight in teacher.parameters():
-            weight.data = factor * weight.data
-
-
-def new_parameter(teacher: VisionTransformer, sparse: SparseViT) -> None:
-    mlp = teacher.blocks[1].mlp
-    mlp.fc1.weight = nn.Parameter(torch.randn_like(mlp.fc1.weight))
-
-
-@torch.no_grad()
-def in_place(name: str, teacher: VisionTransformer) -> None:
-    teacher.get_parameter(name).mul_(1.5)
-
-
-NOTICED: dict[str, Change] = {
-    "load_state_dict": lambda t, s: t.load_state_dict(other_weights()),
-    "load_state_dict(assign=True)": lambda t, s: t.load_state_dict(other_weights(), assign=True),
-    "load_state_dict of the copy": lambda t, s: s.vit.load_state_dict(other_weights()),
-    "class token": lambda t, s: in_place("cls_token", t),
-    "class token through .data": lambda t, s: t.cls_token.data.mul_(1.5),
-    "positions": lambda t, s: in_place("pos_embed", t),
-    "a weight of a block": lambda t, s: in_place("blocks.0.attn.qkv.weight", t),
-    "SGD": optimiser(torch.optim.SGD),
-    "AdamW": optimiser(torch.optim.AdamW),
-    "data replaced": replace_data,
-    "data of the copy replaced": replace_data_of_the_copy,
-    "replaced twice": replace_twice,
-    "a new parameter": new_parameter,
-    "half and back": lambda t, s: t.half().float(),
-    "double": lambda t, s: t.double(),
-}
+from tests.helpers.weight_changes import NOTICED, UNCOUNTED
 
 
 @pytest.mark.parametrize("name", NOTICED)
@@ -95,13 +31,22 @@ def test_changes_are_noticed(each_backend: str, name: str) -> None:
         assert before.shape == found.shape
 
 
-# torch doesn't count these, so nothing cheap can notice them.
-UNCOUNTED: dict[str, Change] = {
-    "fused AdamW": optimiser(torch.optim.AdamW, fused=True),
-    "fused SGD": optimiser(torch.optim.SGD, fused=True),
-    "weights through .data": lambda t, s: [p.data.mul_(1.1) for p in t.parameters()],
-    "EMA through .data": lambda t, s: [p.data.lerp_(0 * p, 0.1) for p in t.parameters()],
-}
+@pytest.mark.parametrize("replace", ["data replaced", "load_state_dict(assign=True)"])
+def test_in_place_changes_of_replaced_weights_are_noticed(each_backend: str, replace: str) -> None:
+    teacher = tiny_vit()
+    sparse, images = SparseViT(teacher), random_images(teacher)
+    NOTICED[replace](teacher, sparse)
+    sparse(images)
+    NOTICED["a weight of a block"](teacher, sparse)
+    assert relative_error(sparse(images).logits, teacher(images)) < 1e-5
+
+
+def test_images_of_the_old_data_type_are_refused_after_a_cast() -> None:
+    teacher = tiny_vit()
+    sparse, images = SparseViT(teacher), random_images(teacher)
+    teacher.double()
+    with pytest.raises(ValueError, match=r"torch.float64 on cpu, got torch.float32"):
+        sparse(images)
 
 
 @pytest.mark.parametrize("name", UNCOUNTED)
