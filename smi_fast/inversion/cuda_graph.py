@@ -61,6 +61,8 @@ class CapturedCall:
         except RuntimeError as error:
             raise NotCapturable(
                 f"an iteration can't be captured in a CUDA graph ({error}): no objective "
-                "may read a tensor on the host; a plain function as an objective may"
+                "may read a tensor on the host; a plain function as an objective may. "
+                "SparseInverter(graph=False), or SMI_FAST_GRAPH=0 in the environment, runs "
+                "iterations one by one"
             ) from error
         return graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -64,6 +65,8 @@ class SparseInverter:
             important ones of the final image in a dense forward pass, which that code takes of the
             de-normalised image, and one more of them for the class token.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
+        graph: capture iterations on CUDA in a CUDA graph. With False, or ``SMI_FAST_GRAPH=0`` in
+            the environment, they run one by one, with the same results.
 
     Raises:
         ValueError: any of these out of range, with what was expected and what came; or a teacher in
@@ -88,6 +91,7 @@ class SparseInverter:
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
+        graph: bool = True,
     ) -> None:
         sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
         check_weights(sparse)
@@ -107,6 +111,7 @@ class SparseInverter:
             betas=(betas[0], betas[1]),
             freeze_background=_one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
+            graph=graph and _graphs_allowed(),
         )
         self.schedule: Schedule = StopSchedule() if schedule is None else schedule
         self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
@@ -275,6 +280,11 @@ class SparseInverter:
         return patches
 
 
+def _graphs_allowed() -> bool:
+    """What ``SMI_FAST_GRAPH`` says: 0 or 1, by default 1."""
+    return _one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"expected {name} {' or '.join(allowed)}, got {value!r}")
@@ -296,6 +306,7 @@ def invert(
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
+    graph: bool = True,
     init: Tensor | None = None,
     jitter: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
@@ -308,7 +319,7 @@ def invert(
     >>> result.confidence.shape
     torch.Size([1])
 
-    The arguments up to ``backend`` are those of :class:`SparseInverter`, the others those of
+    The arguments up to ``graph`` are those of :class:`SparseInverter`, the others those of
     :meth:`SparseInverter.invert`.
     """
     inverter = SparseInverter(
@@ -324,6 +335,7 @@ def invert(
         background=background,
         final_mask=final_mask,
         backend=backend,
+        graph=graph,
     )
     return inverter.invert(
         targets,

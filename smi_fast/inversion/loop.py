@@ -55,7 +55,7 @@ class Loop:
         """A plain function as an objective may read a tensor on the host, a class may not."""
         settings = self._state.settings
         plain = any(isinstance(objective, UserTerm) for objective in settings.objectives)
-        return settings.teacher.device.type == "cuda" and not plain
+        return settings.graph and settings.teacher.device.type == "cuda" and not plain
 
     def _one_by_one(self, iterations: range) -> Tensor | None:
         importance = None

@@ -31,6 +31,7 @@ class Settings:
         betas: decay rates of Adam.
         freeze_background: whether the pixels of stopped patches no longer change.
         backend: which implementation of the ops to use.
+        graph: whether iterations on CUDA are replayed from a CUDA graph.
     """
 
     teacher: SparseViT
@@ -42,6 +43,7 @@ class Settings:
     betas: tuple[float, float]
     freeze_background: bool
     backend: str
+    graph: bool
 
     def due(self, number: int) -> tuple[bool, ...]:
         """Which objectives are evaluated in an iteration."""

@@ -16,6 +16,8 @@ from smi_fast.inversion.progress import Progress
 from smi_fast.objectives import LossInputs, Objective
 from tests.helpers.inversions import EVERY_PIXEL_OBJECTIVE, TARGETS, denormalized, make, start
 
+CAN_CAPTURE = Loop._can_capture
+
 
 def test_captured_loop_gives_the_same_bytes(
     teacher: VisionTransformer, request: pytest.FixtureRequest
@@ -133,3 +135,36 @@ def test_what_is_captured(teacher: VisionTransformer, monkeypatch: pytest.Monkey
     assert not loops[0]._can_capture()
     monkeypatch.setattr(SparseViT, "device", torch.device("cuda"))
     assert [each._can_capture() for each in loops] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("graph", "variable", "expected"),
+    [(True, None, 3), (True, "1", 3), (False, None, 0), (False, "1", 0), (True, "0", 0)],
+)
+def test_capture_can_be_switched_off(
+    teacher: VisionTransformer,
+    replays: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    graph: bool,
+    variable: str | None,
+    expected: int,
+) -> None:
+    def on_cuda(self: Loop) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(SparseViT, "device", torch.device("cuda"))
+            return CAN_CAPTURE(self)
+
+    monkeypatch.setattr(Loop, "_can_capture", on_cuda)
+    if variable is not None:
+        monkeypatch.setenv("SMI_FAST_GRAPH", variable)
+    state = start(make(teacher, graph=graph))
+    Loop(state, frozenset(), Progress(10, False), None).run(range(3))
+    assert len(replays) == expected and state.done() == 3
+
+
+def test_variable_that_switches_capture_is_0_or_1(
+    teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMI_FAST_GRAPH", "off")
+    with pytest.raises(ValueError, match="expected SMI_FAST_GRAPH 0 or 1, got 'off'"):
+        make(teacher)

@@ -136,6 +136,13 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
+// Atomics belong to the launchers: kernels have none.
+unsigned long __tsan_atomic64_load(const volatile unsigned long* p, int) {
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+unsigned long __tsan_atomic64_fetch_or(volatile unsigned long* p, unsigned long bits, int) {
+  return __atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST);
+}
 #define SIZED(bytes)                                                              \
   void __tsan_read##bytes(void* p) { emulation::races::access(p, bytes, false); } \
   void __tsan_write##bytes(void* p) { emulation::races::access(p, bytes, true); }
