@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smi_fast import SparseViT, UnsupportedTeacher
 from smi_fast.ops import native, reference
-from smi_fast.verify.cases import Case, random_kept, strided
+from smi_fast.verify.cases import OpCall, random_kept, strided
 from tests.helpers.random_teachers import CHANGES, Draw, teachers
 from tests.helpers.weight_changes import NOTICED, UNCOUNTED
 
@@ -137,7 +137,7 @@ def test_the_kernels_equal_the_reference(op: str) -> None:
         torch.manual_seed(data.draw(st.integers(0, 2**16)))
         for suffix, arguments in OPS[op](data.draw):
             for dtype in (torch.float32, torch.float64):
-                case = Case("random", op + suffix, arguments)
+                case = OpCall("random", op + suffix, arguments)
                 for error, budget in case.errors(torch.ops.smi_fast, dtype):
                     assert error <= LUCK * budget, f"{case}: error {error:.3g}, {budget=:.3g}"
 
