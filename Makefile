@@ -3,11 +3,12 @@ BIN := .venv/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")'
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test mutants lint bench docs clean
 
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
+	@echo 'make mutants plant faults, each of which a test must catch; takes minutes'
 	@echo 'make lint    ruff, mypy --strict, import-linter, clang-format, actionlint'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make docs    build the pages of docs/ into site/'
@@ -19,6 +20,9 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+mutants: .venv/.installed
+	$(BIN)/python -m tests.mutants.run
 
 # mypy and import-linter follow folders and no package map: they are shown a copy of the package with
 # kernels/ where it gets installed.

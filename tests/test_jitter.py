@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smi_fast.jitter import jitter_images
+from smi_fast.jitter import jitter_images, random_jitter
 
 F64 = torch.float64
 
@@ -20,3 +20,9 @@ def test_jittered_images_are_rolled_then_mirrored(shift: tuple[int, int], flip: 
     weights = torch.randn_like(images)
     gradients = [torch.autograd.grad((x * weights).sum(), images)[0] for x in (jittered, expected)]
     assert torch.equal(*gradients)
+
+
+def test_random_jitter_moves_by_an_eighth_of_each_side_and_mirrors_half() -> None:
+    shift, flip = random_jitter(4000, (32, 50))
+    assert shift.amin(0).tolist() == [-4, -6] and shift.amax(0).tolist() == [4, 6]
+    assert 0.45 < flip.double().mean() < 0.55

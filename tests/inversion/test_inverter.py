@@ -116,15 +116,18 @@ def test_same_seed_same_bytes(teacher: VisionTransformer) -> None:
 
 def test_no_jitter_around_stops(teacher: VisionTransformer) -> None:
     assert still_iterations(STOPS) == {2, 3, 5, 6}
-    still, anywhere = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, 2, dtype=torch.int64)
-    anywhere[[2, 3, 5, 6]] = 5
-    upright = torch.zeros(10, dtype=torch.bool)
-    frames_of = [frames(make(teacher), jitter=(shift, upright))[0] for shift in (still, anywhere)]
-    assert torch.equal(frames_of[0][-1], frames_of[1][-1])
-    anywhere[4] = 5
-    assert not torch.equal(
-        frames(make(teacher), jitter=(anywhere, upright))[0][-1], frames_of[0][-1]
-    )
+    still = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.bool)
+    around = tuple(table.clone() for table in still)
+    for table in around:
+        table[[2, 3, 5, 6]] = 1
+    before = tuple(table.clone() for table in around)
+    last = [frames(make(teacher), jitter=jitter)[0][-1] for jitter in (still, around)]
+    assert torch.equal(*last)
+    assert all(map(torch.equal, around, before))
+    for table in range(2):
+        moved = tuple(rows.clone() for rows in still)
+        moved[table][4] = 1
+        assert not torch.equal(frames(make(teacher), jitter=moved)[0][-1], last[0])
 
 
 def test_functions_are_terms(teacher: VisionTransformer) -> None:

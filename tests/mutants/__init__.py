@@ -1,0 +1,1 @@
+"""Planted faults: each changes one line of the package, and its nearest tests must fail."""

@@ -1,0 +1,25 @@
+"""Every mutant, by the room that its file is in."""
+
+from tests.mutants.table import (
+    cpp,
+    cuda,
+    engine,
+    inversion,
+    objectives,
+    ops,
+    outer,
+    teacher,
+    triton,
+)
+
+MUTANTS = (
+    *ops.MUTANTS,
+    *cpp.MUTANTS,
+    *cuda.MUTANTS,
+    *triton.MUTANTS,
+    *engine.MUTANTS,
+    *teacher.MUTANTS,
+    *inversion.MUTANTS,
+    *objectives.MUTANTS,
+    *outer.MUTANTS,
+)

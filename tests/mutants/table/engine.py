@@ -1,0 +1,193 @@
+"""Mutants of the CPU engine, in csrc/cpu/ and in smi_fast/engine/."""
+
+from tests.mutants.mutant import Mutant, of_file
+
+BUDGET = "tests/backends/cpu/test_cpp.py::test_error_is_within_its_budget -k"
+ENGINE = "tests/engine/test_cpu_engine.py"
+BLOCKS = f"{ENGINE}::test_equals_the_blocks"
+FIRST_ROWS = f"{ENGINE}::test_first_rows_are_those_of_the_block"
+
+MUTANTS = (
+    *of_file(
+        "csrc/cpu/engine_steps_kernel.h",
+        f"{BUDGET} normalize",
+        Mutant(
+            "steps-overflow",
+            "std::isinf(variance) ? std::numeric_limits<T>::quiet_NaN()",
+            "false ? std::numeric_limits<T>::quiet_NaN()",
+            "A variance that overflows gives zeros instead of NaN.",
+            "tests/engine/test_autograd.py::test_overflow_shows",
+        ),
+        Mutant(
+            "steps-normalize-gradient",
+            "gradient[i] += rstd * (d[i] - mean - normalized[i] * slope);",
+            "gradient[i] += rstd * (d[i] - mean);",
+            "LayerNorm has the gradient of a subtraction of the mean.",
+        ),
+        Mutant(
+            "steps-gelu-tail",
+            "std::copy_n(last_x, width - i, x + i);",
+            "",
+            "The derivative of the last elements of a row is missing.",
+            f"{BUDGET} gelu",
+        ),
+        Mutant(
+            "steps-gelu-sign",
+            "return x < 0.0f ? tail : 1.0f - tail;",
+            "return 1.0f - tail;",
+            "GELU of a negative number is that of the positive one.",
+            f"{BUDGET} gelu",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/engine_row_attention_kernel.h",
+        f"{BUDGET} attend_rows",
+        Mutant(
+            "rows-softmax",
+            "d_score = p[j] * (d_p[j] - mean);",
+            "d_score = p[j] * d_p[j];",
+            "The softmax has the gradient of a plain product.",
+        ),
+        Mutant(
+            "rows-largest",
+            "std::exp(p[j] - highest)",
+            "std::exp(p[j])",
+            "Large scores overflow.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/engine_blocks.cpp",
+        BLOCKS,
+        Mutant(
+            "blocks-packed",
+            "if (x.size(0) != packed_rows) return torch::stable::matmul(x, right);",
+            "return torch::stable::matmul(x, right);",
+            "Packed weights are never used.",
+            f"{ENGINE}::test_packed_products_are_the_same",
+        ),
+        Mutant(
+            "blocks-bias",
+            "bias = *block.fc2_bias;",
+            "bias = *block.proj_bias;",
+            "The bias of the MLP is that of attention.",
+        ),
+        Mutant(
+            "blocks-eps",
+            "own_eps += 2;",
+            "own_eps += 0;",
+            "Every block has the eps of the first.",
+        ),
+        Mutant(
+            "blocks-order",
+            "const Tensor &qkv = saved[2 * i], &derivative = saved[2 * i + 1];",
+            "const Tensor &qkv = saved[2 * (blocks.size() - 1 - i)], "
+            "&derivative = saved[2 * i + 1];",
+            "The gradient of a block reads what another block saved.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/engine_last_block.cpp",
+        FIRST_ROWS,
+        Mutant(
+            "last-block-bias",
+            "add(y, w.fc2_bias);",
+            "",
+            "The bias of the last layer is missing.",
+        ),
+        Mutant(
+            "last-block-residual",
+            "[](auto& to, const auto& from) { to = from; });\n  recorded(",
+            "[](auto&, const auto&) {});\n  recorded(",
+            "The gradient doesn't pass by the last block.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/folding.py",
+        BLOCKS,
+        Mutant(
+            "folding-norm-bias",
+            "_bias(linear) + linear.weight @ norm.bias",
+            "_bias(linear)",
+            "The bias of LayerNorm is lost.",
+        ),
+        Mutant(
+            "folding-value-bias",
+            "bias = bias + weight @ extra",
+            "bias = bias + extra",
+            "The bias of v doesn't pass through the projection.",
+        ),
+        Mutant(
+            "folding-scale",
+            "scale.gamma[:, None] * weight, scale.gamma * bias",
+            "scale.gamma[:, None] * weight, bias",
+            "LayerScale leaves the bias out.",
+        ),
+        Mutant(
+            "folding-gelu",
+            'and mlp.act.approximate == "none"',
+            'and mlp.act.approximate in ("none", "tanh")',
+            "GELU by tanh is computed as GELU.",
+            f"{ENGINE}::test_other_blocks_are_left_to_the_ops",
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/cpu.py",
+        f"{ENGINE}::test_engine_follows_its_teacher",
+        Mutant(
+            "engine-versions",
+            "state += [weight._version for weight in weights]",
+            "",
+            "Weights that change in place are not noticed.",
+        ),
+        Mutant(
+            "engine-addresses",
+            "state += [weight.data_ptr() for weight in weights]",
+            "",
+            "Weights that are replaced are not noticed.",
+        ),
+        Mutant(
+            "engine-overlap",
+            "buffers, self.free = self.free, None",
+            "buffers = self.free",
+            "Two passes that overlap write into the same buffers.",
+            f"{ENGINE}::test_passes_may_overlap",
+        ),
+        Mutant(
+            "engine-buffers",
+            "buffers.key != (batch, tokens, saves)",
+            "buffers.key[:2] != (batch, tokens)",
+            "A pass with gradient saves into buffers that blocks share.",
+            f"{ENGINE}::test_memory_is_planned_once",
+        ),
+        Mutant(
+            "engine-last-rows",
+            "if rows not in self._last:",
+            "if not self._last:",
+            "The number of rows is that of the first pass.",
+            FIRST_ROWS,
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/__init__.py",
+        "tests/engine/test_choose.py",
+        Mutant(
+            "choose-autocast",
+            "return None if torch.is_autocast_enabled(device.type) else engine",
+            "return engine",
+            "Autocast is not obeyed.",
+            "tests/engine/test_autograd.py::test_autocast_is_obeyed",
+        ),
+        Mutant(
+            "choose-backend",
+            "wanted in (backends.AUTO, engine.backend) and ",
+            "",
+            "An engine runs where another backend was asked for.",
+        ),
+        Mutant(
+            "choose-compiler",
+            "if torch.compiler.is_compiling():",
+            "if False:",
+            "A compiler doesn't see the blocks.",
+        ),
+    ),
+)

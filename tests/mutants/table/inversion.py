@@ -1,0 +1,354 @@
+"""Mutants of schedules/, parametrizations/ and inversion/."""
+
+from tests.mutants.mutant import Mutant, of_file
+
+CHECK = "tests/schedules/test_check.py"
+STOPS = "tests/schedules/test_stops.py"
+GROUPS = "tests/schedules/test_finished_groups.py"
+INVERTER = "tests/inversion/test_inverter.py"
+LOOP = "tests/inversion/test_loop.py"
+FOURIER = "tests/parametrizations/test_fourier.py"
+PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
+BAD_ARGUMENTS = "tests/inversion/test_inputs.py::test_bad_arguments_are_refused"
+
+MUTANTS = (
+    *of_file(
+        "smi_fast/schedules/base.py",
+        CHECK,
+        Mutant(
+            "still-stop",
+            "for t in schedule.at for before in (0, 1))",
+            "for t in schedule.at for before in (1,))",
+            "The iteration of a stop is jittered.",
+            f"{INVERTER}::test_no_jitter_around_stops",
+        ),
+        Mutant(
+            "still-before",
+            "for t in schedule.at for before in (0, 1))",
+            "for t in schedule.at for before in (0,))",
+            "Importance is scored on jittered images.",
+            f"{INVERTER}::test_no_jitter_around_stops",
+        ),
+        Mutant(
+            "check-repeats",
+            "if bool((patches.diff(dim=1) <= 0).any()):",
+            "if bool((patches.diff(dim=1) < 0).any()):",
+            "A patch may be kept twice.",
+        ),
+        Mutant(
+            "check-negative",
+            "torch.where((patches >= 0) & (patches < total), patches, total)",
+            "torch.where(patches < total, patches, total)",
+            "A negative patch is an error of torch.",
+        ),
+        Mutant(
+            "check-finished",
+            "if bool((together.diff(dim=1) == 0).any()):",
+            "if False:",
+            "A patch may both stay and leave.",
+        ),
+        Mutant(
+            "check-count",
+            "if not fits or (count is not None and patches.shape[1] != count):",
+            "if not fits:",
+            "A schedule keeps another number of patches than it promised.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/stops.py",
+        STOPS,
+        Mutant(
+            "stops-rounding",
+            "return int(patches * (1.0 - share))",
+            "return round(patches * (1.0 - share))",
+            "Counts are not the published ones.",
+        ),
+        Mutant(
+            "stops-largest",
+            "importance.topk(count, dim=1).indices",
+            "importance.topk(count, dim=1, largest=False).indices",
+            "The least important patches stay.",
+        ),
+        Mutant(
+            "stops-order",
+            "stop.kept.gather(1, top).sort(dim=1).values",
+            "stop.kept.gather(1, top)",
+            "Kept patches are in the order of their importance.",
+        ),
+        Mutant(
+            "stops-compact",
+            "on_grid.view(batch, 1, rows, columns)",
+            "on_grid.view(batch, 1, columns, rows)",
+            "Neighbours on a grid that isn't square are those of another grid.",
+        ),
+        Mutant(
+            "stops-compact-unused",
+            "importance = _averaged(stop) if self.compact else stop.importance",
+            "importance = stop.importance",
+            "compact is not read.",
+        ),
+        Mutant(
+            "stops-first",
+            "min(at, default=1) < 1",
+            "min(at, default=1) < 0",
+            "A stop before the first iteration is taken, which nothing has scored.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/fourier.py",
+        FOURIER,
+        Mutant(
+            "fourier-variance",
+            "variance[0] = 1",
+            "variance[0] = 4",
+            "The contrast depends on the size of the image.",
+        ),
+        Mutant(
+            "fourier-even",
+            "if space.width % 2 == 0:",
+            "if space.width % 2 == 1:",
+            "The contrast depends on whether the width is even.",
+        ),
+        Mutant(
+            "fourier-lowest",
+            ".clamp(min=1 / max(space.height, space.width))",
+            ".clamp(min=1 / min(space.height, space.width))",
+            "The lowest frequency is that of the shorter side.",
+        ),
+        Mutant(
+            "fourier-start",
+            "return (noise * self.start).to(self._scale)",
+            "return noise.to(self._scale)",
+            "Images start with full contrast.",
+        ),
+        Mutant(
+            "fourier-colours",
+            'torch.einsum("ij,bjhw->bihw", self._colours, u)',
+            'torch.einsum("ji,bjhw->bihw", self._colours, u)',
+            "Colours are mixed by the transposed matrix.",
+        ),
+        Mutant(
+            "fourier-margin",
+            ".clamp(MARGIN, 1 - MARGIN).logit()",
+            ".logit()",
+            "A black pixel has infinite parameters.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/pixels.py",
+        f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
+        Mutant(
+            "pixels-copy",
+            "images.to(self.space.mean.dtype, copy=True)",
+            "images.to(self.space.mean.dtype)",
+            "The images of the caller change.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/base.py",
+        f"{PARAMETRIZATIONS}::test_binding_leaves_the_given_parametrization_as_it_was",
+        Mutant(
+            "parametrization-bind",
+            "bound = copy.copy(self)",
+            "bound = self",
+            "The parametrization of the caller changes.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        LOOP,
+        Mutant(
+            "state-save",
+            "return [tensor.clone() for tensor in self._moving]",
+            "return list(self._moving)",
+            "Going back goes nowhere.",
+        ),
+        Mutant(
+            "state-moving",
+            "return self.parameters, self.exp_avg, self.exp_avg_sq, self.iteration",
+            "return self.parameters, self.exp_avg, self.iteration",
+            "Adam's second moment stays ahead when the loop goes back.",
+        ),
+        Mutant(
+            "state-active",
+            "return self.kept if self.settings.freeze_background and sparse else None",
+            "return self.kept if sparse else None",
+            "A regularized background doesn't move.",
+            f"{INVERTER}::test_regularized_background_goes_on_changing",
+        ),
+        Mutant(
+            "state-background",
+            "self.background = self.images().clone()",
+            "self.background = self.images()",
+            "The background is memory of the parametrization.",
+            f"{PARAMETRIZATIONS}::test_stopped_pixels_stay_as_they_were_at_their_stop",
+        ),
+        Mutant(
+            "state-background-kept",
+            "torch.where(self.settings.teacher.pixel_mask(self.kept), images, self.background)",
+            "images",
+            "Stopped pixels go on changing.",
+            f"{PARAMETRIZATIONS}::test_stopped_pixels_stay_as_they_were_at_their_stop",
+        ),
+        Mutant(
+            "state-finished",
+            "self.settings.space.denormalize(self.images()),",
+            "self.images(),",
+            "Finished patches are normalised.",
+            GROUPS,
+        ),
+        Mutant(
+            "state-weight",
+            "value if objective.weight == 1 else objective.weight * value",
+            "value",
+            "Weights are not read.",
+            f"{INVERTER}::test_dense_run_is_the_plain_loop",
+        ),
+        Mutant(
+            "state-step",
+            "step=self.iteration[0],",
+            "step=self.iteration[0] + 1,",
+            "Adam's bias correction is one iteration ahead.",
+            f"{INVERTER}::test_dense_run_is_the_plain_loop",
+        ),
+        Mutant(
+            "state-non-finite",
+            "row = torch.stack([*values, gradient.sum()])",
+            "row = torch.stack([*values, gradient.sum() * 0])",
+            "An infinite gradient is reported, but a huge one too.",
+            LOOP,
+            "a gradient times zero is NaN exactly where the gradient isn't finite",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/loop.py",
+        LOOP,
+        Mutant(
+            "loop-saved",
+            "first, saved = number + 1, state.save()",
+            "first = number + 1",
+            "After a NaN the loop goes back to the start of the phase, and repeats too few.",
+        ),
+        Mutant(
+            "loop-restore",
+            "self._state.restore(saved)",
+            "pass",
+            "After a NaN the loop repeats iterations from where it is.",
+        ),
+        Mutant(
+            "loop-due",
+            "number % objective.every == 0 for objective",
+            "True for objective",
+            "A graph serves iterations that evaluate other objectives.",
+        ),
+        Mutant(
+            "loop-interrupt",
+            "except KeyboardInterrupt:\n                self._settle(first, saved)",
+            "except KeyboardInterrupt:\n                pass",
+            "An interrupted run gives back images after a NaN.",
+        ),
+        Mutant(
+            "loop-score",
+            "score=number + 1 in self._stops, number=number)\n        name",
+            "score=number in self._stops, number=number)\n        name",
+            "The stop itself scores importance, after it was needed.",
+            f"{INVERTER}::test_stops_keep_the_most_important_patches",
+        ),
+        Mutant(
+            "loop-order",
+            "        if name is not None:\n"
+            "            raise NonFinite(name)\n"
+            "        state.update(gradient)",
+            "        state.update(gradient)\n"
+            "        if name is not None:\n"
+            "            raise NonFinite(name)",
+            "The images of a failed run are NaN.",
+            f"{INVERTER}::test_non_finite_loss_stops_with_the_last_finite_images",
+        ),
+        Mutant(
+            "loop-last-check",
+            "if number + 1 == iterations.stop or (number",
+            "if (number",
+            "The last iterations of a phase are not checked.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/inputs.py",
+        f"{INVERTER}::test_no_jitter_around_stops",
+        Mutant(
+            "inputs-flip",
+            "shift[still], flip[still] = 0, False",
+            "shift[still] = 0",
+            "Images are mirrored around stops.",
+        ),
+        Mutant(
+            "inputs-copy",
+            "shift, flip = shift.to(teacher.device, copy=True), flip.to(teacher.device, copy=True)",
+            "shift, flip = shift.to(teacher.device), flip.to(teacher.device)",
+            "The jitter of the caller changes.",
+        ),
+        Mutant(
+            "inputs-range",
+            "if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:",
+            "if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= classes:",
+            "The class after the last is taken.",
+            BAD_ARGUMENTS,
+        ),
+        Mutant(
+            "inputs-std",
+            'if name == "std" and (values <= 0).any():',
+            'if name == "std" and (values < 0).any():',
+            "A std of zero is taken.",
+            "tests/inversion/test_inputs.py::test_bad_options_are_refused",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/inverter.py",
+        INVERTER,
+        Mutant(
+            "inverter-refresh",
+            "        teacher.refresh()\n",
+            "",
+            "An inversion takes over what was folded from other weights.",
+            "tests/teacher/test_weights.py::test_every_inversion_starts_with_a_refresh",
+        ),
+        Mutant(
+            "inverter-check",
+            "state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))",
+            "state.keep(self.schedule.select(stop))",
+            "The answer of a schedule is not checked.",
+            f"{GROUPS}::test_a_broken_promise_ends_the_inversion",
+        ),
+        Mutant(
+            "inverter-reranked",
+            "count = min(int(tokens * remaining), teacher.num_patches)",
+            "count = int(teacher.num_patches * remaining)",
+            "The published mask has one patch less.",
+            "tests/test_compat.py::test_draws_and_returns_what_the_published_loop_does",
+        ),
+        Mutant(
+            "inverter-past-the-end",
+            "if at and at[-1] >= settings.iterations:",
+            "if at and at[-1] > settings.iterations:",
+            "A stop after the last iteration is taken and never comes.",
+            "tests/inversion/test_inputs.py::test_bad_options_are_refused",
+        ),
+        Mutant(
+            "inverter-logits",
+            "logits = teacher(normalised, kept).logits",
+            "logits = teacher(normalised).logits",
+            "The logits are those of every patch.",
+            f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/result.py",
+        f"{INVERTER}::test_soft_targets",
+        Mutant(
+            "result-confidence",
+            "self.targets if self.targets.dim() == 1 else self.targets.argmax(1)",
+            "self.targets if self.targets.dim() == 1 else self.targets.argmin(1)",
+            "Confidence with soft targets is that of another class.",
+        ),
+    ),
+)

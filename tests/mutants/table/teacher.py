@@ -1,0 +1,237 @@
+"""Mutants of smi_fast/teacher/."""
+
+from tests.mutants.mutant import Mutant, of_file
+
+SPARSE = "tests/teacher/test_sparse_vit.py"
+EVERY = f"{SPARSE}::test_equals_timm_with_every_patch"
+SUBSET = f"{SPARSE}::test_equals_timm_on_a_subset_of_tokens"
+IMPORTANCE = f"{SPARSE}::test_importance_is_the_attention_of_what_the_head_reads"
+TAPS = "tests/teacher/test_taps.py::test_each_tap_is_what_the_block_computes"
+PROBE = "tests/teacher/test_probe.py"
+SUPPORT = "tests/teacher/test_support.py::test_what_cannot_be_exact_is_refused_by_name"
+WEIGHTS = "tests/teacher/test_weights.py"
+
+MUTANTS = (
+    *of_file(
+        "smi_fast/teacher/blocks.py",
+        TAPS,
+        Mutant(
+            "blocks-done",
+            "done = index + 1",
+            "done = index",
+            "A block with a tap runs twice.",
+        ),
+        Mutant(
+            "blocks-importance",
+            "slice(self._prefix, None) if self._rows_read is None else slice(0, 1)",
+            "slice(0, 1)",
+            "Importance with average pooling is that of the first patch.",
+            IMPORTANCE,
+        ),
+        Mutant(
+            "blocks-importance-of-prefix",
+            "probabilities[:, :, queries, self._prefix :]",
+            "probabilities[:, :, queries, 1:]",
+            "Distillation and register tokens count as patches.",
+            IMPORTANCE,
+        ),
+        Mutant(
+            "blocks-tap-of-last",
+            "if set(names.values()) - {ROW}:",
+            "if False:",
+            "Taps of the last block are missing, or only of its first rows.",
+        ),
+        Mutant(
+            "blocks-row",
+            "block.norm1(x), 1)[0][:, :, 0]",
+            "block.norm1(x), 2)[0][:, :, 1]",
+            "The row is that of the second token.",
+        ),
+        Mutant(
+            "blocks-norm",
+            "out = attention.norm(out)",
+            "",
+            "The norm of attention's output is left out.",
+            EVERY,
+        ),
+        Mutant(
+            "blocks-gate",
+            "out = out * attention.gate(y).sigmoid()",
+            "out = out * attention.gate(y)",
+            "The gate of attention has no sigmoid.",
+            EVERY,
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/attention.py",
+        EVERY,
+        Mutant(
+            "attention-scale",
+            "q * q.shape[-1] ** -0.5 @ k.mT",
+            "q @ k.mT",
+            "Scores have no scale.",
+            IMPORTANCE,
+        ),
+        Mutant(
+            "attention-norm-of-keys",
+            "attention.q_norm(q), attention.k_norm(k), v]",
+            "attention.q_norm(q), attention.q_norm(k), v]",
+            "Keys take the norm of queries.",
+        ),
+        Mutant(
+            "attention-pool",
+            "(pool.q_norm(q) * pool.scale) @ pool.k_norm(k).mT",
+            "pool.q_norm(q) @ pool.k_norm(k).mT",
+            "Map pooling scores patches without its scale.",
+            f"{SPARSE}::test_importance_of_map_pooling_is_its_own_attention",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        SUBSET,
+        Mutant(
+            "sparse-positions",
+            "x = x + table[positions]",
+            "x = x + table[: x.shape[1]]",
+            "Patches take the position embeddings of the first cells.",
+        ),
+        Mutant(
+            "sparse-prefix",
+            "return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]",
+            "return prefix, vit.pos_embed[0, count:]",
+            "The class token has no position embedding.",
+        ),
+        Mutant(
+            "sparse-distilled",
+            "int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1",
+            "1",
+            "The distillation token isn't computed.",
+            EVERY,
+        ),
+        Mutant(
+            "sparse-follow",
+            "if not torch.compiler.is_compiling():\n            self._weights.follow()",
+            "if False:\n            self._weights.follow()",
+            "Weights that are replaced are not noticed.",
+            f"{WEIGHTS}::test_changes_are_noticed",
+        ),
+        Mutant(
+            "sparse-refresh",
+            "self._blocks.refresh()",
+            "",
+            "A refresh doesn't forget what an engine has folded.",
+            f"{WEIGHTS}::test_refresh_follows_what_torch_does_not_count",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/probe.py",
+        PROBE,
+        Mutant(
+            "probe-gradient",
+            'for name, ours, own in zip(("logits", "pixel gradients"), found, expected, '
+            "strict=True):",
+            'for name, ours, own in zip(("logits",), found, expected, strict=False):',
+            "A teacher that cuts the gradient is accepted.",
+            f"{PROBE}::test_a_patch_with_a_published_name_is_judged_by_what_it_computes",
+        ),
+        Mutant(
+            "probe-float64",
+            "what = _difference(theirs, sparse, TOLERANCE_FLOAT64)",
+            "pass",
+            "A teacher with large weights is refused for its rounding.",
+            f"{PROBE}::test_rounding_of_large_weights_is_told_from_a_fault",
+        ),
+        Mutant(
+            "probe-nan",
+            "if not error <= tolerance * largest:",
+            "if error > tolerance * largest:",
+            "Logits that are NaN count as equal.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/frozen.py",
+        f"{WEIGHTS}::test_a_moved_copy_has_weights_of_its_own",
+        Mutant(
+            "frozen-moved",
+            "if own.data_ptr() == self._addresses[index] != found[index]:",
+            "if self._addresses[index] != found[index]:",
+            "A copy that was moved takes over weights of another type.",
+        ),
+        Mutant(
+            "frozen-addresses",
+            "        self._addresses = found\n",
+            "",
+            "A second replacement of a weight is not noticed.",
+            f"{WEIGHTS}::test_changes_are_noticed",
+        ),
+        Mutant(
+            "frozen-state",
+            'return {"_tables": [], "_shared": [], "_addresses": []}',
+            "return vars(self)",
+            "A copied teacher goes on following the weights of the first.",
+            f"{WEIGHTS}::test_copies_work_at_any_time",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/support.py",
+        SUPPORT,
+        Mutant(
+            "support-overlaps",
+            "if proj.stride != proj.kernel_size or any(proj.padding) or proj.groups != 1:",
+            "if any(proj.padding) or proj.groups != 1:",
+            "Patches that overlap are computed as if they didn't.",
+        ),
+        Mutant(
+            "support-scale",
+            "if abs(block.attn.scale - width**-0.5) > 1e-9:",
+            "if False:",
+            "Attention with a scale of its own gets the usual one.",
+        ),
+        Mutant(
+            "support-pool",
+            "if teacher.attn_pool.pos_embed is not None:",
+            "if False:",
+            "The positions of map pooling are added to the wrong patches.",
+        ),
+        Mutant(
+            "support-hooks",
+            '"forward_hooks", "pre_hooks", "backward_hooks"',
+            '"pre_hooks", "backward_hooks"',
+            "A forward hook is ignored.",
+            f"{PROBE}::test_a_hook_is_refused",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/taps.py",
+        "tests/teacher/test_taps.py::test_what_is_no_tap_is_refused",
+        Mutant(
+            "taps-depth",
+            "if index >= depth:",
+            "if index > depth:",
+            "The block after the last is asked for.",
+        ),
+        Mutant(
+            "taps-negative",
+            "form.format(block % depth)",
+            "form.format(abs(block))",
+            "A block from the end is one from the start.",
+            "tests/objectives/test_every_objective.py tests/objectives/test_patch_similarity.py",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/space.py",
+        "tests/inversion/test_inverter.py::test_result_shows_kept_patches_and_is_in_range",
+        Mutant(
+            "space-clamp",
+            "self.mean[:, None, None]).clamp(0, 1)",
+            "self.mean[:, None, None])",
+            "Pixels by rounding lie outside of [0, 1].",
+        ),
+        Mutant(
+            "space-low",
+            "return -self.mean / self.std",
+            "return self.mean / self.std",
+            "Black isn't the lower bound.",
+        ),
+    ),
+)

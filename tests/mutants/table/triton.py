@@ -1,0 +1,110 @@
+"""Mutants of kernels/, run by Triton's interpreter."""
+
+from tests.mutants.mutant import Mutant, of_file
+
+TRITON = "tests/backends/triton/test_execution.py::test_error_is_within_its_budget -k"
+
+MUTANTS = (
+    *of_file(
+        "kernels/adam_clamp.py",
+        f"{TRITON} adam_clamp",
+        Mutant(
+            "triton-adam-eps",
+            "tl.sqrt(v) * root_scale + EPS",
+            "tl.sqrt(v) * root_scale",
+            "A pixel without gradient becomes NaN.",
+        ),
+        Mutant(
+            "triton-adam-bound",
+            "tl.load(high + channel)",
+            "tl.load(high)",
+            "Every channel takes the upper bound of the first.",
+        ),
+        Mutant(
+            "triton-adam-correction",
+            "_one_minus_power(log_beta2, taken)",
+            "_one_minus_power(log_beta1, taken)",
+            "The bias correction of the square uses the other beta.",
+        ),
+    ),
+    *of_file(
+        "kernels/batch_norm_matching.py",
+        f"{TRITON} batch_norm",
+        Mutant(
+            "triton-norm-tile",
+            "centred = tl.where(mask, values - own_mean, 0.0)",
+            "centred = values - own_mean",
+            "Elements that only fill up a tile add to the variance.",
+        ),
+        Mutant(
+            "triton-norm-merge",
+            "square + size * (own - joint) * (own - joint)",
+            "square",
+            "The variance between tiles is lost.",
+        ),
+    ),
+    *of_file(
+        "kernels/gather_patches.py",
+        f"{TRITON} gather_patches",
+        Mutant(
+            "triton-patches-rounding",
+            "return (2 * shift + P) // (2 * P)",
+            "return (2 * shift + P - 1) // (2 * P)",
+            "Halves of a patch are rounded down.",
+        ),
+        Mutant(
+            "triton-patches-zero",
+            "mask=mask & (found > 0)[None, :, None], other=0.0)",
+            "mask=mask, other=0.0)",
+            "Patches that aren't kept have the gradient of another one.",
+        ),
+        Mutant(
+            "triton-patches-landing-cell",
+            "tl.where(mirrored, COLUMNS - 1 - column, column)",
+            "column",
+            "A mirrored patch keeps the position that it had before.",
+        ),
+    ),
+    *of_file(
+        "kernels/total_variation.py",
+        f"{TRITON} total_variation",
+        Mutant(
+            "triton-variation-mask",
+            "counted &= here_active | there_active",
+            "counted &= here_active & there_active",
+            "Differences across the border of an active patch don't count.",
+        ),
+        Mutant(
+            "triton-variation-norm",
+            "tl.where(norm > 0, tl.load(grad_l2).to(tl.float32) / norm, 0.0)",
+            "tl.load(grad_l2).to(tl.float32) / norm",
+            "A constant image has a NaN as its gradient.",
+        ),
+    ),
+    *of_file(
+        "kernels/gather_attention.py",
+        f"{TRITON} gather_attention",
+        Mutant(
+            "triton-attention-rest",
+            "tl.where(exists[:, None], result, 0.0),",
+            "result,",
+            "Rows after the length of an image aren't zero.",
+        ),
+        Mutant(
+            "triton-attention-written",
+            "written = K if token_index is None else length",
+            "written = K",
+            "A row after the length writes over the row of an earlier token.",
+        ),
+    ),
+    *of_file(
+        "kernels/_sdpa.py",
+        f"{TRITON} gather_attention",
+        Mutant(
+            "triton-sdpa-importance",
+            "row = scores.masked_fill(~valid, -torch.inf).softmax(-1)",
+            "row = scores.softmax(-1)",
+            "Tokens after the length take a part of the importance.",
+        ),
+    ),
+)
