@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from smi_fast.teacher import SparseViT
 
 SCHEDULES = ("smi", "smi-scaled", "once", "dense")
-# With fewer iterations two of the scaled stops fall together.
-LEAST_SCALED = 60
 PACKAGES = ("timm", "triton", "numpy")
 
 app = typer.Typer(
@@ -184,7 +182,7 @@ def invert(
         str,
         typer.Option(
             help="smi: stops at iterations 50, 100, 200, 300; smi-scaled: stops at the same "
-            "fractions of --iterations as these are of 4000; once: an early stop at a tenth of them, "
+            "fractions of --iterations as these are of 4000; once: one stop, at a tenth of them, "
             "which keeps 47 % of the patches; dense: no stops."
         ),
     ] = "smi",
@@ -342,11 +340,6 @@ def _schedule(name: str, iterations: int) -> Schedule:
             )
         return StopSchedule()
     if name == "smi-scaled":
-        if iterations < LEAST_SCALED:
-            raise ValueError(
-                f"expected {LEAST_SCALED} iterations or more for --schedule smi-scaled, "
-                f"got {iterations}"
-            )
         return StopSchedule.scaled(iterations)
     if name == "once":
         return StopSchedule.once(iterations)

@@ -23,10 +23,11 @@ FROM_PYTHON, OWN_LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_invert_from_python() -> None:
     names: dict[str, Any] = {}
-    exec(FROM_PYTHON.replace("iterations=400", "iterations=301, progress=False"), names)
+    exec(FROM_PYTHON.replace("once(100)", "once(30), iterations=30, progress=False"), names)
     result = names["result"]
-    assert result.masked_images.shape == (3, 3, 64, 64)
-    assert result.kept.shape == (3, 14) and result.confidence.shape == (3,)
+    assert result.images.shape == (3, 3, 64, 64)
+    assert result.kept.shape == (3, 30) and result.confidence.shape == (3,)
+    assert (result.logits.argmax(1) == result.targets).all()
 
 
 def test_own_loop_leaves_stopped_pixels_alone() -> None:
