@@ -15,7 +15,7 @@ JITTER_SHARE = 8
 def random_jitter(
     iterations: int, image_size: tuple[int, int], generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draws the jitter of a run.
+    """Draw the jitter of a run.
 
     Args:
         iterations: T.

@@ -97,7 +97,7 @@ class _Generators:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Puts these states in place of the process's own, and takes them out again."""
+        """Put these states in place of the process's own, and take them out again."""
         own = _read()
         _write(self._states)
         try:

@@ -32,7 +32,7 @@ class ImagePool:
         self._batches = 0
 
     def add(self, imgs: Tensor) -> None:
-        """Saves a batch of images [B, 3, H, W] in [0, 1]."""
+        """Save a batch of images [B, 3, H, W] in [0, 1]."""
         pixels = imgs.detach().clamp(0, 1).permute(0, 2, 3, 1).mul(255).byte().cpu().numpy()
         for index, image in enumerate(pixels):
             Image.fromarray(image).save(os.path.join(self.root, f"{self._batches}-{index}.png"))

@@ -56,7 +56,7 @@ class StatisticsHook:
         self.r_feature = distances[0] + distances[1]
 
     def remove(self) -> None:
-        """Takes the hook off the BatchNorm."""
+        """Take the hook off the BatchNorm."""
         self.hook.remove()
 
 

@@ -214,7 +214,7 @@ class SMI:
         return self.data_iter.next()
 
     def _check(self) -> None:
-        """Refuses what can't be inverted, also after a change of an attribute."""
+        """Refuse what can't be inverted, also after a change of an attribute."""
         sparse = self._sparse
         if self.adv > 0 and self.student is None:
             raise ValueError(f"expected a student with adv={self.adv}, got None")
@@ -293,7 +293,7 @@ class SMI:
 
 
 def _refuse(others: dict[str, object]) -> None:
-    """Refuses arguments that the published class doesn't have."""
+    """Refuse arguments that the published class doesn't have."""
     if TOKEN_MERGING & others.keys():
         raise TypeError(
             f"{', '.join(sorted(TOKEN_MERGING & others.keys()))} of Eff-DFQT and SMI-V2 can't be "

@@ -31,7 +31,7 @@ class CapturedCall:
         self._calls = 0
 
     def __call__(self) -> None:
-        """Does the function's work.
+        """Do the function's work.
 
         Raises:
             NotCapturable: at the fourth call; what the function has done before stays done.

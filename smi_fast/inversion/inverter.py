@@ -120,7 +120,7 @@ class SparseInverter:
         self._counts = counts
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Refuses a change that would come too late to have an effect."""
+        """Refuse a change that would come too late to have an effect."""
         if "_counts" in vars(self):
             raise AttributeError(f"a SparseInverter can't be changed ({name}): make another one")
         super().__setattr__(name, value)
@@ -153,7 +153,7 @@ class SparseInverter:
         progress: bool = True,
         callback: Callback | None = None,
     ) -> InversionResult:
-        """Inverts one batch; Ctrl-C ends it early and gives back what is done.
+        """Invert one batch. Ctrl-C ends it early and gives back what is done.
 
         Args:
             targets: class indices [B], or probabilities [B, classes].
@@ -238,7 +238,7 @@ class SparseInverter:
         )
 
     def _stop(self, state: InversionState, iteration: int, importance: Tensor) -> None:
-        """Asks the schedule, and takes its answer when that is what it promised."""
+        """Ask the schedule, and take its answer when that is what it promised."""
         stop = Stop(iteration, state.kept, importance, self.teacher.grid)
         state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))
 
@@ -313,7 +313,7 @@ def invert(
     progress: bool = True,
     callback: Callback | None = None,
 ) -> InversionResult:
-    """Inverts one batch: ``SparseInverter(teacher, ...).invert(targets, ...)``.
+    """Invert one batch: ``SparseInverter(teacher, ...).invert(targets, ...)``.
 
     >>> result = invert(teacher, [7], iterations=10, schedule=Dense(), progress=False)
     >>> result.confidence.shape

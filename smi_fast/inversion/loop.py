@@ -44,7 +44,7 @@ class Loop:
         self._progress, self._callback = progress, callback
 
     def run(self, iterations: range) -> Tensor | None:
-        """Takes the iterations of a phase; returns the importance that the next stop reads.
+        """Take the iterations of a phase; return the importance that the next stop reads.
 
         Raises:
             NonFinite: an objective or the gradient is infinite or not a number.

@@ -30,13 +30,13 @@ class Progress:
         )
 
     def show(self, state: InversionState, number: int) -> None:
-        """Moves the bar behind iteration ``number``."""
+        """Move the bar behind iteration ``number``."""
         if not self._bar.disable:
             self._bar.set_postfix_str(self._words(state, number), refresh=False)
         self._bar.update(number + 1 - self._bar.n)
 
     def end_phase(self, state: InversionState) -> None:
-        """Writes a line where there is no terminal whose bar could be redrawn."""
+        """Write a line where there is no terminal whose bar could be redrawn."""
         done = state.done()
         if self._shown and not self._in_terminal and done:
             line = f"iteration {done} of {self._iterations}: {self._words(state, done - 1)}"

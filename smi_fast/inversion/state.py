@@ -114,7 +114,7 @@ class InversionState:
 
     @torch.no_grad()
     def keep(self, selection: Selection) -> None:
-        """Takes a stop: from now on the teacher computes ``selection.kept`` only."""
+        """Take a stop: from now on the teacher computes ``selection.kept`` only."""
         settings = self.settings
         if selection.finished is not None:
             self.finished.append(self._finish(selection.finished))
@@ -132,7 +132,7 @@ class InversionState:
         return FinishedGroup(self.done(), patches, pixels)
 
     def step(self, *, score: bool = False, number: int = 0) -> Tensor | None:
-        """Takes one iteration.
+        """Take one iteration.
 
         Args:
             score: whether to score the importance of kept patches.
@@ -201,7 +201,7 @@ class InversionState:
         return gradient, output.importance
 
     def update(self, gradient: Tensor) -> None:
-        """Moves the parameters along their gradient."""
+        """Move the parameters along their gradient."""
         self.iteration.add_(1)
         settings = self.settings
         tensors = (self.parameters, gradient, self.exp_avg, self.exp_avg_sq)
@@ -230,7 +230,7 @@ class InversionState:
         return [tensor.clone() for tensor in self._moving]
 
     def restore(self, saved: list[Tensor]) -> None:
-        """Goes back to the state that :meth:`save` copied."""
+        """Go back to the state that :meth:`save` copied."""
         for tensor, copy in zip(self._moving, saved, strict=True):
             tensor.copy_(copy)
 

@@ -163,4 +163,4 @@ def _(
 
 @_fake("adam_clamp_")
 def _(*_: object) -> None:
-    """Returns nothing: the op writes only into its arguments."""
+    """Return nothing: the op writes only into its arguments."""

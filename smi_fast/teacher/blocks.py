@@ -47,14 +47,14 @@ class Blocks:
         self._engines = engine.candidates(blocks)
 
     def refresh(self) -> None:
-        """Forgets what engines derived from the weights."""
+        """Forget what engines derived from the weights."""
         for candidate in self._engines:
             candidate.refresh()
 
     def __call__(
         self, x: Tensor, taps: dict[int, dict[str, str]], importance: bool
     ) -> BlocksOutput:
-        """Runs all blocks.
+        """Run all blocks.
 
         Args:
             x: tokens [B, N, D].

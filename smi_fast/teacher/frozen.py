@@ -62,7 +62,7 @@ class SharedWeights:
         return {"_tables": [], "_shared": [], "_addresses": []}
 
     def follow(self) -> None:
-        """Points the copy at every weight of the original that was replaced."""
+        """Point the copy at every weight of the original that was replaced."""
         found = [theirs[name].data_ptr() for theirs, _, name in self._tables]  # type: ignore[union-attr]
         if found == self._addresses:
             return

@@ -27,7 +27,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def probe(teacher: VisionTransformer, sparse: SparseViT) -> None:
-    """Compares a teacher with its SparseViT on one random image.
+    """Compare a teacher with its SparseViT on one random image.
 
     It costs a forward and a backward pass of each.
 

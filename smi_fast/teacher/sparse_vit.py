@@ -124,7 +124,7 @@ class SparseViT(nn.Module):
         return weight
 
     def refresh(self) -> None:
-        """Computes everything anew that was derived from weights.
+        """Compute everything anew that was derived from weights.
 
         Replaced weights, optimiser steps and ``load_state_dict`` are noticed without it. Only
         changes that torch doesn't count need it: fused optimisers, and in-place writes to
@@ -134,7 +134,7 @@ class SparseViT(nn.Module):
         self._blocks.refresh()
 
     def requires_grad_(self, requires_grad: bool = True) -> SparseViT:
-        """Refuses to train: no weight gradient is ever computed.
+        """Refuse to train: no weight gradient is ever computed.
 
         Raises:
             ValueError: ``requires_grad`` is true.
