@@ -3,11 +3,12 @@ BIN := .venv/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")'
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test fuzz lint bench docs clean
 
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
+	@echo 'make fuzz    compare random ops and teachers with their references for about an hour'
 	@echo 'make lint    ruff, mypy --strict, clang-format and actionlint'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make docs    build the pages of docs/ into site/'
@@ -19,6 +20,9 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+fuzz: .venv/.installed
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_differential.py
 
 # mypy follows folders and no package map, so it is shown kernels/ where it gets installed.
 lint: .venv/.installed
@@ -44,7 +48,7 @@ $(FASHION_MNIST):
 	    exit 1; }
 
 clean:
-	rm -rf build dist demo site *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo site *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
 # The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.
