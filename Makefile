@@ -3,12 +3,13 @@ BIN := .venv/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 HAS_HEADERS := 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")'
 
-.PHONY: help demo test mutants lint bench docs clean
+.PHONY: help demo test mutants fuzz lint bench docs clean
 
 help:
 	@echo 'make demo    invert the embedded teacher into demo/'
 	@echo 'make test    run every test'
 	@echo 'make mutants plant faults, each of which a test must catch; takes minutes'
+	@echo 'make fuzz    compare random ops and teachers with their references for about an hour'
 	@echo 'make lint    ruff, mypy --strict, import-linter, clang-format, actionlint'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make docs    build the pages of docs/ into site/'
@@ -23,6 +24,9 @@ test: .venv/.installed
 
 mutants: .venv/.installed
 	$(BIN)/python -m tests.mutants.run
+
+fuzz: .venv/.installed
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_differential.py
 
 # mypy and import-linter follow folders and no package map: they are shown a copy of the package with
 # kernels/ where it gets installed.
@@ -50,7 +54,7 @@ $(FASHION_MNIST):
 	    exit 1; }
 
 clean:
-	rm -rf build dist demo site *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo site *.egg-info smi_fast/*.so .venv/.installed .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
 
 # The build needs torch at hand, so it comes first; torchvision beside it, so that the two match.

@@ -50,6 +50,8 @@ class SparseViT(nn.Module):
     - Importance [B, K] is the attention probability of each kept patch, averaged over heads. The
       query is the class token in the last block with token pooling, and the latent query with map
       pooling. With other poolings it is the mean over all patches as queries in the last block.
+    - Hooks on the wrapped model are refused, and hooks that are added to ``vit`` later never fire,
+      because the blocks run as one: taps read the inside.
 
     >>> kept = torch.tensor([[3, 9, 27, 28], [0, 1, 2, 63]])
     >>> output = SparseViT(teacher)(torch.randn(2, 3, 64, 64), kept, importance=True)
@@ -236,7 +238,9 @@ def _rows_read(vit: VisionTransformer) -> int | None:
 
 def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
     """Prefix tokens [1, P, D] with their position embedding, and that of patches [patches, D]."""
-    tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
+    # timm's distilled teachers make register tokens when asked for them, and never read them.
+    distilled = isinstance(vit, VisionTransformerDistilled)
+    tokens = [vit.cls_token, vit.dist_token if distilled else vit.reg_token]
     found = [token for token in tokens if token is not None]
     if not found:
         found = [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -56,3 +57,11 @@ def changed(path: str, module: nn.Module) -> VisionTransformer:
 def test_what_cannot_be_exact_is_refused_by_name(make: object, message: str) -> None:
     with pytest.raises(UnsupportedTeacher, match=message):
         SparseViT(make())
+
+
+def test_register_tokens_that_a_distilled_teacher_never_reads_are_left_out() -> None:
+    teacher = VisionTransformerDistilled(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, reg_tokens=3
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(SparseViT(teacher)(images).logits, teacher(images))
