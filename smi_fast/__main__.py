@@ -1,16 +1,18 @@
 """``python -m smi_fast`` is the command ``smi-fast``."""
 
-import sys
+import signal
 
 
 def main() -> None:
-    """Run the command. Ctrl-C ends it without a traceback, also while its modules are imported."""
-    try:
-        from smi_fast import cli
+    """Run the command. Until it opens a pool, Ctrl-C ends the process at once.
 
-        cli.main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    A KeyboardInterrupt would print a traceback, or abort the import of a compiled module.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from smi_fast import cli
+
+    cli.main()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,6 +290,8 @@ def invert(
         "seed": seed,
         "versions": _versions(),
     }
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from __main__
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
         Pool.resume(out, settings) if resume else Pool.create(out, settings, overwrite=overwrite)
     ) as pool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import smi_fast
-from smi_fast import __main__, cli
+from smi_fast import __main__, cli, zoo
 from smi_fast.inversion.loop import Loop
 from smi_fast.objectives import LossInputs
 from smi_fast.ops import backends, native
@@ -204,21 +206,28 @@ def test_only_errors_of_our_own_classes_are_sentences(
         assert smi() == (2, "", "smi-fast: no\n")
 
 
-def test_an_interrupt_while_modules_are_imported_prints_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_ctrl_c_ends_the_process_at_once_until_a_pool_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupting:
-        def find_spec(self, name: str, *_: object) -> None:
-            if name == "smi_fast.cli":
-                raise KeyboardInterrupt
+    handlers = []
 
-    monkeypatch.delitem(sys.modules, "smi_fast.cli")
-    monkeypatch.delattr(smi_fast, "cli")
-    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    with pytest.raises(SystemExit) as done:
-        __main__.main()
-    assert done.value.code == 130
-    assert capsys.readouterr() == ("", "")
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: object, **options: object) -> object:
+            handlers.append(signal.getsignal(signal.SIGINT))
+            return function(*arguments, **options)
+
+        return noted
+
+    for owner, name in ((zoo, "load_teacher"), (Pool, "create")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    monkeypatch.setattr(sys, "argv", ["smi-fast", "invert", "--out", str(tmp_path), *QUICK])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            __main__.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.SIG_DFL, signal.default_int_handler]
 
 
 @pytest.mark.parametrize(
