@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -57,7 +56,7 @@ def run_each(mutants: Sequence[Mutant], trees: Sequence[Tree]) -> Iterator[Finis
         wait(list(running), timeout=1)
         for sentinel, (process, mutant, tree, start) in list(running.items()):
             seconds = time.monotonic() - start
-            overdue = process.is_alive() and seconds > SECONDS
+            overdue = bool(mutant.old) and process.is_alive() and seconds > SECONDS
             if process.is_alive() and not overdue:
                 continue
             if overdue:
@@ -68,19 +67,16 @@ def run_each(mutants: Sequence[Mutant], trees: Sequence[Tree]) -> Iterator[Finis
             if mutant.old:
                 tree.restore(mutant)
             result = outcome(None if overdue else process.exitcode)
-            if not result.startswith("caught"):
+            if not (mutant.old and result.startswith("caught")):
                 shutil.copy(tree.log, WORK / f"{mutant.name}.log")
             yield mutant, result, seconds
 
 
 def without_fault(mutants: Sequence[Mutant]) -> list[Mutant]:
-    """The tests of mutants, to be run without a fault; most of them run together."""
-    alone = {m.tests: m for m in mutants if "-k" in m.tests or m.file.startswith("csrc/cuda")}
-    together = {node for m in mutants if m.tests not in alone for node in m.tests.split()}
-    runs = [replace(m, name=f"no-fault-{i}", old="") for i, m in enumerate(alone.values())]
-    if together:
-        runs.append(Mutant("no-fault", "", "", "", " ".join(sorted(together))))
-    return runs
+    """The tests of mutants, in one run without a fault; grids, by -k, are left to make test."""
+    chosen = [m.tests for m in mutants if "-k" not in m.tests and m.build in ("", "cpu")]
+    nodes = " ".join(sorted({node for tests in chosen for node in tests.split()}))
+    return [Mutant("no-fault", "", "", "", nodes)] if nodes else []
 
 
 def start(count: int, builds: set[str]) -> list[Tree]:

@@ -107,8 +107,8 @@ MUTANTS = (
         ),
         Mutant(
             "cuda-variation-norm",
-            "norm > 0.0f ? to_float(*grad_l2) / norm : 0.0f",
-            "to_float(*grad_l2) / norm",
+            "norm > 0.0f ? *grad_l2 / norm : 0.0f",
+            "*grad_l2 / norm",
             "A constant image has a NaN as its gradient.",
         ),
         Mutant(

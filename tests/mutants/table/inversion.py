@@ -30,6 +30,13 @@ MUTANTS = (
             f"{INVERTER}::test_no_jitter_around_stops",
         ),
         Mutant(
+            "stops-first",
+            "min(stops, default=1) >= 1",
+            "min(stops, default=1) >= 0",
+            "A stop before the first iteration is taken, which nothing has scored.",
+            STOPS,
+        ),
+        Mutant(
             "check-repeats",
             "if bool((patches.diff(dim=1) <= 0).any()):",
             "if bool((patches.diff(dim=1) < 0).any()):",
@@ -86,12 +93,6 @@ MUTANTS = (
             "importance = _averaged(stop) if self.compact else stop.importance",
             "importance = stop.importance",
             "compact is not read.",
-        ),
-        Mutant(
-            "stops-first",
-            "min(at, default=1) < 1",
-            "min(at, default=1) < 0",
-            "A stop before the first iteration is taken, which nothing has scored.",
         ),
     ),
     *of_file(
@@ -212,6 +213,12 @@ MUTANTS = (
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
         Mutant(
+            "state-due",
+            "number % objective.every == 0 for objective",
+            "True for objective",
+            "A graph serves iterations that evaluate other objectives.",
+        ),
+        Mutant(
             "state-non-finite",
             "row = torch.stack([*values, gradient.sum()])",
             "row = torch.stack([*values, gradient.sum() * 0])",
@@ -234,12 +241,6 @@ MUTANTS = (
             "self._state.restore(saved)",
             "pass",
             "After a NaN the loop repeats iterations from where it is.",
-        ),
-        Mutant(
-            "loop-due",
-            "number % objective.every == 0 for objective",
-            "True for objective",
-            "A graph serves iterations that evaluate other objectives.",
         ),
         Mutant(
             "loop-interrupt",
@@ -324,12 +325,12 @@ MUTANTS = (
             "count = min(int(tokens * remaining), teacher.num_patches)",
             "count = int(teacher.num_patches * remaining)",
             "The published mask has one patch less.",
-            "tests/test_compat.py::test_draws_and_returns_what_the_published_loop_does",
+            "tests/compat/test_smi.py::test_draws_and_returns_what_the_published_loop_does",
         ),
         Mutant(
             "inverter-past-the-end",
-            "if at and at[-1] >= settings.iterations:",
-            "if at and at[-1] > settings.iterations:",
+            "if last >= iterations:",
+            "if last > iterations:",
             "A stop after the last iteration is taken and never comes.",
             "tests/inversion/test_inputs.py::test_bad_options_are_refused",
         ),

@@ -224,8 +224,8 @@ MUTANTS = (
         TARGETS,
         Mutant(
             "targets-low",
-            "drawn = low + (high - low) * torch.rand",
-            "drawn = high * torch.rand",
+            "drawn = low + (high - low) * share",
+            "drawn = high * share",
             "The logits of wanted classes start at zero.",
         ),
     ),

@@ -43,8 +43,8 @@ MUTANTS = (
         ),
         Mutant(
             "reference-importance",
-            "return out, probabilities[:, :, 0].mean(dim=1)",
-            "return out, probabilities[:, 0].mean(dim=1)",
+            "return out, probabilities[:, :, :1].mean(dim=(1, 2))",
+            "return out, probabilities[:, :1].mean(dim=(1, 2))",
             "Importance is averaged over the queries of the first head.",
             "tests/ops/test_gather_attention.py::"
             "test_importance_is_the_first_row_averaged_over_heads",
@@ -79,8 +79,8 @@ MUTANTS = (
         ),
         Mutant(
             "reference-norm-slope",
-            "return grad * scale + offset + slope * x",
-            "return grad * scale + offset",
+            "(grad * scale + offset + slope * x)",
+            "(grad * scale + offset)",
             "The loss of the variance has no gradient.",
             NORM,
         ),
@@ -162,15 +162,6 @@ MUTANTS = (
     *of_file(
         "smi_fast/ops/limits.py",
         BACKENDS,
-        Mutant(
-            "limits-width",
-            "for w in CUDA_WIDTHS if w >= width)",
-            "for w in CUDA_WIDTHS if w > width - 8)",
-            "A head is counted as wide as the next smaller kernel.",
-            "tests/backends/cuda/test_emulation.py::"
-            "test_limit_of_tokens_is_known_before_the_launch",
-            "every width is a multiple of 8, so the same kernel is found",
-        ),
         Mutant(
             "limits-gradient",
             "4 * row + 8 if gradient",
@@ -260,8 +251,8 @@ MUTANTS = (
         ),
         Mutant(
             "jitter-half",
-            "generator=generator) < 0.5",
-            "generator=generator) < 0.75",
+            "dtype=torch.float32) < 0.5",
+            "dtype=torch.float32) < 0.75",
             "Three quarters of the iterations are mirrored.",
         ),
     ),

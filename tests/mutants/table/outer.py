@@ -3,7 +3,7 @@
 from tests.mutants.mutant import Mutant, of_file
 
 POOL = "tests/pool/test_pool.py"
-COMPAT = "tests/test_compat.py"
+COMPAT = "tests/compat/test_smi.py"
 DRAWS = f"{COMPAT}::test_draws_and_returns_what_the_published_loop_does"
 FILL = "tests/test_fill.py"
 BUDGET = "tests/verify/test_budget.py"
@@ -13,18 +13,6 @@ MUTANTS = (
     *of_file(
         "smi_fast/pool/pool.py",
         POOL,
-        Mutant(
-            "pool-atomic",
-            'temporary = path.with_name(f".{path.name}.part")',
-            "temporary = path",
-            "A file that can't be written is lost.",
-        ),
-        Mutant(
-            "pool-temporary",
-            "        with suppress(OSError):\n            temporary.unlink()\n        raise",
-            "        raise",
-            "A write that fails leaves its part behind.",
-        ),
         Mutant(
             "pool-left-overs",
             "                with suppress(OSError):\n"
@@ -36,35 +24,48 @@ MUTANTS = (
             "pool-manifest-first",
             "            for name, picture in pictures.items():\n"
             '                self._write(name, partial(picture.save, format="PNG"), held)\n'
-            "            self._write(MANIFEST, lambda file: file.write(manifest), held)\n",
+            "            if loss_line is not None:\n",
             "            self._write(MANIFEST, lambda file: file.write(manifest), held)\n"
             "            for name, picture in pictures.items():\n"
-            '                self._write(name, partial(picture.save, format="PNG"), held)\n',
+            '                self._write(name, partial(picture.save, format="PNG"), held)\n'
+            "            if loss_line is not None:\n",
             "An interrupted batch has lines whose files don't exist.",
         ),
         Mutant(
             "pool-unfinished",
-            "shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)",
-            "pass",
+            "            raise\n        self._discard_unfinished()\n",
+            "            raise\n",
             "Unfinished images stay after their batch was added.",
+        ),
+        Mutant(
+            "pool-delete-first",
+            "            for name in (MANIFEST, LOSS, CONTACT_SHEET, LOSS_CURVES):\n"
+            "                delete_file(self.path / name)\n"
+            "            for folder in folders:\n"
+            "                delete_pictures(folder)\n",
+            "            for folder in folders:\n"
+            "                delete_pictures(folder)\n"
+            "            for name in (MANIFEST, LOSS, CONTACT_SHEET, LOSS_CURVES):\n"
+            "                delete_file(self.path / name)\n",
+            "An interrupted overwrite leaves lines whose files don't exist.",
+        ),
+        Mutant(
+            "pool-missing",
+            "pool._check_files()",
+            "pass",
+            "A pool that lacks a file is resumed.",
+        ),
+        Mutant(
+            "pool-link",
+            "for folder in filter(Path.is_symlink, folders):",
+            "for folder in filter(Path.is_symlink, []):",
+            "An overwrite that leaves a linked folder alone says nothing.",
         ),
         Mutant(
             "pool-rounding",
             ".mul(255).round().byte()",
             ".mul(255).byte()",
             "Pixels are cut off instead of rounded.",
-        ),
-        Mutant(
-            "pool-delete-first",
-            "            (self.path / MANIFEST).unlink(missing_ok=True)\n"
-            "            for folder in (*FOLDERS.values(), UNFINISHED):\n"
-            "                with suppress(FileNotFoundError):\n"
-            "                    shutil.rmtree(self.path / folder)\n",
-            "            for folder in (*FOLDERS.values(), UNFINISHED):\n"
-            "                with suppress(FileNotFoundError):\n"
-            "                    shutil.rmtree(self.path / folder)\n"
-            "            (self.path / MANIFEST).unlink(missing_ok=True)\n",
-            "An interrupted overwrite leaves lines whose files don't exist.",
         ),
         Mutant(
             "pool-number",
@@ -80,13 +81,36 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/pool/files.py",
+        POOL,
+        Mutant(
+            "files-atomic",
+            'return path.with_name(f".{path.name}.part")',
+            "return path",
+            "A file that can't be written is lost.",
+        ),
+        Mutant(
+            "files-temporary",
+            "        with suppress(OSError):\n            temporary.unlink()\n        raise",
+            "        raise",
+            "A write that fails leaves its part behind.",
+        ),
+        Mutant(
+            "files-foreign",
+            "if found is None or path.is_dir():",
+            "if path.is_dir():",
+            "An overwrite deletes files that the pool didn't write.",
+        ),
+    ),
+    *of_file(
         "smi_fast/fill.py",
         FILL,
         Mutant(
             "fill-seed",
-            "manual_seed((seed << 32) + start)",
-            "manual_seed(seed)",
+            "return (seed << 32) + start",
+            "return seed",
             "Every batch has the same noise.",
+            "tests/test_batch_seeds.py",
         ),
         Mutant(
             "fill-resume",
@@ -102,7 +126,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/compat.py",
+        "smi_fast/compat/smi.py",
         DRAWS,
         Mutant(
             "compat-range",
@@ -128,11 +152,21 @@ MUTANTS = (
             "targets = drawn",
             "Random targets are not sorted.",
         ),
+    ),
+    *of_file(
+        "smi_fast/compat/stops.py",
+        "tests/compat/test_published_order.py::test_stops_are_taken_as_published",
         Mutant(
-            "compat-saved",
-            "self._save(result.images if dense else result.masked_images)",
-            "self._save(result.images)",
-            "A sparse run saves whole images.",
+            "compat-skipped",
+            "if 0 <= t < iterations and t + 1 not in its})",
+            "if 0 <= t < iterations})",
+            "A stop that another one follows at once is taken.",
+        ),
+        Mutant(
+            "compat-still-stops",
+            "frozenset(t - before for t in its for before in (0, 1))",
+            "frozenset(t - before for t in taken for before in (0, 1))",
+            "Around a stop that isn't taken images are jittered.",
         ),
     ),
     *of_file(
@@ -157,12 +191,10 @@ MUTANTS = (
             "A NaN is within every budget.",
         ),
         Mutant(
-            "budget-infinity",
-            "exact = exact.clamp(-limit, limit)",
-            "exact = exact.clamp(-limit, limit).nan_to_num()",
-            "A NaN in the reference counts as zero.",
-            BUDGET,
-            "no call of the grid has a NaN in its exact result",
+            "budget-missing",
+            "torch.where(ours.isnan(), 0.0, torch.nan)",
+            "torch.where(ours.isnan(), 0.0, 0.0)",
+            "Where the exact result is NaN, everything is allowed.",
         ),
         Mutant(
             "budget-eager",

@@ -21,6 +21,12 @@ MUTANTS = (
             "Every channel takes the upper bound of the first.",
         ),
         Mutant(
+            "triton-adam-nan",
+            "tl.where(pixels > highest, highest, pixels)",
+            "tl.minimum(pixels, highest)",
+            "A NaN becomes a bound.",
+        ),
+        Mutant(
             "triton-adam-correction",
             "_one_minus_power(log_beta2, taken)",
             "_one_minus_power(log_beta1, taken)",
@@ -76,8 +82,8 @@ MUTANTS = (
         ),
         Mutant(
             "triton-variation-norm",
-            "tl.where(norm > 0, tl.load(grad_l2).to(tl.float32) / norm, 0.0)",
-            "tl.load(grad_l2).to(tl.float32) / norm",
+            "tl.where(norm > 0, tl.load(grad_l2) / norm, 0.0)",
+            "tl.load(grad_l2) / norm",
             "A constant image has a NaN as its gradient.",
         ),
     ),
