@@ -222,8 +222,10 @@ def _adam_clamp() -> Iterator[OpCall]:
     yield call("no-patches", images, grad, random_kept(2, 0, 15), 8)
     # A pixel that is NaN, or gets a NaN, stays NaN, so that a check of the loss finds it. With a
     # gradient and moments of zero a pixel only gets clamped.
-    for label, active, size in (("all", None, 1), ("active", random_kept(2, 15, 15), 8)):
+    kinds: tuple[tuple[str, Tensor | None, int], ...]
+    kinds = (("all", None, 1), ("active", random_kept(2, 15, 15), 8))
+    for label, some, side in kinds:
         broken_images, broken_grad = images.clone(), grad.clone()
         broken_images[0, 1, 2, 3] = broken_grad[1, 2, 4, 5] = torch.nan
-        yield call(f"not-a-number-{label}", broken_images, broken_grad, active, size)
-        yield call(f"still-{label}", images, torch.zeros_like(grad), active, size, 1)
+        yield call(f"not-a-number-{label}", broken_images, broken_grad, some, side)
+        yield call(f"still-{label}", images, torch.zeros_like(grad), some, side, 1)
