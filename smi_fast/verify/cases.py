@@ -143,9 +143,9 @@ class OpCall:
                 if not torch.equal(ours, eager):
                     raise WrongResult(f"{self} isn't a copy")
             elif exact.numel():
-                stacked = (self._parts(tensor) for tensor in (ours, eager, exact))
-                for part in zip(*stacked, strict=True):
-                    yield from errors(*part, noise)
+                stacked = zip(*map(self._parts, (ours, eager, exact)), strict=True)
+                for our_part, eager_part, exact_part in stacked:
+                    yield from errors(our_part, eager_part, exact_part, noise)
 
     def _parts(self, result: Tensor) -> tuple[Tensor, ...]:
         dimension = STACKED.get(self.op)
