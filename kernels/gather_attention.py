@@ -209,7 +209,7 @@ def _padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def _fits(qkv: Tensor, token_index: Tensor | None, *, backward: bool) -> bool:
+def fits(qkv: Tensor, token_index: Tensor | None, *, backward: bool) -> bool:
     """Whether one program can hold the tokens of a head; :mod:`._sdpa` computes larger sizes."""
     count, width = (qkv if token_index is None else token_index).shape[1], qkv.shape[4]
     full_fwd = FULL_FWD if token_index is None else FULL_FWD_GATHERED
@@ -250,7 +250,7 @@ def gather_attention(
     """See :func:`smi_fast.ops.gather_attention`; without ``importance`` the second is [B, 0]."""
     batch, count, _, heads, width = qkv.shape
     count = count if token_index is None else token_index.shape[1]
-    if not _fits(qkv, token_index, backward=False):
+    if not fits(qkv, token_index, backward=False):
         return _sdpa.attention(qkv, token_index, lengths, importance)
     out = qkv.new_empty(batch, count, heads * width)
     rows = qkv.new_empty(batch, heads, count, dtype=torch.float32) if importance else None
@@ -280,7 +280,7 @@ def gather_attention_backward(
     """Gradient [B, N, 3, H, D] of ``qkv``; rows outside of ``token_index`` get zero."""
     batch, tokens, _, heads, width = qkv.shape
     count = tokens if token_index is None else token_index.shape[1]
-    if not _fits(qkv, token_index, backward=True):
+    if not fits(qkv, token_index, backward=True):
         return _sdpa.attention_backward(grad, qkv, token_index, lengths)
     make = torch.empty_like if token_index is None else torch.zeros_like
     gradient = make(qkv, memory_format=torch.contiguous_format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -130,38 +129,30 @@ def _describe(device: torch.device) -> str:
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Option(help="JSON file for all figures.")] = Path(
-        "smi-fast-verify.json"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="File for all figures, in JSON lines, written as they come.")
+    ] = Path("smi-fast-verify.jsonl"),
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:1; all: the CPU and every CUDA device.")
+    ] = "all",
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds for each op of a backend, in its own process.")
+    ] = 300,
 ) -> None:
     """Check the kernels of this machine against float64, and time those of a GPU.
 
-    The exit code is 1 if a kernel is wrong.
+    The exit code is 1 if a kernel is wrong, raises an error, crashes or takes too long.
     """
     folder = out.resolve().parent
     there = out if out.exists() else folder
     if out.is_dir() or not folder.is_dir() or not os.access(there, os.W_OK):
         raise CommandError(f"expected --out to be a file that can be written, got {out}")
-    import timm
+    import torch
 
-    from smi_fast.verify import correctness, timing
+    from smi_fast.verify import correctness, report
 
-    rows = [row for device in correctness.devices() for row in correctness.verdicts(device)]
-    print(*correctness.table(rows), sep="\n")
-    for reason in correctness.not_run():
-        print(f"not run: {reason}")
-    right = not any(row.failures for row in rows)
-    times = []
-    if right:  # the time of a wrong kernel says nothing
-        for device in correctness.devices()[1:]:
-            teacher = timm.create_model("deit_small_patch16_224")
-            for entry in (*timing.op_times(device), *timing.step_times(device, teacher)):
-                print(json.dumps(entry))
-                times.append({"device": str(device), **entry})
-    try:
-        out.write_text(json.dumps(correctness.summary(rows, times), indent=1) + "\n")
-    except OSError as error:
-        raise CommandError(f"writing {out} failed: {error.strerror}") from error
+    chosen = correctness.devices() if device == "all" else [torch.device(_device(device))]
+    right = report.verify(out, chosen, limit)
     print(f"all figures are in {out}")
     raise typer.Exit(0 if right else 1)
 

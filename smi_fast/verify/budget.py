@@ -9,6 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The noise of float32 sums, relative to the result. PyTorch's fused attention may take products of
+# float32 in three parts of TF32.
+NOISE = 4 * torch.finfo(torch.float32).eps
+SDPA_NOISE = 8 * torch.finfo(torch.float32).eps
+
 
 class Error(NamedTuple):
     """The error of one result in one measure.
@@ -40,17 +45,17 @@ class Error(NamedTuple):
         return f"error {self.value:.3g} of the {self.measure}, budget {self.budget:.3g}"
 
 
-def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
+def errors(ours: Tensor, eager: Tensor, exact: Tensor, noise: float = NOISE) -> Iterator[Error]:
     """The errors of one result, each with its budget.
 
     * element: the largest error of an element. Budget:
       ``2 · error(eager, same dtype) + floor · max|exact|``. The floor, half an ulp but at least
-      four float32 ulps, matters where eager happens to round exactly. In float64 it is 1e-12,
-      because eager is itself the reference.
+      ``noise``, matters where eager happens to round exactly. In float64 it is 1e-12, because eager
+      is itself the reference.
     * norm: the error of the 2-norm. Rounding errors cancel in it, a wrong factor doesn't: a factor
       that half precision hides in every element shows here. Budget: ``2 · error(eager)``, plus
       twice the change that independent errors of the rows, as large as eager's and the floor,
-      would make, plus four float32 ulps of the norm.
+      would make, plus ``noise`` times the norm.
 
     Where the exact result is too large for the data type, infinity is right; where it is NaN, only
     NaN is. Where only eager is not finite, because it overflowed on the way, its error counts as
@@ -60,8 +65,11 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
         ours: the result of the kernel.
         eager: that of the reference in the data type of ``ours``.
         exact: that of the reference in float64, from the same rounded arguments.
+        noise: the relative error that float32 sums may have in another order.
     """
-    floor, noise = _floors(ours.dtype)
+    floor = max(torch.finfo(ours.dtype).eps / 2, noise)
+    if ours.dtype == torch.float64:
+        floor = noise = 1e-12
     limit = torch.finfo(ours.dtype).max
     missing = exact.isnan()
     exact = exact.clamp(-limit, limit).masked_fill(missing, 0.0)
@@ -80,14 +88,6 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[Error]:
     changes = (_row_norms(eager - exact) + floor * rows) * rows
     random = float(changes.norm()) / norm if norm else 0.0
     yield Error("norm", error, 2 * (yardstick + random) + noise * norm)
-
-
-def _floors(dtype: torch.dtype) -> tuple[float, float]:
-    """The relative floor of an element's error, and of the norm's: the noise of float32 sums."""
-    if dtype == torch.float64:
-        return 1e-12, 1e-12
-    noise = 4 * torch.finfo(torch.float32).eps
-    return max(torch.finfo(dtype).eps / 2, noise), noise
 
 
 def _row_norms(tensor: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
-"""``smi-fast verify``: every kernel that can run here, against the reference in float64."""
+"""Every kernel that can run here, against the reference in float64."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from smi_fast import __version__
 from smi_fast.ops import backends
 from smi_fast.ops.backends import Backend
+from smi_fast.verify import isolation
 from smi_fast.verify.call_grid import op_calls
-from smi_fast.verify.cases import OpCall, WrongResult
+from smi_fast.verify.cases import OpCall
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKWARD = "_backward"
@@ -27,12 +27,13 @@ class Verdict:
         backend: name of the backend.
         device: where it ran.
         op: name of the op; its gradient has a name and a verdict of its own.
-        dtype: data type of the floating point tensors.
+        dtype: data type of the floating point tensors; "-" where a process ended before any call.
         calls: number of calls.
         error: the error that takes the largest share of its budget. None where results are copies,
             of which every bit is compared, or where every call failed.
         budget: the budget of that error.
-        failures: one line for each call that is wrong or raised an error.
+        failures: one line for each call that is wrong or raised an error, and one for calls that
+            are skipped.
     """
 
     backend: str
@@ -45,36 +46,120 @@ class Verdict:
     failures: tuple[str, ...]
 
 
+class _Began(NamedTuple):
+    """A call that begins: its data type, its number among the calls of that type, and its name."""
+
+    dtype: str
+    number: int
+    call: str
+
+
 def devices() -> list[torch.device]:
     """The CPU and every CUDA device."""
     cuda = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     return [torch.device("cpu"), *cuda]
 
 
-def verdicts(device: torch.device) -> Iterator[Verdict]:
-    """One verdict for each backend, op and data type that runs on a device."""
-    by_op: dict[str, list[OpCall]] = {}
-    for call in op_calls():
-        by_op.setdefault(call.op, []).append(call)
+def answers(device: torch.device) -> bool:
+    """Whether a device still works: after some errors of a kernel CUDA refuses every call."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Products of float32 are exact but for rounding, whatever TF32 the process has allowed."""
+    libraries: Any = torch.backends  # typed without mkldnn.matmul
+    settings = (libraries.cuda.matmul, libraries.mkldnn.matmul)
+    before = [each.fp32_precision for each in settings]
+    try:
+        for each in settings:
+            each.fp32_precision = "ieee"
+        yield
+    finally:
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
+
+
+def verdicts(device: torch.device, limit: float) -> Iterator[Verdict]:
+    """One verdict for each backend, op and data type that runs on a device.
+
+    Each backend runs each op in a process of its own, which may take ``limit`` seconds.
+    """
     for backend in backends.BACKENDS:
-        for op, calls in by_op.items():
-            for dtype in DTYPES:
-                name = op.removesuffix(BACKWARD)
-                if backend.name != "reference" and backend.why_not(name, device, dtype) is None:
-                    yield verdict(backend, device, dtype, calls)
+        for op in dict.fromkeys(call.op for call in op_calls()):
+            if _dtypes(backend, op, device):
+                yield from _isolated(backend, op, device, limit)
+
+
+def _dtypes(backend: Backend, op: str, device: torch.device) -> list[torch.dtype]:
+    """The data types to check; none of the reference itself."""
+    if backend.name == "reference":
+        return []
+    name = op.removesuffix(BACKWARD)
+    return [dtype for dtype in DTYPES if backend.why_not(name, device, dtype) is None]
+
+
+def _isolated(backend: Backend, op: str, device: torch.device, limit: float) -> Iterator[Verdict]:
+    arguments = (backend.name, op, str(device))
+    began = _Began("-", 0, op)
+    try:
+        for message in isolation.messages(_check, *arguments, device=device, limit=limit):
+            if isinstance(message, _Began):
+                began = message
+            else:
+                yield message
+    except isolation.Ended as reason:
+        failure = f"{began.call}: {reason}; the calls after it are skipped"
+        named = (backend.name, str(device), op, began.dtype)
+        yield Verdict(*named, began.number, None, None, (failure,))
+
+
+def _check(send: Callable[[object], None], backend_name: str, op: str, device_name: str) -> None:
+    """Sends each call that begins, and the verdict on each data type."""
+    backend, device = backends.by_name(backend_name), torch.device(device_name)
+    calls = [call for call in op_calls() if call.op == op]
+    for dtype in _dtypes(backend, op, device):
+        send(verdict(backend, device, dtype, calls, send))
+        if not answers(device):
+            return
 
 
 def verdict(
-    backend: Backend, device: torch.device, dtype: torch.dtype, calls: list[OpCall]
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    calls: list[OpCall],
+    began: Callable[[_Began], None] = lambda _: None,
 ) -> Verdict:
-    """The verdict on calls of one op, without those that are too large for the backend."""
+    """The verdict on calls of one op, without those that are too large for the backend.
+
+    Args:
+        backend: runs the calls.
+        device: where it runs them.
+        dtype: data type of the floating point tensors.
+        calls: of one op.
+        began: called before each call.
+    """
     found, failures = [], []
+    name = str(dtype).removeprefix("torch.")
     fitting = [call for call in calls if call.fits(backend, device, dtype)]
-    for call in fitting:
+    for number, call in enumerate(fitting, 1):
+        began(_Began(name, number, str(call)))
         try:
-            errors = list(call.errors(backend.functions, dtype, str(device)))
-        except (WrongResult, RuntimeError) as problem:
-            failures.append(f"{call}: {problem}")
+            with ieee_float32():
+                noise = call.noise(backend, device, dtype)
+                errors = list(call.errors(backend.functions, dtype, str(device), noise))
+        except Exception as problem:
+            failures.append(f"{call}: {isolation.described(problem)}")
+            if not answers(device):
+                failures.append("the rest of the op is skipped: the device answers no more")
+                break
             continue
         found += errors
         wrong = [str(error) for error in errors if not error.allowed]
@@ -85,49 +170,9 @@ def verdict(
         backend.name,
         str(device),
         calls[0].op,
-        str(dtype).removeprefix("torch."),
+        name,
         len(fitting),
         worst and worst.value,
         worst and worst.budget,
         tuple(failures),
     )
-
-
-def not_run() -> list[str]:
-    """One sentence for each thing that can't be checked here, with the reason."""
-    reasons = [] if torch.cuda.is_available() else ["times: no CUDA device is visible"]
-    for backend in backends.BACKENDS:
-        why = [backends.report(device)[backend.name] for device in devices()]
-        if None not in why:
-            reasons.append(f"{backend.name}: {why[-1]}")
-    return reasons
-
-
-def table(rows: list[Verdict]) -> Iterator[str]:
-    """The lines of a table of verdicts, followed by the failures."""
-    line = "{:<10} {:<8} {:<29} {:<9} {:>5} {:>9} {:>9}  {}"
-    titles = ("backend", "device", "op", "dtype", "calls", "error", "budget", "verdict")
-    yield line.format(*titles)
-    for row in rows:
-        numbers = ("-" if x is None else f"{x:.2e}" for x in (row.error, row.budget))
-        words = (row.backend, row.device, row.op, row.dtype, row.calls, *numbers)
-        yield line.format(*words, "FAILED" if row.failures else "ok")
-    for row in rows:
-        for failure in row.failures:
-            yield f"{row.backend} on {row.device}, {row.dtype}: {failure}"
-
-
-def summary(rows: list[Verdict], times: list[dict[str, Any]]) -> dict[str, Any]:
-    """Verdicts, times and the machine, ready for JSON."""
-    return {
-        "smi_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "devices": [
-            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-            for device in devices()
-        ],
-        "verdicts": [asdict(row) for row in rows],
-        "not_run": not_run(),
-        "times": times,
-    }

@@ -1,6 +1,6 @@
 """Times on a GPU, for ``smi-fast verify``: ops beside their alternatives, and whole iterations.
 
-:mod:`smi_fast.verify.correctness` checks the kernels before anything is timed.
+What :mod:`smi_fast.verify.correctness` has found wrong isn't timed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from smi_fast.inversion import SparseInverter
 from smi_fast.inversion.cuda_graph import CapturedCall
 from smi_fast.ops import backends, reference
 from smi_fast.schedules import Dense, Selection
+from smi_fast.verify import isolation
 from smi_fast.verify.cases import OpCall, random_kept
+from smi_fast.verify.correctness import answers
 
 HEADS, WIDTH, PATCH, SIDE = 6, 64, 16, 224
 # K: all patches of an image, and as many as the published schedule keeps.
 KEPT = (196, 46)
 WARM_UP, REPEATS = 5, 30
+# The ways to take an iteration: eager PyTorch, and what auto takes.
+STEPS = tuple((backend, kept) for backend in ("reference", backends.AUTO) for kept in KEPT)
+# Pairs of a backend and an op that compute something wrong.
+Wrong = frozenset[tuple[str, str]]
 # Larger than the L2 cache of any GPU.
 FLUSHED_BYTES = 512 * 2**20
 
@@ -82,41 +88,121 @@ def _deit_calls(batch: int) -> Iterator[OpCall]:
     yield OpCall("64 channels of 56 x 56", "batch_norm_matching", (features, *statistic))
 
 
-def op_times(device: torch.device, batch: int = 32) -> Iterator[dict[str, Any]]:
-    """Milliseconds of every way to compute an op, for each op and data type."""
+def entries(device: torch.device, wrong: Wrong, limit: float) -> Iterator[dict[str, Any]]:
+    """All times of a GPU: those of each op and of each iteration from a process of its own.
+
+    An entry that couldn't be timed says why.
+    """
+    for op in dict.fromkeys(call.op for call in _deit_calls(batch=1)):
+        yield from _isolated({"op": op}, _send_op_times, op, wrong, device=device, limit=limit)
+    times: list[float | None] = []
+    for backend, kept in STEPS:
+        entry: dict[str, Any] = {"step": f"{kept} of {KEPT[0]} patches", "backend": backend}
+        named = _wrong_in_step(device, wrong) if backend == backends.AUTO else []
+        if named:
+            found = [entry | {"not_timed": f"{', '.join(named)} is wrong"}]
+        else:
+            work = (_send_step_time, backend, kept)
+            found = list(_isolated(entry, *work, device=device, limit=limit))
+        yield from found
+        times.append(found[0].get("milliseconds"))
+    if times[0] is not None and times[-1] is not None:
+        ratio = times[0] / times[-1]
+        yield {"step": "dense eager PyTorch over sparse smi_fast", "ratio": ratio}
+
+
+def _isolated(
+    named: dict[str, Any], work: Callable[..., None], *arguments: Any, **options: Any
+) -> Iterator[dict[str, Any]]:
+    device = str(options["device"])
+    try:
+        yield from isolation.messages(work, device, *arguments, **options)
+    except isolation.Ended as reason:
+        yield named | {"not_timed": str(reason)}
+
+
+def _send_op_times(send: Callable[[object], None], device: str, op: str, wrong: Wrong) -> None:
+    torch.set_float32_matmul_precision("highest")
+    for entry in op_times(torch.device(device), op, wrong):
+        send(entry)
+
+
+def _send_step_time(send: Callable[[object], None], device: str, backend: str, kept: int) -> None:
+    import timm
+
+    torch.set_float32_matmul_precision("highest")
+    teacher = timm.create_model("deit_small_patch16_224")
+    send(step_time(torch.device(device), teacher, backend, kept))
+
+
+def _wrong_in_step(device: torch.device, wrong: Wrong) -> list[str]:
+    """The ops of an iteration, and their gradients, that auto would take from a wrong kernel."""
+    found = []
+    for op in backends.OPS:
+        chosen = backends.choose(op, device, torch.float32).name
+        names = (op, f"{op}_backward")
+        found += [f"{chosen} {name}" for name in names if (chosen, name) in wrong]
+    return found
+
+
+def op_times(
+    device: torch.device, op: str, wrong: Wrong = frozenset(), batch: int = 32
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of every way to compute an op, for each of its calls and data types.
+
+    A way that raises an error has its message instead.
+    """
     for call in _deit_calls(batch):
+        if call.op != op:
+            continue
         attention = call.op.startswith("gather_attention")
         for dtype in (torch.float32, torch.bfloat16) if attention else (torch.float32,):
             ways = _ways(call.converted(dtype, str(device)), device, dtype)
+            times: dict[str, float] = {}
+            failed: dict[str, str] = {}
+            for way, prepare in ways.items():
+                if (way, op) in wrong:
+                    failed[way] = "it is wrong"
+                    continue
+                try:
+                    times[way] = milliseconds(prepare(), device)
+                except Exception as problem:
+                    failed[way] = isolation.described(problem)
+                    if not answers(device):
+                        break
             yield {
                 "op": call.op,
                 "of": f"{batch} images, {call.label}",
                 "dtype": str(dtype).removeprefix("torch."),
-                "milliseconds": {way: milliseconds(run, device) for way, run in ways.items()},
+                "milliseconds": times,
+                "failed": failed,
             }
+            if not answers(device):
+                raise RuntimeError("the device answers no more")
 
 
 def _ways(
     call: OpCall, device: torch.device, dtype: torch.dtype
-) -> dict[str, Callable[[], object]]:
-    """Eager PyTorch, torch.compile, every backend that can, and SDPA for attention."""
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Eager PyTorch, torch.compile, every backend that can, and SDPA for attention.
+
+    Each is a function that prepares the call to time.
+    """
     op, arguments = call.op, call.arguments
     plain: Callable[..., object] = getattr(reference, op)
-    ways: dict[str, Callable[[], object]] = {
-        "eager": partial(plain, *arguments),
-        "torch.compile": partial(torch.compile(plain, dynamic=False), *arguments),
+    ways: dict[str, Callable[[], Callable[[], object]]] = {
+        "eager": lambda: partial(plain, *arguments),
+        "torch.compile": lambda: partial(torch.compile(plain, dynamic=False), *arguments),
     }
     for backend in backends.BACKENDS:
         name = op.removesuffix("_backward")
         runs = backend.why_not(name, device, dtype) is None and call.fits(backend, device, dtype)
         if runs and backend.name != "reference":
-            ways[backend.name] = partial(getattr(backend.functions, op), *arguments)
+            ways[backend.name] = partial(partial, getattr(backend.functions, op), *arguments)
     if op == "gather_attention":
-        ways["sdpa"] = partial(_sdpa, arguments[0])
+        ways["sdpa"] = lambda: partial(_sdpa, arguments[0])
     if op == "gather_attention_backward":
-        leaf = arguments[1].clone().requires_grad_()
-        out = _sdpa(leaf)
-        ways["sdpa"] = lambda: torch.autograd.grad(out, leaf, arguments[0], retain_graph=True)
+        ways["sdpa"] = lambda: _sdpa_backward(*arguments[:2])
     return ways
 
 
@@ -125,40 +211,41 @@ def _sdpa(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def step_times(
-    device: torch.device, teacher: nn.Module, batch: int = 32
-) -> Iterator[dict[str, Any]]:
-    """Milliseconds of one iteration, dense and sparse, with our kernels and without.
+def _sdpa_backward(grad: Tensor, qkv: Tensor) -> Callable[[], object]:
+    leaf = qkv.clone().requires_grad_()
+    out = _sdpa(leaf)
+    return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)
 
-    The last entry is the ratio of dense eager PyTorch to sparse smi_fast.
+
+def step_time(
+    device: torch.device, teacher: nn.Module, backend: str, kept: int, batch: int = 32
+) -> dict[str, Any]:
+    """Milliseconds of one iteration.
 
     Args:
         device: where to run.
         teacher: a Vision Transformer with any weights.
+        backend: of the ops.
+        kept: patches of each image that are kept, of every ``KEPT[0]``.
         batch: images inverted together.
     """
-    times: list[float] = []
-    for backend in ("reference", backends.AUTO):
-        inverter = SparseInverter(
-            teacher.to(device),
-            schedule=Dense(),
-            mean=[0.5] * 3,
-            std=[0.25] * 3,
-            iterations=WARM_UP + REPEATS,
-            backend=backend,
-        )
-        patches = inverter.teacher.num_patches
-        for count in (patches, patches * KEPT[1] // KEPT[0]):
-            state = inverter.start([0] * batch)
-            state.keep(Selection(state.kept[:, :count].contiguous()))
-            # Eager PyTorch launches kernel by kernel, as it would without this package.
-            graph = device.type == "cuda" and backend == backends.AUTO
-            step = CapturedCall(state.step, device) if graph else state.step
-            times.append(milliseconds(step, device))
-            yield {
-                "step": f"{batch} images, {count} patches",
-                "backend": backend,
-                "captured": graph,
-                "milliseconds": times[-1],
-            }
-    yield {"step": "dense eager PyTorch over sparse smi_fast", "ratio": times[0] / times[-1]}
+    inverter = SparseInverter(
+        teacher.to(device),
+        schedule=Dense(),
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        iterations=WARM_UP + REPEATS,
+        backend=backend,
+    )
+    state = inverter.start([0] * batch)
+    count = inverter.teacher.num_patches * kept // KEPT[0]
+    state.keep(Selection(state.kept[:, :count].contiguous()))
+    # Eager PyTorch launches kernel by kernel, as it would without this package.
+    graph = device.type == "cuda" and backend == backends.AUTO
+    step = CapturedCall(state.step, device) if graph else state.step
+    return {
+        "step": f"{batch} images, {count} patches",
+        "backend": backend,
+        "captured": graph,
+        "milliseconds": milliseconds(step, device),
+    }

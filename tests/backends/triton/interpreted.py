@@ -90,7 +90,7 @@ def _is_too_large(call: OpCall) -> bool:
         return False
     qkv, index = call.arguments[size.gradient : size.gradient + 2]
     attention = sys.modules["smi_fast.kernels.gather_attention"]
-    return not attention._fits(qkv, index, backward=size.gradient)
+    return not attention.fits(qkv, index, backward=size.gradient)
 
 
 def with_factor(call: str, dtype: torch.dtype, part: str, factor: float) -> str | None:

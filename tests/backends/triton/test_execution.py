@@ -97,6 +97,7 @@ ATTENTION = (
     "gather_attention.py",
     ("gather_attention-47-32-kept", "gather_attention_backward-47-32-kept-dense"),
 )
+ADAM = ("adam_clamp.py", ("adam_clamp_-not-a-number-all",))
 VARIATION = ("total_variation.py", ("total_variation-7x33", "total_variation_backward-7x33"))
 
 
@@ -127,6 +128,13 @@ VARIATION = ("total_variation.py", ("total_variation-7x33", "total_variation_bac
             "mask=pixel < HEIGHT * WIDTH",
             "mask=pixel >= 0",
             "(RaceError|OutOfBoundsError)",
+        ),
+        # A clamp that turns NaN into a bound.
+        (
+            ADAM,
+            "tl.where(pixels < lowest, lowest, pixels)",
+            "tl.maximum(pixels, lowest)",
+            "WrongResult",
         ),
         # Sums in a lower precision than float32, as a forgotten conversion gives.
         (ATTENTION, '"ieee" if full else "tf32"', '"tf32"', "WrongResult"),
