@@ -151,7 +151,9 @@ def verify(
 
     from smi_fast.verify import correctness, report
 
-    chosen = correctness.devices() if device == "all" else [torch.device(_device(device))]
+    with _wrong_options():
+        one = None if device == "all" else torch.device(options.parse_device(device))
+    chosen = correctness.devices() if one is None else [one]
     right = report.verify(out, chosen, limit)
     print(f"all figures are in {out}")
     raise typer.Exit(0 if right else 1)
