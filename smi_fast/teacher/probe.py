@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from smi_fast.ops.backends import BackendUnavailable
 from smi_fast.teacher.support import UnsupportedTeacher, copy_of, is_patched
 
 if TYPE_CHECKING:
@@ -56,7 +57,14 @@ def _difference(theirs: VisionTransformer, sparse: SparseViT, tolerance: float) 
     with torch.inference_mode(False), torch.enable_grad():
         image = _image(sparse)
         expected = _logits_and_gradient(_own_forward(theirs, sparse), image)
-        found = _logits_and_gradient(lambda x: sparse(x).logits, image)
+        try:
+            found = _logits_and_gradient(lambda x: sparse(x).logits, image)
+        except (BackendUnavailable, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the teacher's own forward could do it
+            raise UnsupportedTeacher(
+                f"SparseViT can't compute this teacher ({type(error).__name__}: {error})"
+            ) from error
     for name, ours, own in zip(("logits", "pixel gradients"), found, expected, strict=True):
         if ours.shape != own.shape:
             return f"expected {name} {list(own.shape)}, SparseViT gives {list(ours.shape)}"

@@ -133,6 +133,14 @@ def test_a_patch_that_fails_is_refused() -> None:
         SparseViT(teacher)
 
 
+def test_a_teacher_that_only_its_own_forward_can_compute_is_refused() -> None:
+    teacher = tiny_vit()
+    teacher.num_prefix_tokens = 2
+    teacher(random_images(teacher))
+    with pytest.raises(UnsupportedTeacher, match=r"SparseViT can't compute this teacher \("):
+        SparseViT(teacher)
+
+
 def test_the_first_block_that_differs_is_named() -> None:
     def vit_block_forward(self: nn.Module, x: Tensor) -> Tensor:
         return type(self).forward(self, 1.1 * x)
