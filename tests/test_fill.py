@@ -22,7 +22,7 @@ LABELS = (4, 0, 0, 2, 3)
 @pytest.fixture
 def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing a plot takes far longer than these batches."""
-    monkeypatch.setattr("smi_fast.fill.loss_curves", lambda *_: None)
+    monkeypatch.setattr("smi_fast.fill.draw_loss", lambda *_: None)
 
 
 quick = pytest.mark.usefixtures("_without_curves")
@@ -48,7 +48,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, inverter: SparseInverter, batc
 
         return invert(*arguments, callback=stop, **options)
 
-    monkeypatch.setattr(inverter, "invert", interrupted)
+    monkeypatch.setattr(SparseInverter, "invert", staticmethod(interrupted))
 
 
 def test_each_batch_is_its_inversion(teacher: VisionTransformer, tmp_path: Path) -> None:
@@ -85,7 +85,9 @@ def test_classes_have_their_numbers_by_default(teacher: VisionTransformer, tmp_p
 
 
 @quick
-def test_targets_are_those_of_the_recipe(teacher: VisionTransformer, tmp_path: Path) -> None:
+def test_targets_are_those_of_the_recipe(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inverter, got = make(teacher), []
     invert = inverter.invert
 
@@ -93,7 +95,7 @@ def test_targets_are_those_of_the_recipe(teacher: VisionTransformer, tmp_path: P
         got.append(targets)
         return invert(targets, **options)
 
-    inverter.invert = noted
+    monkeypatch.setattr(SparseInverter, "invert", staticmethod(noted))
     filled(tmp_path, inverter, recipe=recipes.sardfq())
     assert [targets.shape for targets in got] == [(2, 5), (2, 5), (1, 5)]
     assert torch.cat(got).argmax(1).tolist() == list(LABELS)
