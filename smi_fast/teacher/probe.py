@@ -68,9 +68,9 @@ def _difference(theirs: VisionTransformer, sparse: SparseViT, tolerance: float) 
     for name, ours, own in zip(("logits", "pixel gradients"), found, expected, strict=True):
         if ours.shape != own.shape:
             return f"expected {name} {list(own.shape)}, SparseViT gives {list(ours.shape)}"
-        error, largest = float((ours - own).abs().max()), float(own.abs().max())
-        if not error <= tolerance * largest:  # not finite counts as different
-            return f"the {name} of one image differ by {error / largest if largest else error:.2g}"
+        apart, largest = float((ours - own).abs().max()), float(own.abs().max())
+        if not apart <= tolerance * largest:  # not finite counts as different
+            return f"the {name} of one image differ by {apart / largest if largest else apart:.2g}"
     return None
 
 
