@@ -239,7 +239,7 @@ LAUNCH = """
 import torch
 from smi_fast.ops import native
 from smi_fast import ops
-assert _native.WHY_NO_CUDA is None, _native.WHY_NO_CUDA
+assert native.WHY_NO_CUDA is None, native.WHY_NO_CUDA
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 images, kept, one = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(())
 qkv, channel = torch.ones(1, 4, 3, 1, 8), torch.ones(3)
