@@ -205,8 +205,9 @@ def test_budget_catches_a_scaled_result(backend: Emulated, call: OpCall) -> None
 
 
 def test_gradient_that_does_not_fit_is_refused(backend: Emulated) -> None:
+    """The launch asks for more shared memory than the limit that the kernel was given."""
     qkv, grad = torch.randn(1, 161, 3, 1, 80), torch.randn(1, 161, 80)
-    with pytest.raises(RuntimeError, match="no GPU accepts"):
+    with pytest.raises(RuntimeError, match=r"cudaError_t 1$"):  # cudaErrorInvalidValue
         backend.gather_attention_backward(grad, qkv, None, None)
 
 
