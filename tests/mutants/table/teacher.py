@@ -143,8 +143,8 @@ MUTANTS = (
         ),
         Mutant(
             "probe-nan",
-            "if not error <= tolerance * largest:",
-            "if error > tolerance * largest:",
+            "if not apart <= tolerance * largest:",
+            "if apart > tolerance * largest:",
             "Logits that are NaN count as equal.",
         ),
     ),
