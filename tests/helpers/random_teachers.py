@@ -69,6 +69,8 @@ def teachers(draw: Draw) -> VisionTransformer:
     kind = draw(st.sampled_from([VisionTransformer] * 5 + [VisionTransformerDistilled]))
     for group in (OPTIONS, OPTIONS, MLPS, NORMS, ACTIVATIONS):
         options |= draw(st.one_of(st.just({}), st.sampled_from(group)))
+    # timm makes a distilled teacher without positions for prefix tokens, and can't run it.
+    assume(kind is VisionTransformer or not options.get("no_embed_class"))
     try:
         teacher = kind(**options)
     except (AssertionError, TypeError, ValueError):
