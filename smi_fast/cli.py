@@ -6,9 +6,10 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from smi_fast.schedules import Schedule
     from smi_fast.teacher import SparseViT
 
-SCHEDULES = ("smi", "smi-scaled", "once", "dense")
 PACKAGES = ("timm", "triton", "numpy")
 
 app = typer.Typer(
@@ -327,21 +327,21 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
 def _schedule(name: str, iterations: int) -> Schedule:
     from smi_fast.schedules import Dense, StopSchedule
 
-    if name == "smi":
-        last = StopSchedule().at[-1]
-        if iterations <= last:
-            raise ValueError(
-                f"the stop at {last} is past the end of {iterations} iterations: run more of them, "
-                "or take --schedule smi-scaled"
-            )
-        return StopSchedule()
-    if name == "smi-scaled":
-        return StopSchedule.scaled(iterations)
-    if name == "once":
-        return StopSchedule.once(iterations)
-    if name == "dense":
-        return Dense()
-    raise ValueError(f"expected a schedule among {', '.join(SCHEDULES)}, got {name!r}")
+    last = StopSchedule().at[-1]
+    if name == "smi" and iterations <= last:
+        raise ValueError(
+            f"the stop at {last} is past the end of {iterations} iterations: run more of them, "
+            "or take --schedule smi-scaled"
+        )
+    schedules: dict[str, Callable[[], Schedule]] = {
+        "smi": StopSchedule,
+        "smi-scaled": partial(StopSchedule.scaled, iterations),
+        "once": partial(StopSchedule.once, iterations),
+        "dense": Dense,
+    }
+    if name not in schedules:
+        raise ValueError(f"expected a schedule among {', '.join(schedules)}, got {name!r}")
+    return schedules[name]()
 
 
 def _backends(name: str, teacher: SparseViT) -> str:

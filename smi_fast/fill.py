@@ -88,9 +88,9 @@ def fill(
         PoolError: the pool can't be written, or holds images of other labels.
     """
     names = [str(label) if class_names is None else class_names[label] for label in labels]
-    _check_held(pool, labels, names)
+    held = _check_held(pool, labels, names)
     draw_loss(pool)  # a killed run may not have come to it
-    for start in range(len(pool.records), len(labels), batch_size):
+    for start in range(held, len(labels), batch_size):
         wanted = list(labels[start : start + batch_size])
         generator = torch.Generator().manual_seed(batch_seed(seed, start))
         try:
@@ -132,8 +132,10 @@ def _explained_memory(size: int) -> Iterator[None]:
         raise
 
 
-def _check_held(pool: Pool, labels: Sequence[int], names: Sequence[str]) -> None:
-    """Check that the pool holds images of the first labels, with what :func:`_records` records."""
+def _check_held(pool: Pool, labels: Sequence[int], names: Sequence[str]) -> int:
+    """The number of images in the pool, which must be of the first labels, with the entries of
+    :func:`_records`.
+    """
     records = pool.records
     if len(records) > len(labels):
         raise PoolError(
@@ -151,6 +153,7 @@ def _check_held(pool: Pool, labels: Sequence[int], names: Sequence[str]) -> None
                 f"line {index + 1} of {pool.path / MANIFEST} is not the record of an image of "
                 f"class {name}"
             )
+    return len(records)
 
 
 def _records(

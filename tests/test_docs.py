@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -19,6 +20,12 @@ from smi_fast.ops import backends, native
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FROM_PYTHON, OWN_LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def row(text: str) -> list[str]:
+    """The cells of the README's table row that begins with a text."""
+    line = next(line for line in README.splitlines() if line.startswith(f"| {text}"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
 def test_invert_from_python() -> None:
@@ -60,10 +67,6 @@ def test_table_of_speed_is_what_was_recorded() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/end_to_end.json").read_text())["models"]
     models = [recorded[f"deit_{size}"] for size in ("tiny", "small", "base")]
 
-    def row(text: str) -> list[str]:
-        line = next(line for line in README.splitlines() if line.startswith(f"| {text}"))
-        return [cell.strip() for cell in line.split("|")[2:-1]]
-
     for text, name in (
         ("published-style dense ÷", "published_dense"),
         ("published-style sparse ÷", "published_sparse"),
@@ -80,6 +83,18 @@ def test_table_of_speed_is_what_was_recorded() -> None:
     assert row("needed FLOPs") == [f"{peak:.0%}".replace("%", " %") for peak in peaks]
     memory = [m["memory"]["share_of_published_dense"]["our_sparse"] for m in models]
     assert row("peak memory") == [f"{share:.2f}" for share in memory]
+
+
+def test_quality_table_has_the_recorded_numbers() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["contenders"]
+    for text, name in (
+        ("published recipe, dense", "published, dense"),
+        ("published recipe, 14", "published, 14 of 64 patches"),
+        ("`recipes.clear()`, dense", "clear, dense"),
+        ("`recipes.clear()`, 30", "clear, 30 of 64 patches"),
+    ):
+        shares = [entry["judge"]["mean"] for entry in recorded[name].values()]
+        assert row(text) == [f"{math.floor(100 * share + 0.5)} %" for share in shares]
 
 
 def test_pages_can_be_built(tmp_path: Path) -> None:

@@ -26,25 +26,27 @@ def foldable(block: Block) -> bool:
         return False
     plain = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
     idle = (attention.proj_drop, mlp.drop1, mlp.drop2)
+    layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
     return (
         all(type(norm) in _LAYER_NORMS and norm.bias is not None for norm in norms)
         and all(type(module) is nn.Identity for module in plain)
         and all(type(module) in (nn.Dropout, nn.Identity) for module in idle)
-        and all(_is_plain(linear) for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+        and all(is_plain(layer, nn.Linear) for layer in layers)
         and type(mlp.act) is nn.GELU
         and mlp.act.approximate == "none"
         and all(type(scale) in _IDLE_OR_SCALE for scale in (block.ls1, block.ls2))
     )
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is a Linear, or a parametrized one, whose weight is the effective one."""
-    kind = type(linear)
-    if kind is not nn.Linear and not (
-        parametrize.is_parametrized(linear) and kind.__bases__ == (nn.Linear,)
-    ):
-        return False
-    return type(linear.weight) in (Tensor, nn.Parameter)
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer computes what its weight says: it is of this type and no subclass, and the
+    weight is a plain tensor.
+
+    A parametrized layer (torch.nn.utils.parametrize) counts too: its weight is the effective one.
+    """
+    own = type(layer)
+    parametrized = parametrize.is_parametrized(layer) and own.__bases__ == (kind,)
+    return (own is kind or parametrized) and type(layer.weight) in (Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True)

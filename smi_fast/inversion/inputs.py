@@ -16,8 +16,8 @@ from smi_fast.teacher import SparseViT
 from smi_fast.teacher.space import ImageSpace
 
 
-def check_weights(teacher: SparseViT) -> SparseViT:
-    """The teacher, when the pixels can be optimised in its data type and on its device.
+def check_weights(teacher: SparseViT) -> None:
+    """Check that pixels can be optimised in the teacher's data type and on its device.
 
     Raises:
         ValueError: weights in float16 or without values.
@@ -31,7 +31,6 @@ def check_weights(teacher: SparseViT) -> SparseViT:
             "expected a teacher in float32, float64 or bfloat16, got float16, in which the moments "
             "of Adam underflow: pass teacher.float()"
         )
-    return teacher
 
 
 def check_numbers(iterations: int, lr: float, betas: tuple[float, float]) -> None:

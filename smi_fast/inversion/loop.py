@@ -109,9 +109,9 @@ class Loop:
         graphs[due]()
 
     def _settle(self, first: int, saved: list[Tensor]) -> Tensor | None:
-        """Checks the iterations since ``saved``.
+        """Check the iterations since ``saved``.
 
-        If one was not finite, restores ``saved`` and repeats them one by one, so that the error can
+        If one was not finite, restore ``saved`` and repeat them one by one, so that the error can
         name the iteration and the objective.
         """
         end, importance = self._state.done(), None

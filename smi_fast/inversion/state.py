@@ -147,7 +147,7 @@ class InversionState:
         return importance
 
     def evaluate(self, *, score: bool = False, number: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Records the objectives; returns the parameters' gradient, and importance or None.
+        """Record the objectives; return the parameters' gradient, and importance or None.
 
         Raises:
             ValueError: no objective depends on the images, or one isn't a scalar.

@@ -201,16 +201,13 @@ class SparseViT(nn.Module):
         return SparseOutput(self.vit.forward_head(x), row, tapped)
 
     def _check_images(self, images: Tensor) -> None:
-        expected = (self.channels, *self.image_size)
+        size = (self.channels, *self.image_size)
+        expected = f"[B, {', '.join(map(str, size))}]"
         if not isinstance(images, Tensor):
+            raise ValueError(f"expected images as a tensor {expected}, got {type(images).__name__}")
+        if images.dim() != 4 or images.shape[1:] != size:
             raise ValueError(
-                f"expected images as a tensor [B, {expected[0]}, {expected[1]}, {expected[2]}], "
-                f"got {type(images).__name__}"
-            )
-        if images.dim() != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"expected images [B, {expected[0]}, {expected[1]}, {expected[2]}] "
-                f"for this teacher, got {list(images.shape)}"
+                f"expected images {expected} for this teacher, got {list(images.shape)}"
             )
         if images.dtype != self.dtype or images.device != self.device:
             raise ValueError(

@@ -21,8 +21,8 @@ from timm.layers import (
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
-from torch.nn.utils import parametrize
 
+from smi_fast.engine.folding import is_plain
 from smi_fast.teacher.frozen import frozen_copy
 
 # Functions that the published code (arXiv 2510.27186) binds over a timm model's methods. They keep
@@ -128,7 +128,7 @@ def _check_block(name: str, block: Any) -> None:
     _check_idle(f"{name}.attn.", block.attn, _SKIPPED_OF_ATTENTION)
     # Parts of this layer are computed from its weight, so a subclass could compute something else.
     qkv = block.attn.qkv
-    if not is_exactly(qkv, nn.Linear) or not _plain_weight(qkv):
+    if not is_plain(qkv, nn.Linear):
         raise UnsupportedTeacher(
             f"expected {name}.attn.qkv to be a plain Linear, got {_describe(qkv)}: {_MERGE}"
         )
@@ -145,7 +145,7 @@ def _check_patch_embed(embed: Any) -> None:
     if high != wide:
         raise UnsupportedTeacher(f"expected square patches, got patch_embed of {high} x {wide}")
     proj = embed.proj
-    if not is_exactly(proj, nn.Conv2d) or not _plain_weight(proj):
+    if not is_plain(proj, nn.Conv2d):
         raise UnsupportedTeacher(
             f"expected patch_embed.proj to be a plain Conv2d, got {_describe(proj)}: {_MERGE}"
         )
@@ -157,19 +157,6 @@ def _check_patch_embed(embed: Any) -> None:
         raise UnsupportedTeacher(
             f"expected an image size that the patch size {high} divides, got {embed.img_size}"
         )
-
-
-def is_exactly(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Whether a module is of one of these types and no subclass, apart from a parametrized one.
-
-    The weight of a parametrized module (torch.nn.utils.parametrize) is its effective one.
-    """
-    kind = type(module)
-    return kind in types or (parametrize.is_parametrized(module) and kind.__bases__[0] in types)
-
-
-def _plain_weight(module: Any) -> bool:
-    return type(module.weight) in (torch.Tensor, nn.Parameter)
 
 
 def _describe(module: Any) -> str:

@@ -121,7 +121,7 @@ def _isolated(backend: Backend, op: str, device: torch.device, limit: float) -> 
 
 
 def _check(send: Callable[[object], None], backend_name: str, op: str, device_name: str) -> None:
-    """Sends each call that begins, and the verdict on each data type."""
+    """Send each call that begins, and the verdict on each data type."""
     backend, device = backends.by_name(backend_name), torch.device(device_name)
     calls = [call for call in op_calls() if call.op == op]
     for dtype in _dtypes(backend, op, device):

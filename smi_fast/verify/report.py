@@ -21,7 +21,7 @@ TITLES = ("backend", "device", "op", "dtype", "calls", "error", "budget", "verdi
 
 
 def verify(out: Path, devices: Sequence[torch.device], limit: float) -> bool:
-    """Checks the kernels of some devices, and times those of GPUs; returns whether all are right.
+    """Check the kernels of some devices, and time those of GPUs; return whether all are right.
 
     Args:
         out: JSON lines: one about the machine, one for each verdict and each time, and a summary.
@@ -86,8 +86,8 @@ def not_run(devices: Sequence[torch.device]) -> list[str]:
     """One sentence for each thing that isn't checked on these devices, with the reason."""
     reasons = []
     if not any(device.type == "cuda" for device in devices):
-        seen = "no CUDA device is asked for" if torch.cuda.is_available() else None
-        reasons.append(f"times: {seen or 'no CUDA device is visible'}")
+        lack = "asked for" if torch.cuda.is_available() else "visible"
+        reasons.append(f"times: no CUDA device is {lack}")
     for backend in backends.BACKENDS:
         why = [backends.report(device)[backend.name] for device in devices]
         if None not in why:

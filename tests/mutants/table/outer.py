@@ -114,7 +114,7 @@ MUTANTS = (
         ),
         Mutant(
             "fill-resume",
-            "range(len(pool.records), len(labels), batch_size)",
+            "range(held, len(labels), batch_size)",
             "range(0, len(labels), batch_size)",
             "A resumed run inverts the first labels again.",
         ),
