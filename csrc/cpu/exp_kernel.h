@@ -3,7 +3,7 @@
 template <typename T>
 struct ExpConstants;
 
-// - ln 2 = ln2_high + ln2_low. ln2_high has so few bits that its multiples by n are exact.
+// - ln 2 = ln2_high + ln2_low. ln2_high ends in zero bits, so its multiples by n are exact.
 // - Adding `round` to a small number leaves its nearest integer in the low bits of the sum, already
 //   with the bias of an exponent.
 // - e^lowest is still a normal number.

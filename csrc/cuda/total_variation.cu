@@ -44,10 +44,10 @@ struct Plane {
 
 __global__ void _mark_patches(const int64_t* __restrict__ active,  // [B, K]
                               uint8_t* __restrict__ mask,          // [B, H/P * W/P], zero
-                              int64_t count, int64_t kept_per_image, int64_t patches) {
+                              int64_t count, int64_t active_per_image, int64_t patches) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count || active[i] < 0 || active[i] >= patches) return;
-  mask[i / kept_per_image * patches + active[i]] = 1;
+  mask[i / active_per_image * patches + active[i]] = 1;
 }
 
 // A warp walks along rows of pixels, of which there are fewer than 2^31.
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
                          ImageShape shape) {
   const auto height = static_cast<unsigned>(shape.height);
   const auto rows = static_cast<unsigned>(shape.images * shape.channels) * height;
-  // A thread adds so few pixels that float suffices. Sums of threads and blocks are added in
-  // double.
+  // A thread sums only its part of the rows, for which float suffices. Sums of threads and blocks
+  // are added in double.
   float absolutes[kOffsets] = {}, squares[kOffsets] = {};
   int counts[kOffsets] = {};
   for (unsigned row = blockIdx.x * kWarps + threadIdx.y; row < rows; row += gridDim.x * kWarps) {
