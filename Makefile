@@ -16,8 +16,8 @@ help:
 	@echo 'make clean   remove what these made, except .venv'
 
 demo: .venv/.installed
-	$(BIN)/smi-fast invert --teacher fashion-canvas --classes 0-9 --per-class 4 --recipe clear \
-	    --schedule once --out demo --seed 0 --overwrite
+	$(BIN)/smi-fast invert --teacher fashion-canvas --classes 0-9 --per-class 4 \
+	    --out demo --seed 0 --overwrite
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

@@ -24,9 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = replace(recipe, iterations=options.iterations)
     print(recipe)  # terms, weights, and what of the published method isn't in it
 
-    inverter = smi_fast.SparseInverter(
-        smi_fast.load_teacher("fashion-canvas"), schedule=smi_fast.Dense(), **recipe.options()
-    )
+    inverter = smi_fast.SparseInverter(smi_fast.load_teacher("fashion-canvas"), **recipe.options())
     result = inverter.invert(range(10), generator=torch.Generator().manual_seed(0))
     distances = result.history["batch_norm"]
     print(f"distance of the statistics {distances[0]:.1f} -> {distances[-1]:.1f}")

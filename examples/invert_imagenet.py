@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("teacher", help="a model of timm, or fashion-canvas")
     parser.add_argument("--checkpoint", type=Path, help="its weights, .safetensors or .pth")
     parser.add_argument("--classes", type=int, nargs="+", default=[207, 281, 817])
-    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("inverted"))
     options = parser.parse_args(arguments)
 
@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
 
     inverter = smi_fast.SparseInverter(
-        teacher,
-        schedule=smi_fast.StopSchedule.scaled(options.iterations),
-        iterations=options.iterations,
+        teacher, **smi_fast.recipes.clear().options(iterations=options.iterations)
     )
     result = inverter.invert(options.classes, generator=torch.Generator().manual_seed(0))
 

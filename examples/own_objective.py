@@ -35,7 +35,7 @@ def redness(images: Tensor, logits: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--iterations", type=int, default=100)
     options = parser.parse_args(arguments)
 
     inverter = smi_fast.SparseInverter(
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             AttentionEntropy(),
             redness,
         ],
-        schedule=smi_fast.StopSchedule.scaled(options.iterations),
         iterations=options.iterations,
     )
     result = inverter.invert(range(10), generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from smi_fast.pool import Pool
+    from smi_fast.recipes import Recipe
     from smi_fast.schedules import Schedule
     from smi_fast.teacher import SparseViT
 
@@ -175,18 +176,18 @@ def invert(
     schedule: Annotated[
         str,
         typer.Option(
-            help="smi: stops at iterations 50, 100, 200, 300; smi-scaled: stops at the same "
-            "fractions of --iterations as these are of 4000; once: one stop, at a tenth of them, "
-            "which keeps 47 % of the patches; dense: no stops."
+            help="recipe: the recipe's own; smi: stops at iterations 50, 100, 200, 300; "
+            "smi-scaled: stops at the same fractions of --iterations as these are of 4000; once: "
+            "one stop, at a tenth of them, which keeps 47 % of the patches; dense: no stops."
         ),
-    ] = "smi",
+    ] = "recipe",
     recipe: Annotated[
         str,
         typer.Option(
-            help="clear: images that other networks recognise, with --schedule once or dense. "
-            "Published losses: smi, deepinversion, gradvit, psaq_vit, sardfq, mimiq."
+            help="clear: images that other networks recognise, with one stop. Published losses: "
+            "smi, with its four stops; dense: deepinversion, gradvit, psaq_vit, sardfq, mimiq."
         ),
-    ] = "smi",
+    ] = "clear",
     cnn: Annotated[
         str | None,
         typer.Option(
@@ -199,11 +200,11 @@ def invert(
     ] = None,
     iterations: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimiser iterations; by default the recipe's, 4000 for smi."),
+        typer.Option(min=1, help="Optimiser iterations; by default the recipe's, 100 for clear."),
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate of Adam; by default the recipe's, 0.25 for smi."),
+        typer.Option(help="Learning rate of Adam; by default the recipe's, 0.2 for clear."),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of images inverted together.")
@@ -249,10 +250,10 @@ def invert(
         options.check_most("--iterations", iterations, options.MOST_ITERATIONS)
         lr = published.lr if lr is None else lr
         published = replace(published, iterations=iterations, lr=lr)
-        stops = _schedule(schedule, iterations)
+        stops = _schedule(schedule, published)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        inverter = SparseInverter(model, schedule=stops, backend=backend, **published.options())
+        inverter = SparseInverter(model, **published.options(schedule=stops, backend=backend))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         rehearse(inverter, published)
     if not quiet:
@@ -263,7 +264,7 @@ def invert(
         "teacher_sha256": fingerprint(model),
         "classes": classes,
         "per_class": per_class,
-        "schedule": schedule,
+        "schedule": repr(stops),
         "recipe": recipe,
         "cnn": cnn,
         "cnn_checkpoint": None if cnn_checkpoint is None else cnn_checkpoint.name,
@@ -278,7 +279,7 @@ def invert(
     }
     provenance = {
         "teacher": teacher,
-        "schedule": schedule,
+        "schedule": repr(stops),
         "recipe": recipe,
         "seed": seed,
         "versions": _versions(),
@@ -324,16 +325,12 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
     print(f"look at {pool.path / CONTACT_SHEET}")
 
 
-def _schedule(name: str, iterations: int) -> Schedule:
+def _schedule(name: str, recipe: Recipe) -> Schedule:
     from smi_fast.schedules import Dense, StopSchedule
 
-    last = StopSchedule().at[-1]
-    if name == "smi" and iterations <= last:
-        raise ValueError(
-            f"the stop at {last} is past the end of {iterations} iterations: run more of them, "
-            "or take --schedule smi-scaled"
-        )
+    iterations = recipe.iterations
     schedules: dict[str, Callable[[], Schedule]] = {
+        "recipe": partial(recipe.schedule, iterations),
         "smi": StopSchedule,
         "smi-scaled": partial(StopSchedule.scaled, iterations),
         "once": partial(StopSchedule.once, iterations),
@@ -341,7 +338,14 @@ def _schedule(name: str, iterations: int) -> Schedule:
     }
     if name not in schedules:
         raise ValueError(f"expected a schedule among {', '.join(schedules)}, got {name!r}")
-    return schedules[name]()
+    schedule = schedules[name]()
+    last = max(schedule.at, default=0)
+    if iterations <= last:
+        raise ValueError(
+            f"the stop at {last} is past the end of {iterations} iterations: run more of them, "
+            "or take --schedule smi-scaled"
+        )
+    return schedule
 
 
 def _backends(name: str, teacher: SparseViT) -> str:

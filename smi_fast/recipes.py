@@ -1,7 +1,8 @@
 """Published image losses as plain objects, which can be printed, changed and inverted with.
 
 ``smi_fast.SparseInverter(teacher, **recipe.options())`` uses a recipe, ``dataclasses.replace``
-changes it. A recipe has no schedule: each runs dense, or on kept patches only.
+changes it. The published ones but SMI's are dense; with ``recipe.options(schedule=...)`` any of
+them runs on kept patches only.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ from smi_fast.objectives import (
 )
 from smi_fast.objectives.targets import soft_targets
 from smi_fast.parametrizations import Fourier, Parametrization, Pixels
+from smi_fast.schedules import Dense, Schedule, StopSchedule
+
+
+def _dense(iterations: int) -> Schedule:
+    return Dense()
+
+
+def _published_stops(iterations: int) -> Schedule:
+    return StopSchedule()
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Recipe:
         iterations: iterations of the optimiser.
         lr: learning rate of Adam.
         betas: decay rates of Adam.
+        schedule: when patches stop, as a function of the iterations.
         parametrization: what the optimiser moves.
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
         differs: how the recipe differs from the published method, and what is uncertain.
@@ -58,17 +69,28 @@ class Recipe:
     lr: float
     betas: tuple[float, float]
     soft: bool = False
+    schedule: Callable[[int], Schedule] = _dense
     parametrization: Parametrization = field(default_factory=Pixels)
     differs: str = ""
 
     def options(self, **changes: Any) -> dict[str, Any]:
         """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`.
 
+        >>> sorted(recipes.clear().options(iterations=200).items())[1:3]
+        [('iterations', 200), ('lr', 0.2)]
+
         Args:
-            **changes: further arguments, or other values than the recipe's.
+            **changes: further arguments, or other values than the recipe's. Other iterations also
+                move the stops of the recipe's schedule.
+
+        Raises:
+            ValueError: too few iterations for the recipe's schedule.
         """
         names = ("objectives", "parametrization", "iterations", "lr", "betas")
-        return {**{name: getattr(self, name) for name in names}, **changes}
+        options = {**{name: getattr(self, name) for name in names}, **changes}
+        if "schedule" not in options:
+            options["schedule"] = self.schedule(options["iterations"])
+        return options
 
     def targets(
         self, labels: Tensor, classes: int, generator: torch.Generator | None = None
@@ -110,13 +132,14 @@ def smi() -> Recipe:
         4000,
         0.25,
         (0.5, 0.99),
+        schedule=_published_stops,
     )
 
 
 def clear() -> Recipe:
     """Images that independent networks recognise, in 100 iterations; not a published method.
 
-    It goes with :meth:`StopSchedule.once <smi_fast.StopSchedule.once>`, or dense.
+    It is what :class:`smi_fast.SparseInverter` does by default.
     """
     return Recipe(
         "clear",
@@ -125,6 +148,7 @@ def clear() -> Recipe:
         iterations=100,
         lr=0.2,
         betas=(0.5, 0.99),
+        schedule=StopSchedule.once,
         parametrization=Fourier(),
     )
 

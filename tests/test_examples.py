@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smi_fast import SparseInverter, StopSchedule, load_teacher
 from smi_fast.ops.grid import pixel_mask
+from tests.helpers.inversions import PUBLISHED
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # The fewest iterations at which StopSchedule.scaled keeps the published stops apart.
@@ -90,7 +91,7 @@ def test_own_loop_makes_the_images_of_sparse_inverter() -> None:
     schedule = StopSchedule.scaled(FEWEST)
     ours: list[tuple[Tensor, Tensor]] = []
     torch.manual_seed(0)
-    SparseInverter(teacher, schedule=schedule, iterations=FEWEST).invert(
+    SparseInverter(teacher, schedule=schedule, iterations=FEWEST, **PUBLISHED).invert(
         targets,
         progress=False,
         callback=lambda _, images, kept: ours.append((images.clone(), kept)),

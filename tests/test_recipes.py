@@ -118,11 +118,27 @@ def test_clear_moves_a_fourier_series_and_converges_in_few_iterations() -> None:
     recipe = recipes.clear()
     assert "Fourier(decay=1.5" in str(recipe)
     inverter = smi_fast.SparseInverter(
-        smi_fast.load_teacher("fashion-canvas"),
-        schedule=smi_fast.StopSchedule.once(30),
-        **recipe.options(iterations=30),
+        smi_fast.load_teacher("fashion-canvas"), **recipe.options(iterations=30)
     )
     generator = torch.Generator().manual_seed(0)
     result = inverter.invert([0, 1, 5, 9], generator=generator, progress=False)
     assert (result.logits.argmax(1) == result.targets).all()
     assert result.kept.shape == (4, 30)
+
+
+def test_clear_is_what_an_inverter_does_by_default() -> None:
+    teacher = smi_fast.load_teacher("fashion-canvas")
+    plain = smi_fast.SparseInverter(teacher)
+    clear = smi_fast.SparseInverter(teacher, **recipes.clear().options())
+    assert plain.schedule == clear.schedule
+    for name in ("objectives", "parametrization"):
+        assert repr(getattr(plain.settings, name)) == repr(getattr(clear.settings, name))
+    for name in ("iterations", "lr", "betas"):
+        assert getattr(plain.settings, name) == getattr(clear.settings, name)
+
+
+def test_other_iterations_move_the_stops_of_a_recipe() -> None:
+    assert recipes.clear().options(iterations=400)["schedule"].at == (40,)
+    assert recipes.smi().options(iterations=2000)["schedule"].at == (50, 100, 200, 300)
+    with pytest.raises(ValueError, match="iterations after the stop at 1, got 1"):
+        recipes.clear().options(iterations=1)

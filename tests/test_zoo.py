@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks.fashion_canvas.data import CLASSES, render
 from benchmarks.quality.foreground import foreground_share
-from smi_fast import Dense, SparseInverter, StopSchedule, load_teacher, zoo
+from smi_fast import Dense, SparseInverter, StopSchedule, load_teacher, recipes, zoo
 from smi_fast.zoo import LITE0_FILE, LITE0_PACKAGE, UnknownTeacher, label_names, load_cnn
 
 ROOT = Path(__file__).parent
@@ -41,7 +41,8 @@ def test_embedded_teacher_is_what_its_card_says() -> None:
 
 @pytest.mark.parametrize("schedule", [Dense(), StopSchedule((20, 40, 60, 80))])
 def test_inverted_images_reach_the_wanted_class(schedule: Dense | StopSchedule) -> None:
-    inverter = SparseInverter(load_teacher("fashion-canvas"), schedule=schedule, iterations=200)
+    options = recipes.smi().options(schedule=schedule, iterations=200)
+    inverter = SparseInverter(load_teacher("fashion-canvas"), **options)
     targets = list(range(10)) * 2
     generator = torch.Generator().manual_seed(0)
     result = inverter.invert(targets, generator=generator, progress=False)

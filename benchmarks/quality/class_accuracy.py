@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.environment import record
-from smi_fast import Dense, Schedule, SparseInverter, StopSchedule, load_teacher
+from smi_fast import Dense, Schedule, SparseInverter, StopSchedule, load_teacher, recipes
 
 ITERATIONS = 400
 PER_CLASS, QUICK_PER_CLASS = 4, 1
@@ -21,8 +21,9 @@ def share_reached(logits: Tensor, wanted: Tensor) -> float:
 def measure(
     teacher: nn.Module, schedule: Schedule, per_class: int, seeds: tuple[int, ...]
 ) -> dict[str, float | int]:
-    """Invert some images of each class for each seed, as ``make demo`` does."""
-    inverter = SparseInverter(teacher, schedule=schedule, iterations=ITERATIONS)
+    """Invert some images of each class for each seed, with the published recipe."""
+    options = recipes.smi().options(schedule=schedule, iterations=ITERATIONS)
+    inverter = SparseInverter(teacher, **options)
     targets = torch.arange(inverter.teacher.num_classes).repeat_interleave(per_class)
     results = [
         inverter.invert(targets, generator=torch.Generator().manual_seed(seed), progress=False)

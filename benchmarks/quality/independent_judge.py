@@ -32,6 +32,7 @@ from smi_fast import (
     TotalVariation,
     load_cnn,
     load_teacher,
+    recipes,
 )
 
 # The published weight of BatchNorm matching. Weights of 0.5 and 2, tried on another seed, reach
@@ -70,9 +71,9 @@ def invert(setting: Setting, schedule: Schedule, prior: nn.Module | None) -> lis
         objectives.append(BatchNormMatching(prior, weight=WEIGHT))
     inverter = SparseInverter(
         load_teacher("fashion-canvas"),
-        objectives=objectives,
-        schedule=schedule,
-        iterations=setting.iterations,
+        **recipes.smi().options(
+            objectives=objectives, schedule=schedule, iterations=setting.iterations
+        ),
     )
     generators = [torch.Generator().manual_seed(seed) for seed in setting.seeds]
     return [inverter.invert(setting.targets, generator=g, progress=False) for g in generators]

@@ -69,8 +69,7 @@ def invert(
 ) -> InversionResult:
     inverter = SparseInverter(
         teacher,
-        schedule=contender.schedule(iterations),
-        **contender.recipe.options(iterations=iterations),
+        **contender.recipe.options(iterations=iterations, schedule=contender.schedule(iterations)),
     )
     generator = torch.Generator().manual_seed(seed)
     return inverter.invert(targets, generator=generator, progress=False)

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from benchmarks.baselines import published_loop as published
-from smi_fast import SparseInverter, SparseViT, StopSchedule
+from smi_fast import SparseInverter, SparseViT, StopSchedule, recipes
 from smi_fast.jitter import random_jitter
 from smi_fast.ops.backends import AUTO
 
@@ -80,14 +80,14 @@ def our_loop(workload: Workload, backend: str = AUTO, background: str = "frozen"
         teacher(workload.init[:1])  # The first forward pass folds the weights.
 
     def run(stops: StopSchedule, iterations: int, callback: Callback) -> None:
+        options = recipes.smi().options(schedule=stops, iterations=iterations)
         inverter = SparseInverter(
             teacher,
-            schedule=stops,
-            iterations=iterations,
             mean=workload.mean,
             std=workload.std,
             background=background,
             backend=backend,
+            **options,
         )
         inverter.invert(
             workload.targets,

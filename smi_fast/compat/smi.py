@@ -26,6 +26,7 @@ from smi_fast.objectives import (
     Objective,
     TotalVariation,
 )
+from smi_fast.parametrizations import Pixels
 from smi_fast.teacher import SparseViT
 
 # Arguments that only the constructor of Eff-DFQT and SMI-V2 has.
@@ -241,6 +242,7 @@ class SMI:
             self._sparse,
             objectives=self._objectives(),
             schedule=stops,
+            parametrization=Pixels(),
             mean=self.normalizer.mean,
             std=self.normalizer.std,
             iterations=self.iterations,

@@ -23,10 +23,10 @@ from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.state import InversionState, Settings
-from smi_fast.objectives import CrossEntropy, Objective, TotalVariation, as_objectives
+from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
 from smi_fast.ops.grid import patch_mask
-from smi_fast.parametrizations import Parametrization, Pixels
+from smi_fast.parametrizations import Fourier, Parametrization
 from smi_fast.schedules import Schedule, Stop, StopSchedule, check, promised
 from smi_fast.teacher import SparseViT
 
@@ -39,7 +39,8 @@ Terms = Iterable[Objective | Callable[[Tensor, Tensor], Tensor]]
 class SparseInverter:
     """Sparse model inversion of a frozen Vision Transformer.
 
-    Its options are decided once; other ones need another inverter.
+    Its options are decided once; other ones need another inverter. By default they are those of
+    :func:`smi_fast.recipes.clear`; ``**recipes.smi().options()`` are the published ones.
 
     >>> inverter = SparseInverter(teacher, iterations=20, schedule=Dense())
     >>> result = inverter.invert([3, 5], progress=False)
@@ -48,10 +49,11 @@ class SparseInverter:
 
     Args:
         teacher: a timm ``VisionTransformer``, or a :class:`SparseViT` that wraps one.
-        objectives: terms of the loss, or functions ``(images, logits) -> scalar``; by default the
-            published ones, cross-entropy + 1e-4 total variation.
-        schedule: when patches stop; by default the published stops.
-        parametrization: what the optimiser moves; by default the pixels.
+        objectives: terms of the loss, or functions ``(images, logits) -> scalar``; by default
+            cross-entropy.
+        schedule: when patches stop; by default once, after a tenth of the iterations, when 47 % of
+            them stay: ``StopSchedule.once(iterations)``.
+        parametrization: what the optimiser moves; by default a Fourier series.
         mean: of each channel, for normalised space; by default from the teacher's
             ``pretrained_cfg``.
         std: likewise.
@@ -76,6 +78,7 @@ class SparseInverter:
         BackendUnavailable: there is no such backend.
     """
 
+    @torch.inference_mode(False)  # so that autograd may save constants that are made here
     def __init__(
         self,
         teacher: nn.Module,
@@ -85,8 +88,8 @@ class SparseInverter:
         parametrization: Parametrization | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        iterations: int = 4000,
-        lr: float = 0.25,
+        iterations: int = 100,
+        lr: float = 0.2,
         betas: tuple[float, float] = (0.5, 0.99),
         background: str = "frozen",
         final_mask: str = "kept",
@@ -96,10 +99,10 @@ class SparseInverter:
         sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
         check_weights(sparse)
         check_numbers(iterations, lr, betas)
-        terms = (CrossEntropy(), TotalVariation()) if objectives is None else objectives
-        parametrization = Pixels() if parametrization is None else parametrization
+        terms = (CrossEntropy(),) if objectives is None else objectives
+        parametrization = Fourier() if parametrization is None else parametrization
         if not isinstance(parametrization, Parametrization):
-            raise TypeError(f"expected a parametrization, Pixels(), got {parametrization!r}")
+            raise TypeError(f"expected a parametrization, Fourier(), got {parametrization!r}")
         space = image_space(sparse, mean, std)
         self.settings = Settings(
             teacher=sparse,
@@ -113,7 +116,7 @@ class SparseInverter:
             backend=backend,
             graph=graph and _graphs_allowed(),
         )
-        self.schedule: Schedule = StopSchedule() if schedule is None else schedule
+        self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
         self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
         counts = promised(self.schedule, sparse.num_patches)
         self._check_schedule(max(counts, default=0))
@@ -300,8 +303,8 @@ def invert(
     parametrization: Parametrization | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    iterations: int = 4000,
-    lr: float = 0.25,
+    iterations: int = 100,
+    lr: float = 0.2,
     betas: tuple[float, float] = (0.5, 0.99),
     background: str = "frozen",
     final_mask: str = "kept",

@@ -81,16 +81,17 @@ class StopSchedule:
         Args:
             iterations: T of the run.
             keep: share of the patches that stay, in (0, 1].
-            at: where the stop is, as a share of the run, in (0, 1).
+            at: where the stop is, as a share of the run, in (0, 1); it is after at least one
+                iteration.
 
         Raises:
-            ValueError: a share out of range, or too few iterations for a stop.
+            ValueError: a share out of range, or a run of less than two iterations.
         """
         if not (0 < keep <= 1 and 0 < at < 1):
             raise ValueError(f"expected keep in (0, 1] and at in (0, 1), got {keep} and {at}")
-        stop = round(at * iterations)
-        if not 1 <= stop < iterations:
-            raise ValueError(f"expected enough iterations for a stop at {at:.0%}, got {iterations}")
+        stop = max(1, round(at * iterations))
+        if stop >= iterations:
+            raise ValueError(f"expected iterations after the stop at {stop}, got {iterations}")
         return cls((stop,), (1 - keep,), compact=True)
 
     @property

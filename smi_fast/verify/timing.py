@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smi_fast import recipes
 from smi_fast.inversion import SparseInverter
 from smi_fast.inversion.cuda_graph import CapturedCall
 from smi_fast.ops import backends, reference
@@ -231,11 +232,10 @@ def step_time(
     """
     inverter = SparseInverter(
         teacher.to(device),
-        schedule=Dense(),
         mean=[0.5] * 3,
         std=[0.25] * 3,
-        iterations=WARM_UP + REPEATS,
         backend=backend,
+        **recipes.smi().options(schedule=Dense(), iterations=WARM_UP + REPEATS),
     )
     state = inverter.start([0] * batch)
     count = inverter.teacher.num_patches * kept // KEPT[0]

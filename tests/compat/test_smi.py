@@ -15,8 +15,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
+from smi_fast import Dense, SparseInverter, StopSchedule
 from tests.compat.published import NORMALIZER, make, seed, small_vit
+from tests.helpers.inversions import PUBLISHED
 from tests.helpers.teachers import patch_as_published, tiny_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
@@ -49,7 +50,7 @@ def test_draws_and_returns_what_the_published_loop_does(
             flip[it] = random.random() > 0.5
     inverter = SparseInverter(
         teacher,
-        objectives=[CrossEntropy(), TotalVariation(1e-4)],
+        **PUBLISHED,
         schedule=schedule,
         mean=NORMALIZER.mean,
         std=NORMALIZER.std,

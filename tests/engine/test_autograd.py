@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smi_fast import Dense, NonFiniteLoss, SparseInverter, SparseViT, ops
+from smi_fast import Dense, NonFiniteLoss, Pixels, SparseInverter, SparseViT, ops
 from tests.helpers.inversions import SPACE
 from tests.helpers.teachers import random_images, relative_error, tiny_vit
 
@@ -68,5 +68,6 @@ def test_overflow_shows(each_backend: str) -> None:
     assert SparseViT(teacher)(1e20 * random_images(teacher)).logits.isnan().all()
     init = torch.zeros(1, 3, 32, 48)
     init[0, 0, 0, 0] = 1e30
+    inverter = SparseInverter(teacher, parametrization=Pixels(), **OPTIONS)
     with pytest.raises(NonFiniteLoss, match="at iteration 0"):
-        SparseInverter(teacher, **OPTIONS).invert([1], init=init, progress=False)
+        inverter.invert([1], init=init, progress=False)

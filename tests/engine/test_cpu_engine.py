@@ -16,6 +16,7 @@ from smi_fast.engine import candidates, choose
 from smi_fast.engine.cpu import FoldedRun, LastBlock
 from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
+from tests.helpers.inversions import PUBLISHED
 from tests.helpers.teachers import make_teacher, random_images, relative_error, with_gradient
 
 pytestmark = pytest.mark.skipif(
@@ -187,7 +188,7 @@ def test_twenty_iterations_give_the_images_of_the_reference(name: str) -> None:
     stops = StopSchedule((5, 10), (0.5, 0.5))
 
     def images(backend: str, dtype: torch.dtype) -> Tensor:
-        options = {"schedule": stops, "iterations": 20, "backend": backend}
+        options = {"schedule": stops, "iterations": 20, "backend": backend, **PUBLISHED}
         inverter = SparseInverter(copy.deepcopy(teacher).to(dtype), **options)
         generator = torch.Generator().manual_seed(0)
         result = inverter.invert([1, 4], init=init, generator=generator, progress=False)

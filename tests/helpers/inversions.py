@@ -10,6 +10,7 @@ from smi_fast import (
     CrossEntropy,
     InversionResult,
     L2Norm,
+    Pixels,
     SparseInverter,
     StopSchedule,
     TotalVariation,
@@ -17,6 +18,13 @@ from smi_fast import (
 from smi_fast.inversion import InversionState
 
 SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+# The published recipe, in numbers of its own.
+PUBLISHED = {
+    "objectives": (CrossEntropy(), TotalVariation(1e-4)),
+    "parametrization": Pixels(),
+    "lr": 0.25,
+    "betas": (0.5, 0.99),
+}
 STOPS = StopSchedule((3, 6), (0.5, 0.5))
 TARGETS = [1, 4]
 EVERY_PIXEL_OBJECTIVE = (
@@ -28,7 +36,7 @@ EVERY_PIXEL_OBJECTIVE = (
 
 
 def make(teacher: VisionTransformer, **options: object) -> SparseInverter:
-    options = {"schedule": STOPS, "iterations": 10, **SPACE, **options}
+    options = {"schedule": STOPS, "iterations": 10, **PUBLISHED, **SPACE, **options}
     return SparseInverter(teacher, **options)
 
 

@@ -33,6 +33,7 @@ def test_the_default_data_type_does_not_change_a_seed() -> None:
         inverter = smi_fast.SparseInverter(
             teacher,
             objectives=objectives,
+            parametrization=smi_fast.Pixels(),
             schedule=smi_fast.StopSchedule((2, 4), (0.5, 0.5)),
             iterations=6,
             mean=(0.5,) * 3,

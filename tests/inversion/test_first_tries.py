@@ -40,7 +40,7 @@ def test_options(teacher: VisionTransformer, options: dict, message: str) -> Non
 
 
 def test_a_class_in_place_of_a_parametrization(teacher: VisionTransformer) -> None:
-    with pytest.raises(TypeError, match=r"a parametrization, Pixels\(\), got <class"):
+    with pytest.raises(TypeError, match=r"a parametrization, Fourier\(\), got <class"):
         make(teacher, parametrization=Pixels)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast import CrossEntropy, Dense, SparseInverter, StopSchedule, TotalVariation
+from smi_fast import Dense, SparseInverter, StopSchedule
+from tests.helpers.inversions import PUBLISHED
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -53,7 +54,7 @@ def test_replay(name: str) -> None:
     recording = Recording(name)
     inverter = SparseInverter(
         recording.teacher,
-        objectives=[CrossEntropy(), TotalVariation(1e-4)],
+        **PUBLISHED,
         schedule=recording.schedule,
         iterations=len(recording["ce"]),
         background="regularized",

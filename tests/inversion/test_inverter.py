@@ -23,6 +23,7 @@ from smi_fast import (
 )
 from smi_fast.schedules import still_iterations
 from tests.helpers.inversions import (
+    PUBLISHED,
     SPACE,
     STOPS,
     TARGETS,
@@ -210,7 +211,7 @@ def test_non_finite_loss_stops_with_the_last_finite_images(
 
 def test_invert_is_the_one_liner(teacher: VisionTransformer) -> None:
     generator = torch.Generator().manual_seed(0)
-    options = {"schedule": STOPS, "iterations": 10, **SPACE}
+    options = {"schedule": STOPS, "iterations": 10, **PUBLISHED, **SPACE}
     result = smi_fast.invert(teacher, TARGETS, generator=generator, progress=False, **options)
     assert torch.equal(result.images, run(teacher).images)
 

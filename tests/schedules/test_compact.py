@@ -52,7 +52,7 @@ def test_once_stops_early() -> None:
         ({"keep": 0.0}, r"keep in \(0, 1\] and at in \(0, 1\), got 0.0 and 0.1"),
         ({"keep": 1.5}, "got 1.5 and 0.1"),
         ({"at": 1.0}, "got 0.47 and 1.0"),
-        ({"iterations": 4}, "enough iterations for a stop at 10%, got 4"),
+        ({"iterations": 1}, "iterations after the stop at 1, got 1"),
     ],
 )
 def test_once_refuses(given: dict[str, float], message: str) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast import CrossEntropy, L2Norm, SparseInverter, SparseViT, StopSchedule, TotalVariation
+from smi_fast import (
+    CrossEntropy,
+    L2Norm,
+    Pixels,
+    SparseInverter,
+    SparseViT,
+    StopSchedule,
+    TotalVariation,
+    recipes,
+)
 from smi_fast.inversion.result import InversionResult
 from smi_fast.ops import backends
 from smi_fast.ops.schemas import _SCHEMAS, TRITON, triton_kernel
@@ -39,6 +48,7 @@ def inverter(backend: str, dtype: torch.dtype) -> SparseInverter:
     return SparseInverter(
         vision_transformer(dtype),
         objectives=[CrossEntropy(), TotalVariation(1e-3), TotalVariation(0.1, "l1"), L2Norm()],
+        parametrization=Pixels(),
         schedule=StopSchedule((2,), (0.5,)),
         iterations=3,
         backend=backend,
@@ -92,7 +102,8 @@ def launches(backend: str, kept: int) -> Counter[str]:
     deit = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     # Kernels that only count compute nothing that a probe could compare.
     teacher = SparseViT(vision_transformer(**deit), backend=backend, probe=False)
-    run = SparseInverter(teacher, iterations=400, schedule=Dense(), backend=backend, **SPACE)
+    options = recipes.smi().options(schedule=Dense(), backend=backend, **SPACE)
+    run = SparseInverter(teacher, **options)
     state = run.start([1, 4])
     state.keep(Selection(state.kept[:, :kept].contiguous()))
     with HostGuard(), counter:
