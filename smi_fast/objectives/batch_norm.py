@@ -97,7 +97,9 @@ class BatchNormMatching(Objective):
     def __call__(self, inputs: LossInputs) -> Tensor:
         self._record.backend = inputs.backend
         self._record.distances.clear()
-        self._cnn(self._cnn_images(inputs))
+        # Statistics of features that autocast has rounded would not be those that were recorded.
+        with torch.autocast(inputs.images.device.type, enabled=False):
+            self._cnn(self._cnn_images(inputs))
         total = torch.stack(self._record.distances).sum() * self.every
         self._record.distances.clear()
         return total

@@ -7,7 +7,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from smi_fast import BatchNormMatching, CrossEntropy, SparseInverter, StopSchedule, load_teacher
+from smi_fast import (
+    BatchNormMatching,
+    CrossEntropy,
+    Dense,
+    SparseInverter,
+    StopSchedule,
+    load_teacher,
+)
 from tests.helpers.loss_inputs import loss_inputs
 
 F64 = torch.float64
@@ -165,6 +172,23 @@ def test_in_the_loop_it_draws_features_to_the_statistics() -> None:
         distances.append(result.history["batch_norm"])
     assert distances[0][0] == distances[1][0]
     assert distances[1][-1] < 0.75 * distances[0][-1]
+
+
+def test_autocast_does_not_reach_the_cnn() -> None:
+    torch.manual_seed(3)
+    prior = BatchNormMatching(tiny_cnn().float())
+    options = {"objectives": [CrossEntropy(), prior], "iterations": 3, "schedule": Dense()}
+
+    def history() -> dict[str, list[float]]:
+        inverter = SparseInverter(load_teacher("fashion-canvas"), **options)
+        generator = torch.Generator().manual_seed(0)
+        return inverter.invert([0, 1], generator=generator, progress=False).history
+
+    exact = history()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = history()
+    assert rounded["batch_norm"][0] == exact["batch_norm"][0]
+    assert rounded["cross_entropy"][0] != exact["cross_entropy"][0]
 
 
 def test_a_cnn_unlike_the_teacher_is_refused() -> None:
