@@ -11,10 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _rows(qkv: Tensor, token_index: Tensor | None) -> Tensor:
-    """The rows ``token_index`` of qkv [B, N, 3, H, D], as [3, B, H, K, D]."""
+def _rows(qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The rows ``token_index`` of qkv [B, N, 3, H, D], as [3, B, H, K, D].
+
+    Rows past the lengths are 0. A mask of the scores alone would let their NaN through, because a
+    probability of 0 times NaN is NaN.
+    """
     if token_index is not None:
         qkv = qkv.gather(1, token_index[:, :, None, None, None].expand(-1, -1, *qkv.shape[2:]))
+    if lengths is not None:
+        qkv = qkv.masked_fill(~_valid(qkv.shape[1], lengths)[:, :, None, None, None], 0.0)
     return qkv.permute(2, 0, 3, 1, 4)
 
 
@@ -24,7 +30,7 @@ def _valid(count: int, lengths: Tensor) -> Tensor:
 
 
 def _attend(qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None) -> Tensor:
-    q, k, v = _rows(qkv, token_index)
+    q, k, v = _rows(qkv, token_index, lengths)
     if lengths is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     valid = _valid(k.shape[2], lengths)
@@ -42,7 +48,7 @@ def attention(
     out = _attend(qkv, token_index, lengths)
     if not importance:
         return out, qkv.new_empty(len(qkv), 0)
-    q, k, _ = _rows(qkv, token_index)
+    q, k, _ = _rows(qkv, token_index, lengths)
     scores = ((q[:, :, :1] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1))[:, :, 0]
     if lengths is None:
         return out, scores.softmax(-1).mean(1)
