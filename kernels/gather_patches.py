@@ -29,14 +29,17 @@ def _nearest_cells(shift, P: tl.constexpr):
 def _gather_patches_fwd(
     images,  # [B, C, H, W], any strides
     kept,  # int64 [B, K]
-    shift,  # int64 [2]
-    flip,  # bool []
+    shift,  # int64 [B, 2], any strides
+    flip,  # bool [B], any stride
     patches,  # [B, K, C * P * P]
     positions,  # int64 [B, K]
     stride_b,
     stride_c,
     stride_y,
     stride_x,
+    shift_image,
+    shift_axis,
+    flip_image,
     C: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -48,11 +51,11 @@ def _gather_patches_fwd(
     batch = tl.program_id(1).to(tl.int64)
     slot = batch * tl.num_programs(0) + tl.program_id(0)
     cell = tl.load(kept + slot).to(tl.int32)
-    down = _wrapped(shift, HEIGHT)
-    right = _wrapped(shift + 1, WIDTH)
+    down = _wrapped(shift + batch * shift_image, HEIGHT)
+    right = _wrapped(shift + batch * shift_image + shift_axis, WIDTH)
     row = (cell // COLUMNS + _nearest_cells(down, P)) % ROWS
     column = (cell % COLUMNS + _nearest_cells(right, P)) % COLUMNS
-    mirrored = tl.load(flip)
+    mirrored = tl.load(flip + batch * flip_image)
     landed = tl.where(mirrored, COLUMNS - 1 - column, column)
     tl.store(positions + slot, (row * COLUMNS + landed).to(tl.int64))
 
@@ -72,10 +75,13 @@ def _gather_patches_fwd(
 def _gather_patches_bwd(
     grad,  # [B, K, C * P * P]
     kept,  # int64 [B, K]
-    shift,  # int64 [2]
-    flip,  # bool []
+    shift,  # int64 [B, 2], any strides
+    flip,  # bool [B], any stride
     images,  # [B, C, H, W]
     K,
+    shift_image,
+    shift_axis,
+    flip_image,
     C: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -100,10 +106,11 @@ def _gather_patches_bwd(
         same = (row * COLUMNS + columns)[:, None] == cells[None, :]
         found += tl.sum(tl.where(same, slots[None, :] + 1, 0), axis=1)
 
-    down = _wrapped(shift, HEIGHT)
-    right = _wrapped(shift + 1, WIDTH)
+    down = _wrapped(shift + batch * shift_image, HEIGHT)
+    right = _wrapped(shift + batch * shift_image + shift_axis, WIDTH)
     inside = tl.arange(0, BLOCK_P)
-    across = tl.where(tl.load(flip), P - 1 - inside, inside)
+    mirrored = tl.load(flip + batch * flip_image)
+    across = tl.where(mirrored, P - 1 - inside, inside)
     row = (row + _nearest_cells(down, P)) % ROWS
     jittered_columns = (columns + _nearest_cells(right, P)) % COLUMNS
     y = (row * P + inside + HEIGHT - down) % HEIGHT
@@ -132,11 +139,13 @@ def gather_patches(
         images,
         images,
         kept.contiguous(),
-        shift.contiguous(),
+        shift,
         flip,
         patches,
         positions,
         *images.stride(),
+        *shift.stride(),
+        *flip.stride(),
         C=channels,
         HEIGHT=height,
         WIDTH=width,
@@ -166,10 +175,12 @@ def gather_patches_backward(
         grad,
         grad.contiguous(),
         kept.contiguous(),
-        shift.contiguous(),
+        shift,
         flip,
         images,
         count,
+        *shift.stride(),
+        *flip.stride(),
         C=channels,
         HEIGHT=height,
         WIDTH=width,

@@ -68,8 +68,10 @@ def on_patches(draw: Draw) -> tuple[Tensor, Tensor, int]:
 
 def gather_patches(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
     images, kept, size = draw(on_patches())
-    shift = torch.tensor(draw(st.tuples(st.integers(-99, 99), st.integers(-99, 99))))
-    jitter = (shift, torch.tensor(draw(st.booleans())))
+    batch = len(images)
+    jitter = torch.randint(-99, 100, (batch, 2)), torch.rand(batch) < 0.5
+    if batch and draw(st.booleans()):  # one for all images
+        jitter = jitter[0][:1].expand(batch, 2), jitter[1][:1].expand(batch)
     grad = laid_out(draw, torch.randn(*kept.shape, images.shape[1] * size**2))
     backward = (grad, kept, *jitter, size, *images.shape[2:])
     return [("", (images, kept, *jitter, size)), ("_backward", backward)]

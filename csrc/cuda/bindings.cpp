@@ -79,33 +79,38 @@ ImageShape image_shape(const Tensor& images, const Optional& kept, int64_t patch
   return shape;
 }
 
+// The kernels read jitter by its strides, so that one jitter of all images isn't copied.
+Jitter jitter_of(const Tensor& shift, const Tensor& flip) {
+  return {shift.const_data_ptr<int64_t>(), flip.const_data_ptr<bool>(), shift.stride(0),
+          shift.stride(1), flip.stride(0)};
+}
+
 std::tuple<Tensor, Tensor> gather_patches(const Tensor& images_any, const Tensor& kept_any,
-                                          const Tensor& shift_any, const Tensor& flip,
+                                          const Tensor& shift, const Tensor& flip,
                                           int64_t patch_size) {
   const DeviceGuard guard(images_any.get_device_index());
-  const Tensor images = ready(images_any), kept = ready(kept_any), shift = ready(shift_any);
+  const Tensor images = ready(images_any), kept = ready(kept_any);
   const ImageShape shape = image_shape(images, kept, patch_size);
   const int64_t length = shape.channels * patch_size * patch_size;
   Tensor patches = new_empty(images, {shape.images, shape.kept, length});
   Tensor positions = new_empty(kept, {shape.images, shape.kept});
   STD_CUDA_CHECK(launch_gather_patches_fwd(
-      images.element_size(), images.const_data_ptr(), indices(kept), indices(shift),
-      flip.const_data_ptr<bool>(), patches.mutable_data_ptr(),
-      positions.mutable_data_ptr<int64_t>(), shape, current_stream(images)));
+      images.element_size(), images.const_data_ptr(), indices(kept), jitter_of(shift, flip),
+      patches.mutable_data_ptr(), positions.mutable_data_ptr<int64_t>(), shape,
+      current_stream(images)));
   return {patches, positions};
 }
 
-Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept_any,
-                               const Tensor& shift_any, const Tensor& flip, int64_t patch_size,
-                               int64_t height, int64_t width) {
+Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept_any, const Tensor& shift,
+                               const Tensor& flip, int64_t patch_size, int64_t height,
+                               int64_t width) {
   const DeviceGuard guard(grad_any.get_device_index());
-  const Tensor grad = ready(grad_any), kept = ready(kept_any), shift = ready(shift_any);
+  const Tensor grad = ready(grad_any), kept = ready(kept_any);
   const int64_t channels = grad.size(2) / (patch_size * patch_size);
   Tensor images = new_empty(grad, {grad.size(0), channels, height, width});
   STD_CUDA_CHECK(launch_gather_patches_bwd(
-      grad.element_size(), grad.const_data_ptr(), indices(kept), indices(shift),
-      flip.const_data_ptr<bool>(), images.mutable_data_ptr(), image_shape(images, kept, patch_size),
-      current_stream(grad)));
+      grad.element_size(), grad.const_data_ptr(), indices(kept), jitter_of(shift, flip),
+      images.mutable_data_ptr(), image_shape(images, kept, patch_size), current_stream(grad)));
   return images;
 }
 

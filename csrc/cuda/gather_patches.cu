@@ -20,20 +20,21 @@ struct Window {
   int top, left;
   bool mirrored;
 
-  __device__ Window(int64_t patch, const int64_t* shift, bool flip, const ImageShape& shape)
-      : position(-1), top(0), left(0), mirrored(flip) {
+  __device__ Window(int64_t patch, const Jitter& jitter, int64_t image, const ImageShape& shape)
+      : position(-1), top(0), left(0), mirrored(jitter.flip[image * jitter.flip_image]) {
     const int side = static_cast<int>(shape.patch);
     const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
     const int rows = height / side, columns = width / side;
     if (patch < 0 || patch >= rows * columns) return;
-    const int down = wrap(shift[0], height), right = wrap(shift[1], width);
+    const int64_t* shift = jitter.shift + image * jitter.shift_image;
+    const int down = wrap(shift[0], height), right = wrap(shift[jitter.shift_axis], width);
     // The shift counts as whole patches, rounded to the nearest, half upwards.
     const int row = (static_cast<int>(patch) / columns + (2 * down + side) / (2 * side)) % rows;
     const int column =
         (static_cast<int>(patch) % columns + (2 * right + side) / (2 * side)) % columns;
     top = (row * side - down + height) % height;
     left = (column * side - right + width) % width;
-    position = row * columns + (flip ? columns - 1 - column : column);
+    position = row * columns + (mirrored ? columns - 1 - column : column);
   }
 
   // Offset in an image [C, H, W] of element i of the patch [C, P, P].
@@ -52,17 +53,16 @@ struct Window {
 // One block copies one patch.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    _gather_patches_fwd(const T* __restrict__ images,       // [B, C, H, W]
-                        const int64_t* __restrict__ kept,   // [B, K]
-                        const int64_t* __restrict__ shift,  // [2]
-                        const bool* __restrict__ flip,      // []
-                        T* __restrict__ patches,            // [B, K, C*P*P]
-                        int64_t* __restrict__ positions,    // [B, K]
+    _gather_patches_fwd(const T* __restrict__ images,      // [B, C, H, W]
+                        const int64_t* __restrict__ kept,  // [B, K]
+                        Jitter jitter,
+                        T* __restrict__ patches,          // [B, K, C*P*P]
+                        int64_t* __restrict__ positions,  // [B, K]
                         ImageShape shape) {
   const int64_t token = blockIdx.x, plane = shape.height * shape.width;
   const int elements = static_cast<int>(shape.channels * shape.patch * shape.patch);
-  const Window window(kept[token], shift, *flip, shape);
   const int64_t image_index = blockIdx.x / static_cast<unsigned>(shape.kept);
+  const Window window(kept[token], jitter, image_index, shape);
   const T* image = images + image_index * shape.channels * plane;
   for (int i = threadIdx.x; i < elements; i += kThreads) {
     // All bits set is a NaN in every floating point type.
@@ -75,17 +75,16 @@ __global__ void __launch_bounds__(kThreads)
 // Windows of one image never overlap, so each pixel has at most one writer.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    _gather_patches_bwd(const T* __restrict__ grad,         // [B, K, C*P*P]
-                        const int64_t* __restrict__ kept,   // [B, K]
-                        const int64_t* __restrict__ shift,  // [2]
-                        const bool* __restrict__ flip,      // []
-                        T* __restrict__ grad_images,        // [B, C, H, W], zero
+    _gather_patches_bwd(const T* __restrict__ grad,        // [B, K, C*P*P]
+                        const int64_t* __restrict__ kept,  // [B, K]
+                        Jitter jitter,
+                        T* __restrict__ grad_images,  // [B, C, H, W], zero
                         ImageShape shape) {
   const int64_t token = blockIdx.x, plane = shape.height * shape.width;
   const int elements = static_cast<int>(shape.channels * shape.patch * shape.patch);
-  const Window window(kept[token], shift, *flip, shape);
-  if (window.position < 0) return;
   const int64_t image_index = blockIdx.x / static_cast<unsigned>(shape.kept);
+  const Window window(kept[token], jitter, image_index, shape);
+  if (window.position < 0) return;
   T* image = grad_images + image_index * shape.channels * plane;
   for (int i = threadIdx.x; i < elements; i += kThreads) {
     image[window.pixel(i, shape)] = grad[token * elements + i];
@@ -116,28 +115,26 @@ dim3 one_block_per_patch(const ImageShape& shape) {
 }  // namespace
 
 cudaError_t launch_gather_patches_fwd(int64_t element_bytes, const void* images,
-                                      const int64_t* kept, const int64_t* shift, const bool* flip,
-                                      void* patches, int64_t* positions, ImageShape shape,
-                                      cudaStream_t stream) {
+                                      const int64_t* kept, Jitter jitter, void* patches,
+                                      int64_t* positions, ImageShape shape, cudaStream_t stream) {
   return with_size(element_bytes, [&](auto element) {
     using T = decltype(element);
     return launch(_gather_patches_fwd<T>, one_block_per_patch(shape), {kThreads}, 0, stream,
-                  static_cast<const T*>(images), kept, shift, flip, static_cast<T*>(patches),
-                  positions, shape);
+                  static_cast<const T*>(images), kept, jitter, static_cast<T*>(patches), positions,
+                  shape);
   });
 }
 
 cudaError_t launch_gather_patches_bwd(int64_t element_bytes, const void* grad, const int64_t* kept,
-                                      const int64_t* shift, const bool* flip, void* grad_images,
-                                      ImageShape shape, cudaStream_t stream) {
+                                      Jitter jitter, void* grad_images, ImageShape shape,
+                                      cudaStream_t stream) {
   const int64_t elements = shape.images * shape.channels * shape.height * shape.width;
   const cudaError_t error = cudaMemsetAsync(grad_images, 0, elements * element_bytes, stream);
   if (error != cudaSuccess) return error;
   return with_size(element_bytes, [&](auto element) {
     using T = decltype(element);
     return launch(_gather_patches_bwd<T>, one_block_per_patch(shape), {kThreads}, 0, stream,
-                  static_cast<const T*>(grad), kept, shift, flip, static_cast<T*>(grad_images),
-                  shape);
+                  static_cast<const T*>(grad), kept, jitter, static_cast<T*>(grad_images), shape);
   });
 }
 

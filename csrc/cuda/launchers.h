@@ -47,20 +47,25 @@ cudaError_t launch_gather_attention_bwd(Type type, const void* grad,  // [B, K, 
 // The most tokens whose rows fit in the shared memory of one block of the current device.
 cudaError_t max_tokens(Type type, int64_t width, bool backward, int64_t* tokens);
 
+// The jitter of each image; strides count elements, and those of images with the same jitter are 0.
+struct Jitter {
+  const int64_t* shift;  // [B, 2]
+  const bool* flip;      // [B]
+  int64_t shift_image, shift_axis, flip_image;
+};
+
 // A patch outside the grid reads as NaN at position -1, and its gradient is dropped. Elements of
 // any type are copied as they are. Their size is 2, 4 or 8 bytes.
 cudaError_t launch_gather_patches_fwd(int64_t element_bytes, const void* images,  // [B, C, H, W]
                                       const int64_t* kept,                        // [B, K]
-                                      const int64_t* shift,                       // [2]
-                                      const bool* flip,                           // []
-                                      void* patches,                              // [B, K, C*P*P]
-                                      int64_t* positions,                         // [B, K]
+                                      Jitter jitter,
+                                      void* patches,       // [B, K, C*P*P]
+                                      int64_t* positions,  // [B, K]
                                       ImageShape shape, cudaStream_t stream);
 cudaError_t launch_gather_patches_bwd(int64_t element_bytes, const void* grad,  // [B, K, C*P*P]
                                       const int64_t* kept,                      // [B, K]
-                                      const int64_t* shift,                     // [2]
-                                      const bool* flip,                         // []
-                                      void* grad_images,                        // [B, C, H, W]
+                                      Jitter jitter,
+                                      void* grad_images,  // [B, C, H, W]
                                       ImageShape shape, cudaStream_t stream);
 
 // A patch outside the grid counts as not active. B*C*H < 2^31.

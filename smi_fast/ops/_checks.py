@@ -45,6 +45,24 @@ def expect_index(name: str, index: Tensor, like: Tensor) -> None:
     expect_device(index, like)
 
 
+def jitter_of_each(
+    images: Tensor, shift: Tensor | tuple[int, int], flip: Tensor | bool
+) -> tuple[Tensor, Tensor]:
+    """The jitter of each image, shift int64 [B, 2] and flip bool [B], on the images' device.
+
+    Raises:
+        ValueError: wrong shape or data type.
+    """
+    batch = len(images)
+    shift = torch.as_tensor(shift, device=images.device)
+    flip = torch.as_tensor(flip, device=images.device)
+    fits = shift.shape in ((2,), (batch, 2)) and shift.dtype == torch.int64
+    expect(fits, f"shift int64 [2] or [{batch}, 2]", shift)
+    fits = flip.shape in ((), (batch,)) and flip.dtype == torch.bool
+    expect(fits, f"flip bool [] or [{batch}]", flip)
+    return shift.expand(batch, 2), flip.expand(batch)
+
+
 def as_value_error(error: RuntimeError) -> Exception:
     """What to raise for an error of a kernel: a ValueError when it refused an index."""
     found = _OUT_OF_RANGE.search(str(error))

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smi_fast.ops._checks import as_value_error, expect, expect_index, expect_patches
+from smi_fast.ops._checks import (
+    as_value_error,
+    expect,
+    expect_index,
+    expect_patches,
+    jitter_of_each,
+)
 from smi_fast.ops.backends import AUTO, Backend, choose
 
 
@@ -32,7 +38,8 @@ def gather_patches(
         patches = unfold(jittered, patch_size, stride=patch_size).mT
         patches = patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[2]))
 
-    Only ``images`` gets a gradient.
+    With a shift and a flip for each image, that holds for each image alone. Only ``images`` gets a
+    gradient.
 
     >>> images, kept = torch.rand(2, 3, 64, 64), torch.tensor([[0, 9], [5, 63]])
     >>> patches, positions = ops.gather_patches(images, kept, shift=(8, 0), patch_size=8)
@@ -42,8 +49,10 @@ def gather_patches(
     Args:
         images: [B, C, H, W], H and W multiples of ``patch_size``.
         kept: int64 [B, K], distinct patches of the un-jittered grid, row by row from 0.
-        shift: pixels (rows, columns) that all images are rolled by; a tensor is int64 [2].
-        flip: whether all images are then mirrored left to right; a tensor is bool [].
+        shift: pixels (rows, columns) that images are rolled by; a tensor is int64 [2] for all
+            images, or [B, 2] for each.
+        flip: whether images are then mirrored left to right; a tensor is bool [] for all images, or
+            [B] for each.
         patch_size: side P of a patch in pixels.
         backend: see :mod:`smi_fast.ops.backends`.
 
@@ -59,10 +68,7 @@ def gather_patches(
     expect(images.dim() == 4, "images [B, C, H, W]", images)
     expect_patches(images, patch_size)
     expect_index("kept", kept, images)
-    shift = torch.as_tensor(shift, device=images.device)
-    flip = torch.as_tensor(flip, device=images.device)
-    expect(shift.shape == (2,) and shift.dtype == torch.int64, "shift int64 [2]", shift)
-    expect(flip.dim() == 0 and flip.dtype == torch.bool, "flip bool []", flip)
+    shift, flip = jitter_of_each(images, shift, flip)
     chosen = choose("gather_patches", images.device, images.dtype, backend)
     try:
         patches, positions = _GatherPatches.apply(images, kept, shift, flip, patch_size, chosen)

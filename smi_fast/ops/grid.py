@@ -21,8 +21,8 @@ def window_indices(
 
     Args:
         kept: int64 [B, K], patches of the un-jittered grid.
-        shift: int64 [2], pixels (rows, columns) that the image is rolled by.
-        flip: bool [], whether the rolled image is mirrored left to right.
+        shift: int64 [B, 2], pixels (rows, columns) that each image is rolled by.
+        flip: bool [B], whether each rolled image is mirrored left to right.
         patch_size: side of a patch, in pixels.
         height: of the image, in pixels.
         width: of the image, in pixels.
@@ -32,15 +32,16 @@ def window_indices(
         of the jittered grid.
     """
     rows, columns = height // patch_size, width // patch_size
-    moved = nearest_cells(shift, patch_size)
-    row = (kept // columns + moved[0]) % rows
-    column = (kept % columns + moved[1]) % columns
+    down, right = shift.unsqueeze(2).unbind(1)
+    mirrored = flip[:, None]
+    row = (kept // columns + nearest_cells(down, patch_size)) % rows
+    column = (kept % columns + nearest_cells(right, patch_size)) % columns
     inside = torch.arange(patch_size, device=kept.device)
-    y = (row[..., None] * patch_size + inside - shift[0]) % height
+    y = (row[..., None] * patch_size + inside - down[..., None]) % height
     # A mirrored patch reads its pixels from right to left.
-    across = torch.where(flip, patch_size - 1 - inside, inside)
-    x = (column[..., None] * patch_size + across - shift[1]) % width
-    cells = row * columns + torch.where(flip, columns - 1 - column, column)
+    across = torch.where(mirrored, patch_size - 1 - inside, inside)[:, None]
+    x = (column[..., None] * patch_size + across - right[..., None]) % width
+    cells = row * columns + torch.where(mirrored, columns - 1 - column, column)
     return y[..., :, None] * width + x[..., None, :], cells
 
 

@@ -175,7 +175,8 @@ class SparseViT(nn.Module):
         Args:
             images: [B, C, H, W] of the model's image size, normalised as the model expects.
             kept: int64 [B, K], distinct patches of the un-jittered grid; None for all.
-            jitter: (shift, flip) as in :func:`smi_fast.ops.gather_patches`; None for no jitter.
+            jitter: (shift, flip), for all images or for each, as in
+                :func:`smi_fast.ops.gather_patches`; None for no jitter.
             importance: also return the importance of each kept patch.
             taps: names of intermediate tensors to return, see :mod:`smi_fast.teacher.taps`.
 

@@ -72,9 +72,9 @@ def _layouts(tensor: Tensor) -> dict[str, Tensor]:
 
 def _gather_patches() -> Iterator[OpCall]:
     def pair(
-        label: str, images: Tensor, kept: Tensor, jitter: tuple[int, int, bool], size: int
+        label: str, images: Tensor, kept: Tensor, jitter: tuple[Tensor, Tensor], size: int
     ) -> Iterator[OpCall]:
-        shift, flip = torch.tensor(jitter[:2]), torch.tensor(jitter[2])
+        shift, flip = jitter
         yield OpCall(label, "gather_patches", (images, kept, shift, flip, size))
         grad = torch.randn(*kept.shape, images.shape[1] * size**2)
         sides = images.shape[2:]
@@ -82,20 +82,26 @@ def _gather_patches() -> Iterator[OpCall]:
             arguments = (values, kept, shift, flip, size, *sides)
             yield OpCall(f"{label}-{layout}", "gather_patches_backward", arguments)
 
-    jitters = [(0, 0, False), (5, -3, True), (-40, 33, False), (123, -77, True)]
+    def shared(down: int, right: int, flip: bool) -> tuple[Tensor, Tensor]:
+        return torch.tensor([down, right]).expand(2, 2), torch.tensor(flip).expand(2)
+
+    each = torch.tensor([[123, -77], [-9, 4]]), torch.tensor([True, False])
+    grids = (
+        *((4, 4, 1, shared(0, 0, False)), (3, 5, 6, shared(5, -3, True))),
+        *((6, 2, 12, shared(-40, 33, False)), (1, 1, 1, shared(123, -77, True)), (2, 3, 4, each)),
+    )
     for size in (7, 8, 14, 16, 32):
-        for index, (rows, columns) in enumerate(((4, 4), (3, 5), (6, 2), (1, 1))):
+        for rows, columns, count, jitter in grids:
             images = torch.randn(2, 3, rows * size, columns * size)
-            count = (1, 6, 12, 1)[index]
             kept = random_kept(2, count, rows * columns)
-            label = f"{size}-{rows}x{columns}-{count}"
-            yield from pair(label, images, kept, jitters[index], size)
+            yield from pair(f"{size}-{rows}x{columns}-{count}", images, kept, jitter, size)
     images, kept = torch.randn(2, 3, 24, 40), random_kept(2, 5, 15)
+    shift, flip = torch.tensor([[3, -9], [-30, 12]]), torch.tensor([True, False])
     for layout, values in _layouts(images).items():
-        yield from pair(layout, values, strided(kept), (3, -9, True), 8)
+        yield from pair(layout, values, strided(kept), (strided(shift), strided(flip)), 8)
     empty = torch.zeros(0, 5, dtype=torch.int64)
-    yield from pair("no-images", images[:0], empty, (3, -9, True), 8)
-    yield from pair("no-patches", images, kept[:, :0], (3, -9, True), 8)
+    yield from pair("no-images", images[:0], empty, (shift[:0], flip[:0]), 8)
+    yield from pair("no-patches", images, kept[:, :0], (shift, flip), 8)
 
 
 def _gather_attention() -> Iterator[OpCall]:

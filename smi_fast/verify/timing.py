@@ -63,7 +63,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _deit_calls(batch: int) -> Iterator[OpCall]:
     """Calls as large as those of DeiT-S, in float32."""
-    images, jitter = torch.rand(batch, 3, SIDE, SIDE), (torch.tensor([5, -9]), torch.tensor(True))
+    images = torch.rand(batch, 3, SIDE, SIDE)
+    jitter = torch.tensor([5, -9]).expand(batch, 2), torch.tensor(True).expand(batch)
     bounds, channel = (-torch.ones(3), torch.ones(3)), torch.rand(4, 64) + 0.5
     one, sums = torch.ones(()), torch.ones(3, 4)
     features = torch.randn(batch, 64, 56, 56)

@@ -84,6 +84,30 @@ def test_jitter_may_be_tensors() -> None:
     assert torch.equal(given[0], tensors[0]) and torch.equal(given[1], tensors[1])
 
 
+def test_each_image_may_have_its_own_jitter() -> None:
+    images, kept = torch.randn(3, 2, 24, 40, dtype=torch.float64), random_kept(3, 6, 15)
+    shift, flip = torch.tensor([[5, -3], [0, 0], [-13, 38]]), torch.tensor([True, False, True])
+    leaf = images.clone().requires_grad_()
+    patches, positions = ops.gather_patches(leaf, kept, shift, flip, patch_size=8)
+    grad = torch.randn_like(patches)
+    (gradient,) = torch.autograd.grad(patches, leaf, grad)
+    for i in range(3):
+        alone = slice(i, i + 1)
+        leaf = images[alone].clone().requires_grad_()
+        expected = ops.gather_patches(leaf, kept[alone], shift[i], flip[i], patch_size=8)
+        assert torch.equal(patches[alone], expected[0])
+        assert torch.equal(positions[alone], expected[1])
+        assert torch.equal(gradient[alone], torch.autograd.grad(expected[0], leaf, grad[alone])[0])
+
+
+def test_jitter_of_each_with_one_flip_for_all() -> None:
+    images, kept = torch.randn(2, 3, 16, 32), random_kept(2, 3, 8)
+    shift = torch.tensor([[3, 1], [-2, 30]])
+    given = ops.gather_patches(images, kept, shift, True, patch_size=8)
+    spelt_out = ops.gather_patches(images, kept, shift, torch.tensor([True, True]), patch_size=8)
+    assert torch.equal(given[0], spelt_out[0]) and torch.equal(given[1], spelt_out[1])
+
+
 def test_gradient() -> None:
     images = torch.randn(2, 2, 12, 16, dtype=torch.float64, requires_grad=True)
     kept = random_kept(2, 5, 12)
@@ -129,8 +153,10 @@ def test_empty_batch() -> None:
         ({"kept": torch.zeros(2, 3)}, r"expected kept int64 \[2, K\], got torch.float32 \[2, 3\]"),
         ({"kept": torch.zeros(1, 3, dtype=torch.int64)}, r"kept int64 \[2, K\], got .* \[1, 3\]"),
         ({"kept": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "on cpu, got one on meta"),
-        ({"shift": torch.zeros(2)}, r"shift int64 \[2\], got torch.float32"),
-        ({"flip": torch.zeros(2, dtype=torch.bool)}, r"flip bool \[\], got torch.bool \[2\]"),
+        ({"shift": torch.zeros(2)}, r"shift int64 \[2\] or \[2, 2\], got torch.float32"),
+        ({"shift": torch.zeros(3, 2).long()}, r"shift int64 \[2\] or \[2, 2\], got .* \[3, 2\]"),
+        ({"flip": torch.zeros(2)}, r"flip bool \[\] or \[2\], got torch.float32 \[2\]"),
+        ({"flip": torch.zeros(1).bool()}, r"flip bool \[\] or \[2\], got torch.bool \[1\]"),
     ],
 )
 def test_bad_input_is_refused(change: dict, message: str) -> None:

@@ -16,10 +16,10 @@ def op_samples() -> dict[str, tuple]:
     images, kept = torch.randn(2, 3, 8, 12), random_kept(2, 4, 6)
     qkv, rows = torch.randn(2, 6, 3, 2, 4), random_kept(2, 4, 6)
     channels = [torch.rand(3) for _ in range(4)]
-    one = torch.ones(())
+    one, jitter = torch.ones(()), (SHIFT.expand(2, 2), FLIP.expand(2))
     return {
-        "gather_patches": (images, kept, SHIFT, FLIP, 4),
-        "gather_patches_backward": (torch.randn(2, 4, 48), kept, SHIFT, FLIP, 4, 8, 12),
+        "gather_patches": (images, kept, *jitter, 4),
+        "gather_patches_backward": (torch.randn(2, 4, 48), kept, *jitter, 4, 8, 12),
         "gather_attention": (qkv, rows, torch.tensor([4, 2]), True),
         "gather_attention_backward": (torch.randn(2, 4, 8), qkv, rows, None),
         "total_variation": (images, kept, 4),

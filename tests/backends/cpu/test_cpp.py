@@ -141,7 +141,8 @@ def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, ba
     images, qkv = torch.randn(2, 3, 12, 16), torch.randn(2, 12, 3, 2, 8)
     state = [torch.randn(2, 3, 12, 16), torch.randn(2, 3, 12, 16), torch.rand(2, 3, 12, 16), images]
     before = [t.clone() for t in state]
-    shift, flip, bounds = torch.tensor([0, 0]), torch.tensor(False), (-torch.ones(3), torch.ones(3))
+    shift, flip = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    bounds = (-torch.ones(3), torch.ones(3))
     grads = {
         "gather_patches": (torch.zeros(2, 3, 48), kept, shift, flip, 4, 12, 16),
         "total_variation": (torch.ones(()), torch.ones(()), images, kept, 4, torch.ones(3, 4)),
@@ -164,7 +165,7 @@ def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, ba
 
 def test_memory_of_a_large_result_is_given_out_again_once_it_is_free() -> None:
     """And not before: neither while a view of it lives, nor in another thread."""
-    shift, flip = torch.zeros(2, dtype=torch.int64), torch.tensor(False)
+    shift, flip = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
 
     def patches(value: float) -> Tensor:
         images, kept = torch.full((2, 3, 448, 448), float(value)), torch.arange(784).expand(2, -1)

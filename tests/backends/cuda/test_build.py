@@ -243,7 +243,7 @@ assert native.WHY_NO_CUDA is None, native.WHY_NO_CUDA
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 images, kept, one = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(())
 qkv, channel = torch.ones(1, 4, 3, 1, 8), torch.ones(3)
-jitter = kept, torch.zeros(2, dtype=torch.int64), torch.tensor(False), 4
+jitter = kept, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([False]), 4
 step = torch.tensor(1)
 calls = {
     "gather_patches": (images, *jitter),
@@ -281,10 +281,11 @@ from smi_fast import cli, ops
 reason = backends.report(torch.device("cuda"))["cuda"]
 print(reason)
 images, kept = torch.randn(2, 3, 8, 8), torch.tensor([[0, 3], [1, 2]])
+jitter = torch.tensor([[3, -2], [3, -2]]), torch.tensor([True, True])
 assert backends.choose("gather_patches", images.device, images.dtype).name == "cpp"
 assert torch.equal(
     ops.gather_patches(images, kept, (3, -2), True, patch_size=4)[0],
-    reference.gather_patches(images, kept, torch.tensor([3, -2]), torch.tensor(True), 4)[0],
+    reference.gather_patches(images, kept, *jitter, 4)[0],
 )
 try:
     ops.total_variation(images, backend="cuda")

@@ -92,7 +92,7 @@ class Target:
 def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Arguments of every real configuration of an op."""
     x, channel = torch.empty(2, 3, SIDE, SIDE, dtype=dtype), torch.ones(3, dtype=dtype)
-    jitter = torch.zeros(2, dtype=torch.int64), torch.tensor(False)
+    jitter = torch.zeros(2, dtype=torch.int64).expand(2, 2), torch.tensor(False).expand(2)
     activations = torch.empty(2, 64, 56, 56, dtype=dtype)
     statistics = [torch.ones(64, dtype=dtype)] * 4
     one, sums, offset_and_slope = torch.ones(()), torch.ones(3, 4), torch.ones(2, 64)

@@ -181,7 +181,7 @@ def traffic(op: str) -> tuple[int, int]:
     from tests.backends.triton import guard
 
     x, kept, size = torch.randn(1, 3, 224, 224), random_kept(1, 46, 196), 16
-    jitter = (torch.tensor([7, -3]), torch.tensor(True))
+    jitter = (torch.tensor([[7, -3]]), torch.tensor([True]))
     patches = torch.randn(1, 46, 768)
     half = torch.randn(1, 46, 3, 2, 64).bfloat16()
     one, channel = torch.tensor(1.0), torch.rand(3)

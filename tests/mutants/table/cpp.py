@@ -68,15 +68,27 @@ MUTANTS = (
         f"{BUDGET} gather_patches",
         Mutant(
             "cpp-patches-landing-cell",
-            "(flip_ ? columns - 1 - column : column)",
+            "(mirrored ? columns - 1 - column : column)",
             "column",
             "A mirrored patch keeps the position that it had before.",
         ),
         Mutant(
             "cpp-patches-wrapped-run",
-            "flip_ ? size_ - first : 0, first",
+            "flip ? size_ - first : 0, first",
             "0, first",
             "A mirrored window that wraps around the image has its halves in the wrong order.",
+        ),
+        Mutant(
+            "cpp-patches-jitter-of-each",
+            "pixels[image * shift.stride(0)]",
+            "pixels[0]",
+            "Every image is shifted down as the first is.",
+        ),
+        Mutant(
+            "cpp-patches-flip-of-each",
+            "flips[image * flip.stride(0)]",
+            "flips[0]",
+            "Every image is mirrored as the first is.",
         ),
         Mutant(
             "cpp-patches-sort",

@@ -75,6 +75,12 @@ MUTANTS = (
             "A negative shift reads outside of the image.",
         ),
         Mutant(
+            "cuda-patches-jitter-of-each",
+            "jitter.shift + image * jitter.shift_image",
+            "jitter.shift",
+            "Every image is shifted as the first is.",
+        ),
+        Mutant(
             "cuda-patches-outside",
             "if (patch < 0 || patch >= rows * columns) return;",
             "if (patch < 0 || patch > rows * columns) return;",

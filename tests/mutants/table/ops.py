@@ -98,13 +98,13 @@ MUTANTS = (
         ),
         Mutant(
             "grid-landing-cell",
-            "torch.where(flip, columns - 1 - column, column)",
+            "torch.where(mirrored, columns - 1 - column, column)",
             "column",
             "A mirrored patch keeps the position that it had before.",
         ),
         Mutant(
             "grid-mirror",
-            "torch.where(flip, patch_size - 1 - inside, inside)",
+            "torch.where(mirrored, patch_size - 1 - inside, inside)",
             "inside",
             "A mirrored patch is read from left to right.",
         ),

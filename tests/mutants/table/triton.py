@@ -59,6 +59,14 @@ MUTANTS = (
             "Halves of a patch are rounded down.",
         ),
         Mutant(
+            "triton-patches-jitter-of-each",
+            "_wrapped(shift + batch * shift_image + shift_axis, WIDTH)\n"
+            "    inside = tl.arange(0, BLOCK_P)\n    mirrored = tl.load(flip + batch * flip_image)",
+            "_wrapped(shift + batch * shift_image + shift_axis, WIDTH)\n"
+            "    inside = tl.arange(0, BLOCK_P)\n    mirrored = tl.load(flip)",
+            "The gradient of every image is mirrored as the first image is.",
+        ),
+        Mutant(
             "triton-patches-zero",
             "mask=mask & (found > 0)[None, :, None], other=0.0)",
             "mask=mask, other=0.0)",

@@ -41,13 +41,17 @@ class Emulated:
         count = 0 if patches is None else patches.shape[1]
         return self.kernels.ImageShape(*images.shape, count, patch_size)
 
+    def _jitter(self, shift: Tensor, flip: Tensor) -> object:
+        places = (shift.data_ptr(), flip.data_ptr())
+        return self.kernels.Jitter(*places, *shift.stride(), *flip.stride())
+
     def gather_patches(
         self, images: Tensor, kept: Tensor, shift: Tensor, flip: Tensor, patch_size: int
     ) -> tuple[Tensor, Tensor]:
         patches = _poisoned((*kept.shape, images.shape[1] * patch_size**2), images)
         positions = _poisoned(kept.shape, kept)
         shape = self._image_shape(images, kept, patch_size)
-        inputs = (_at(images), _at(kept), _at(shift), _at(flip))
+        inputs = (_at(images), _at(kept), self._jitter(shift, flip))
         outputs = (_at(patches), _at(positions))
         self.kernels.gather_patches_fwd(images.element_size(), *inputs, *outputs, shape, 0)
         return patches, positions
@@ -65,7 +69,7 @@ class Emulated:
         channels = grad.shape[2] // patch_size**2
         images = _poisoned((len(grad), channels, height, width), grad)
         shape = self._image_shape(images, kept, patch_size)
-        inputs = (_at(grad), _at(kept), _at(shift), _at(flip))
+        inputs = (_at(grad), _at(kept), self._jitter(shift, flip))
         self.kernels.gather_patches_bwd(grad.element_size(), *inputs, _at(images), shape, 0)
         return images
 

@@ -49,7 +49,7 @@ def check_missing_tokens(backend: Emulated, dtype: torch.dtype) -> None:
 def check_missing_patches(backend: Emulated) -> None:
     """A patch outside of the grid reads as NaN at -1, and every other op passes over it."""
     images, kept = torch.randn(1, 3, 8, 8), torch.tensor([[1, 4, -1]])
-    jitter = (torch.tensor([3, -2]), torch.tensor(False), 4)
+    jitter = (torch.tensor([[3, -2]]), torch.tensor([False]), 4)
     patches, positions = backend.gather_patches(images, kept, *jitter)
     assert patches[0, 1:].isnan().all() and positions[0, 1:].tolist() == [-1, -1]
     assert torch.equal(patches[:, :1], reference.gather_patches(images, kept[:, :1], *jitter)[0])

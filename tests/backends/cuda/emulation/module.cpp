@@ -45,6 +45,12 @@ PYBIND11_MODULE(emulated, module) {
       .def(py::init([](int64_t b, int64_t c, int64_t h, int64_t w, int64_t k, int64_t p) {
         return ImageShape{b, c, h, w, k, p};
       }));
+  py::class_<Jitter>(module, "Jitter")
+      .def(
+          py::init([](uintptr_t shift, uintptr_t flip, int64_t image, int64_t axis, int64_t flips) {
+            return Jitter{reinterpret_cast<const int64_t*>(shift),
+                          reinterpret_cast<const bool*>(flip), image, axis, flips};
+          }));
   py::class_<NormShape>(module, "NormShape").def(py::init([](int64_t b, int64_t c, int64_t n) {
     return NormShape{b, c, n};
   }));
