@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import figures
-from benchmarks.quality import class_accuracy, foreground, independent_judge, recognition
+from benchmarks.quality import (
+    class_accuracy,
+    foreground,
+    independent_judge,
+    photographs,
+    recognition,
+)
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
@@ -13,6 +19,7 @@ MEASUREMENTS = {
     "class-accuracy": class_accuracy.main,
     "judge": independent_judge.main,
     "quality": recognition.main,
+    "photographs": photographs.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
     "end-to-end": end_to_end.main,
