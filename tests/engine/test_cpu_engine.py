@@ -145,6 +145,7 @@ def test_packed_products_are_the_same(
         check(engine, teacher, tokens(2, count))
         assert is_packed() == packed
     check(engine, teacher, tokens(2, 7))
+    assert products() == 12, "four of each block"
     x, other = tokens(2, 7), tokens(1, 9)
     of_x, of_other = engine(x), engine(other)
     assert relative_error(gradients(of_x, x), gradients(plain(teacher, x), x)) < 1e-5
