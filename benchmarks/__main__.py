@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import figures
-from benchmarks.quality import class_accuracy, foreground, independent_judge, recognition
+from benchmarks.quality import (
+    class_accuracy,
+    foreground,
+    independent_judge,
+    photographs,
+    recognition,
+)
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
@@ -19,6 +25,7 @@ MEASUREMENTS = {
     "objectives": objectives.main,
     "roofline": roofline.main,
     "figures": figures.main,
+    "photographs": photographs.main,
 }
 
 

@@ -124,6 +124,7 @@ MUTANTS = (
             "return slope.per_count != 0;",
             "return slope.per_count > 0;",
             "A negative gradient of the sum of absolute differences is dropped.",
+            "tests/ops/test_total_variation.py::test_total_variation_gradient",
         ),
         Mutant(
             "cpp-variation-last-band",

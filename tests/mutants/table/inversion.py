@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant, of_file
 
 CHECK = "tests/schedules/test_check.py"
 STOPS = "tests/schedules/test_stops.py"
+COMPACT = "tests/schedules/test_compact.py"
 GROUPS = "tests/schedules/test_finished_groups.py"
 INVERTER = "tests/inversion/test_inverter.py"
 LOOP = "tests/inversion/test_loop.py"
@@ -87,12 +88,14 @@ MUTANTS = (
             "on_grid.view(batch, 1, rows, columns)",
             "on_grid.view(batch, 1, columns, rows)",
             "Neighbours on a grid that isn't square are those of another grid.",
+            COMPACT,
         ),
         Mutant(
             "stops-compact-unused",
             "importance = _averaged(stop) if self.compact else stop.importance",
             "importance = stop.importance",
             "compact is not read.",
+            COMPACT,
         ),
     ),
     *of_file(
@@ -182,7 +185,7 @@ MUTANTS = (
             "self.background = self.images().clone()",
             "self.background = self.images()",
             "The background is memory of the parametrization.",
-            f"{PARAMETRIZATIONS}::test_stopped_pixels_stay_as_they_were_at_their_stop",
+            f"{PARAMETRIZATIONS}::test_images_may_be_memory_of_the_parameters",
         ),
         Mutant(
             "state-background-kept",

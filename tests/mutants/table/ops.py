@@ -155,8 +155,6 @@ MUTANTS = (
             "if wanted in (AUTO, backend.name):",
             "if wanted:",
             "A backend that was asked for by name is silently replaced.",
-            "tests/ops/test_registration.py::"
-            "test_named_backend_that_is_missing_or_cannot_run_says_so",
         ),
         Mutant(
             "backends-float64",

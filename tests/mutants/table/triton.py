@@ -125,6 +125,7 @@ MUTANTS = (
             "row = scores.masked_fill(~valid, -torch.inf).softmax(-1)",
             "row = scores.softmax(-1)",
             "Tokens after the length take a part of the importance.",
+            "tests/backends/triton/test_sdpa.py",
         ),
     ),
 )
