@@ -137,9 +137,10 @@ def rate_table(lr: Rates, iterations: int, stops: tuple[int, ...]) -> Tensor:
         ValueError: another type or length, or a learning rate that isn't finite and above 0.
     """
     if isinstance(lr, Real):
-        if not (math.isfinite(lr) and lr > 0):
+        rate = float(lr)
+        if not 0 < rate < math.inf:
             raise ValueError(f"expected lr above 0, got {lr!r}")
-        return torch.full((iterations,), float(lr), dtype=torch.float64)
+        return torch.full((iterations,), rate, dtype=torch.float64)
     values: object = lr
     if isinstance(lr, LearningRate) and not isinstance(lr, type):
         values = lr.rates(iterations, stops)
