@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import figures
-from benchmarks.quality import class_accuracy, foreground, independent_judge, recognition
+from benchmarks.quality import class_accuracy, factors, foreground, independent_judge, recognition
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "class-accuracy": class_accuracy.main,
     "judge": independent_judge.main,
     "quality": recognition.main,
+    "factors": factors.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
     "end-to-end": end_to_end.main,
