@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import figures
-from benchmarks.quality import class_accuracy, factors, foreground, independent_judge, recognition
+from benchmarks.quality import (
+    class_accuracy,
+    factors,
+    foreground,
+    independent_judge,
+    recognition,
+    time_to_quality,
+)
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
@@ -13,6 +20,7 @@ MEASUREMENTS = {
     "class-accuracy": class_accuracy.main,
     "judge": independent_judge.main,
     "quality": recognition.main,
+    "time-to-quality": time_to_quality.main,
     "factors": factors.main,
     "ops": ops.main,
     "step-profile": step_profile.main,

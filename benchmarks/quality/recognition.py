@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.fashion_canvas.data import TEST_SEED, canvases
+from benchmarks.fashion_canvas.data import TEST_SEED, canvases, normalise
 from benchmarks.fashion_canvas.train_teacher import accuracy
 from benchmarks.harness.environment import record
+from benchmarks.quality.class_accuracy import share_reached
 from benchmarks.quality.images import Contender, Run, images_of, make
-from benchmarks.quality.verdicts import features, load_judges, over_seeds, verdict, within_class
+from benchmarks.quality.verdicts import (
+    features,
+    load_judges,
+    over_mean,
+    over_seeds,
+    verdict,
+    within_class,
+)
 from smi_fast import Dense, Schedule, SparseViT, StopSchedule, load_teacher, recipes
+from smi_fast.ops.grid import patch_mask
 
 SEEDS = (0, 1, 2)
 PER_CLASS = 4
@@ -27,6 +36,8 @@ PER_CLASS = 4
 SHORT, LONG = (25, 50, 100, 200, 400), (1000, 4000)
 # Only our contenders are recognised after so few iterations.
 SHORTEST = (5, 10, 15)
+# Patches that ours keeps, of 64.
+KEPT = (14, 30)
 
 
 def published_stops(iterations: int) -> Schedule:
@@ -77,6 +88,7 @@ def runs() -> Iterator[Run]:
                         yield Run(name, contender, length, seed, PER_CLASS)
 
 
+@torch.no_grad()
 def real_canvases(
     judges: dict[str, nn.Sequential], last: int | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -91,12 +103,45 @@ def real_canvases(
     return right, distances
 
 
+@torch.no_grad()
+def real_canvases_of_kept_patches(
+    teacher: SparseViT, judges: dict[str, nn.Sequential], last: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Accuracy on real canvases of which the teacher's most important patches are shown.
+
+    The rest has their mean colour, as for the judges of kept patches. The teacher sees the patches
+    alone.
+    """
+    images, labels, _ = canvases("t10k", seed=TEST_SEED, last=last)
+    importance = torch.cat(
+        [teacher(normalise(part), importance=True).importance for part in images.split(500)]
+    )
+    found: dict[str, dict[str, float]] = {}
+    for count in KEPT:
+        kept = importance.topk(count, dim=1).indices.sort(dim=1).values
+        shown = over_mean(images, patch_mask(kept, *teacher.grid))
+        logits = torch.cat(
+            [
+                teacher(normalise(part), patches).logits
+                for part, patches in zip(images.split(500), kept.split(500), strict=True)
+            ]
+        )
+        found[str(count)] = {
+            **{name: round(accuracy(judge, shown, labels), 4) for name, judge in judges.items()},
+            "teacher": share_reached(logits, labels),
+        }
+    for judge in judges.values():
+        judge.eval()
+    return found
+
+
 def measure(quick_run: Run | None = None) -> dict[str, Any]:
     """Make the images of all runs, or of one, and judge them."""
     teacher, judges = SparseViT(load_teacher("fashion-canvas")), load_judges()
     chosen = [*runs()] if quick_run is None else [quick_run]
     make(teacher, chosen)
-    right, distances = real_canvases(judges, None if quick_run is None else 500)
+    last = None if quick_run is None else 500
+    right, distances = real_canvases(judges, last)
     measured: dict[str, Any] = {}
     commits = set()
     for name, length in sorted({(run.name, run.iterations) for run in chosen}, key=_order):
@@ -114,6 +159,7 @@ def measure(quick_run: Run | None = None) -> dict[str, Any]:
         "images_per_seed": len(chosen[0].wanted),
         "images_made_at": sorted(commits),
         "real_canvases": right,
+        "real_canvases_of_kept_patches": real_canvases_of_kept_patches(teacher, judges, last),
         "distance_within_a_class_of_real_canvases": distances,
         "contenders": measured,
     }
