@@ -10,6 +10,7 @@ from benchmarks.quality import (
     factors,
     foreground,
     independent_judge,
+    photographs,
     recognition,
     time_to_quality,
 )
@@ -28,6 +29,7 @@ MEASUREMENTS = {
     "objectives": objectives.main,
     "roofline": roofline.main,
     "figures": figures.main,
+    "photographs": photographs.main,
 }
 
 

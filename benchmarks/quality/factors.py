@@ -15,9 +15,11 @@ from torch import Tensor
 
 from benchmarks.harness.environment import record
 from benchmarks.quality.images import Contender, Run, images_of, make
+from benchmarks.quality.independent_judge import WEIGHT
 from benchmarks.quality.recognition import published_stops, real_canvases
 from benchmarks.quality.verdicts import load_judges, over_seeds, verdict
 from smi_fast import (
+    BatchNormMatching,
     CrossEntropy,
     Dense,
     Fourier,
@@ -27,6 +29,7 @@ from smi_fast import (
     SparseViT,
     StopSchedule,
     TotalVariation,
+    load_cnn,
     load_teacher,
     recipes,
 )
@@ -82,6 +85,7 @@ PUBLISHED: Options = recipes.smi().options(iterations=ITERATIONS, schedule=Dense
 DEFAULT: Options = recipes.clear().options(iterations=ITERATIONS, schedule=Dense())
 ENTROPY = [CrossEntropy()]
 TV = [CrossEntropy(), TotalVariation()]
+PRIOR = BatchNormMatching(load_cnn("fashion-canvas"), weight=WEIGHT)
 
 # What each row changes: options, and arguments of ``invert``.
 FROM_PUBLISHED: dict[str, tuple[Options, Arguments | None]] = {
@@ -91,6 +95,7 @@ FROM_PUBLISHED: dict[str, tuple[Options, Arguments | None]] = {
     "published, lr 0.05": ({"lr": 0.05}, None),
     "published, grey start, TV off": ({"objectives": ENTROPY}, grey),
     "published, grey start, TV off, lr 0.05": ({"objectives": ENTROPY, "lr": 0.05}, grey),
+    "published, BatchNorm matching": ({"objectives": [*TV, PRIOR]}, None),
     "published, Fourier": ({"parametrization": Fourier(start=1.0)}, None),
     "published, Fourier, grey start": ({"parametrization": Fourier()}, None),
 }
@@ -109,6 +114,7 @@ FROM_DEFAULT: dict[str, tuple[Options, Arguments | None]] = {
     "default, decay 2": ({"parametrization": Fourier(decay=2.0)}, None),
     "default, colours of photographs": ({"parametrization": Fourier(colour=True)}, None),
     "default, pyramid": ({"parametrization": Pyramid()}, None),
+    "default, BatchNorm matching": ({"objectives": [*ENTROPY, PRIOR]}, None),
     "default, no jitter": ({}, no_jitter),
     "default, soft targets": ({}, soft),
     "default, mixed targets": ({}, mixed),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import smi_fast.engine.cpu
 from smi_fast import SparseInverter, SparseViT, StopSchedule
 from smi_fast.engine import candidates, choose
-from smi_fast.engine.cpu import FoldedRun, LastBlock
+from smi_fast.engine.cpu import CpuEngine, FoldedRun, LastBlock
 from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
 from tests.helpers.inversions import PUBLISHED
@@ -83,6 +84,32 @@ def test_first_rows_are_those_of_the_block(
     assert relative_error(exact, doubled(x.double())[:, :rows]) < 1e-13
 
 
+def test_every_norm_has_its_own_eps(teacher: VisionTransformer) -> None:
+    for index, block in enumerate(teacher.blocks):
+        block.norm1.eps, block.norm2.eps = 0.1 + index, 0.5 + index
+    check(FoldedRun(teacher.requires_grad_(False).blocks[:3]), teacher, tokens())
+
+
+def test_large_scores_do_not_overflow(teacher: VisionTransformer) -> None:
+    """Float32 has no exponential of numbers above 88."""
+    block, x = teacher.requires_grad_(False).blocks[-1], tokens()
+    width = block.attn.proj.in_features
+    with torch.no_grad():
+        block.attn.qkv.weight[: 2 * width] *= 10
+        q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+    assert (q[:, :, :1] @ k.mT / 8).max() > 100
+    first, _ = LastBlock(block, 1)(x)
+    assert relative_error(first, block(x)[:, :1]) < 1e-4
+
+
+def test_passes_may_read_other_numbers_of_rows(teacher: VisionTransformer) -> None:
+    blocks, x = teacher.requires_grad_(False).blocks, tokens()
+    engine = CpuEngine(blocks)
+    for rows in (1, 3, 1):
+        first, _ = engine.last_block_rows(x, rows)
+        assert relative_error(first, blocks[-1](x)[:, :rows]) < 1e-5
+
+
 def test_nothing_to_compute(engine: FoldedRun) -> None:
     for x in (tokens(2, 0), tokens(0, 5)):
         assert engine(x).shape == gradients(engine(x), x).shape == x.shape
@@ -93,15 +120,32 @@ def test_packed_products_are_the_same(
     engine: FoldedRun, teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They start when a shape has come often, and end with another one."""
+
+    def products() -> int:
+        with torch.autograd.profiler.profile() as profile:
+            engine(tokens(2, 7))
+        return sum(event.name == "mkl::_mkl_linear" for event in profile.function_events)
+
     monkeypatch.setattr(smi_fast.engine.cpu, "_PASSES_UNPACKED", 2)
 
     def is_packed() -> bool:
         return bool(engine.packed)
 
-    for count, packed in ((7, False), (7, True), (7, True), (9, False), (9, True), (7, False)):
+    assert products() == 0
+    for count, packed in (
+        (7, True),
+        (9, False),
+        (7, False),
+        (7, True),
+        (7, True),
+        (9, False),
+        (9, True),
+        (7, False),
+    ):
         check(engine, teacher, tokens(2, count))
         assert is_packed() == packed
     check(engine, teacher, tokens(2, 7))
+    assert products() == 12, "four of each block"
     x, other = tokens(2, 7), tokens(1, 9)
     of_x, of_other = engine(x), engine(other)
     assert relative_error(gradients(of_x, x), gradients(plain(teacher, x), x)) < 1e-5
@@ -162,6 +206,7 @@ def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
         ({"qk_norm": True}, False),
         ({"act_layer": "quick_gelu"}, False),
         ({"act_layer": "gelu_tanh"}, False),
+        ({"act_layer": partial(nn.GELU, approximate="tanh")}, False),
         ({"mlp_layer": timm.layers.SwiGLU}, False),
         ({"norm_layer": "rmsnorm"}, False),
         ({"scale_attn_norm": True}, False),

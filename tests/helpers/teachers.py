@@ -27,6 +27,7 @@ TEACHERS = {
     "vit_tiny_patch16_224 average with class token": {"depth": 2, "global_pool": "avg"},
     "vit_tiny_patch16_224 maximum": {"depth": 2, "global_pool": "max"},
     "vit_tiny_patch16_224 no bias": {"depth": 2, "qkv_bias": False},
+    "vit_tiny_patch16_224 attention norm": {"depth": 2, "scale_attn_norm": True},
 }
 
 

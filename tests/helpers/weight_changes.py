@@ -23,6 +23,8 @@ def optimiser(make: type, **options: object) -> Change:
         steps = make(teacher.parameters(), lr=0.05, **options)
         images = random_images(teacher).to(teacher.patch_embed.proj.weight.dtype)
         teacher(images).square().sum().backward()
+        # Without a bound two steps of SGD make weights whose float64 results are mostly rounding.
+        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         steps.step()
 
     return change

@@ -123,6 +123,20 @@ def test_captured_loop_can_be_interrupted(teacher: VisionTransformer, replays: l
     assert result.iterations == len(result.history["cross_entropy"]) == 5
 
 
+def test_captured_loop_checks_what_it_did_before_an_interrupt(
+    teacher: VisionTransformer, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(number: int, images: Tensor, kept: Tensor) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("smi_fast.inversion.loop.CHECK_EVERY", 50)
+    run = make(teacher, objectives=[CrossEntropy(), Spoilt(1, "value")])
+    with pytest.raises(NonFiniteLoss) as caught:
+        run.invert(TARGETS, progress=False, callback=interrupt)
+    assert caught.value.iteration == 1 and caught.value.result.images.isfinite().all()
+
+
 def test_what_is_captured(teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     def reads(images: Tensor, logits: Tensor) -> Tensor:
         return images.sum() * logits.sum().item()

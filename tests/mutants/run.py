@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -45,31 +46,46 @@ def run_each(mutants: Sequence[Mutant], trees: Sequence[Tree]) -> Iterator[Finis
     """Tests mutants, one at a time in each tree; without an old text there is no fault."""
     waiting, free = list(mutants), list(trees)
     running: dict[int, tuple[BaseProcess, Mutant, Tree, float]] = {}
-    while waiting or running:
-        while waiting and free:
-            mutant, tree = waiting.pop(0), free.pop()
-            if mutant.old:
-                tree.plant(mutant)
-            process = FORK.Process(target=tree.test, args=(mutant.build, mutant.tests))
-            process.start()
-            running[process.sentinel] = (process, mutant, tree, time.monotonic())
-        wait(list(running), timeout=1)
-        for sentinel, (process, mutant, tree, start) in list(running.items()):
-            seconds = time.monotonic() - start
-            overdue = bool(mutant.old) and process.is_alive() and seconds > SECONDS
-            if process.is_alive() and not overdue:
-                continue
-            if overdue:
-                os.killpg(process.pid or 0, signal.SIGKILL)
+    try:
+        while waiting or running:
+            while waiting and free:
+                mutant, tree = waiting.pop(0), free.pop()
+                if mutant.old:
+                    tree.plant(mutant)
+                process = FORK.Process(target=tree.test, args=(mutant.build, mutant.tests))
+                process.start()
+                running[process.sentinel] = (process, mutant, tree, time.monotonic())
+            wait(list(running), timeout=1)
+            for sentinel, (process, mutant, tree, start) in list(running.items()):
+                seconds = time.monotonic() - start
+                overdue = bool(mutant.old) and process.is_alive() and seconds > SECONDS
+                if process.is_alive() and not overdue:
+                    continue
+                if overdue:
+                    end(process)
+                process.join()
+                del running[sentinel]
+                free.append(tree)
+                if mutant.old:
+                    tree.restore(mutant)
+                result = outcome(None if overdue else process.exitcode)
+                if not (mutant.old and result.startswith("caught")):
+                    shutil.copy(tree.log, WORK / f"{mutant.name}.log")
+                yield mutant, result, seconds
+    finally:
+        # An interrupt or an error ends here: no tests go on, and no fault stays planted.
+        for process, mutant, tree, _ in running.values():
+            end(process)
             process.join()
-            del running[sentinel]
-            free.append(tree)
             if mutant.old:
                 tree.restore(mutant)
-            result = outcome(None if overdue else process.exitcode)
-            if not (mutant.old and result.startswith("caught")):
-                shutil.copy(tree.log, WORK / f"{mutant.name}.log")
-            yield mutant, result, seconds
+
+
+def end(process: BaseProcess) -> None:
+    """Kills a process and those that it has started."""
+    with suppress(ProcessLookupError):  # before it leads a group of its own
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.kill()
 
 
 def without_fault(mutants: Sequence[Mutant]) -> list[Mutant]:
@@ -86,11 +102,13 @@ def start(count: int, builds: set[str]) -> list[Tree]:
         SystemExit: it can't be built; with the place of the log.
     """
     trees = [Tree(WORK / str(number)) for number in range(count)]
-    processes = []
     for tree in trees:
         tree.copy()
-        processes.append(FORK.Process(target=tree.prepare, args=(builds,)))
-        processes[-1].start()
+    if not builds:
+        return trees
+    processes = [FORK.Process(target=tree.prepare, args=(builds,)) for tree in trees]
+    for process in processes:
+        process.start()
     for process, tree in zip(processes, trees, strict=True):
         process.join()
         if process.exitcode:
@@ -103,6 +121,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names, or beginnings of names", default=[""])
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     mutants = [m for m in MUTANTS if m.name.startswith(tuple(options.only))]
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MAX_JOBS="1")
     for module in ("pytest", "timm", "torch.utils.cpp_extension"):

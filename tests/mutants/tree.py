@@ -7,6 +7,7 @@ import os
 import runpy
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Tree:
     """A copy of the repository. Its objects stay, so that a mutant compiles one file.
 
     Args:
-        path: a folder for nothing else; what the last copy has built is reused.
+        path: a folder for nothing else; what the last copy has built without a fault is reused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,16 +31,15 @@ class Tree:
         self._built = path.with_suffix(".built")
 
     def copy(self) -> None:
-        """Copies the work tree anew. Files keep their times, which the compiler's memory needs."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                if entry.name != "build":
-                    shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        """Copies the work tree anew. Files keep their times, which the compiler's memory needs.
+
+        Nothing of the last copy stays: a run that was killed has left a fault in it.
+        """
+        shutil.rmtree(self.path, ignore_errors=True)
         ignored = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(ROOT, self.path, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+        shutil.copytree(ROOT, self.path, symlinks=True, ignore=ignored)
+        if self._built.exists():
+            shutil.copytree(self._built / "build", self.path / "build")
         for library in (ROOT / "smi_fast").glob("*.so"):
             shutil.copy2(library, self.path / "smi_fast")
         kernels = self.path / "smi_fast" / "kernels"
@@ -53,10 +53,14 @@ class Tree:
         if "cpu" in builds:
             (self.path / "smi_fast" / "_C_cpu.abi3.so").unlink(missing_ok=True)
         _build(builds)
+        # The folder gets its name once it is whole, because the next run trusts what it finds.
         shutil.rmtree(self._built, ignore_errors=True)
-        shutil.copytree(self.path / "build", self._built / "build", dirs_exist_ok=True)
+        part = self._built.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(self.path / "build", part / "build")
         for library in (self.path / "smi_fast").glob("*.so"):
-            shutil.copy2(library, self._built)
+            shutil.copy2(library, part)
+        part.rename(self._built)
 
     def plant(self, mutant: Mutant) -> None:
         """Writes the fault into its file."""
@@ -92,6 +96,7 @@ class Tree:
     def _enter(self) -> None:
         """Makes this process one of the copy; what it prints goes to the log."""
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(log, stream)

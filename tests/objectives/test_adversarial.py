@@ -25,6 +25,9 @@ def test_adversarial() -> None:
     student, teacher = 3 * torch.randn(2, 4, 6, dtype=F64)
     compare(lambda x: clamped_js(x, teacher, 3.0), lambda x: published_js(x, teacher, 3.0), student)
     compare(lambda x: clamped_js(student, x, 2.0), lambda x: published_js(student, x, 2.0), teacher)
+    # The mean of two sure predictions is outside of the bounds too.
+    sure, other = 30 * student, 30 * teacher
+    compare(lambda x: clamped_js(x, other, 3.0), lambda x: published_js(x, other, 3.0), sure)
     teacher.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: clamped_js(student, x, 3.0), teacher)
 

@@ -38,6 +38,8 @@ def test_gaussian_similarity_goes_through_all_patches() -> None:
         for image in range(2):
             counts = picks[:, image].flatten().bincount(minlength=kept)
             assert (counts == 4).all()
+            in_turn = picks[: kept // 4, image].flatten()
+            assert len(in_turn.unique()) == kept, "no patch comes again before all others have"
         assert not torch.equal(picks[0, 0], picks[0, 1])
     assert objective._pick(3, torch.tensor(1)).sort().values.tolist() == [[0, 1, 2]] * 2
     scores = {f"attention.{i}.scores": torch.randn(2, 3, 5, 5, dtype=F64) for i in range(2)}

@@ -28,6 +28,14 @@ def test_batch_norm_matching_is_batch_norm_and_the_published_term() -> None:
     )
 
 
+def test_statistics_that_match_exactly_have_gradient_zero() -> None:
+    x = torch.full((2, 3, 4, 2), 0.5, requires_grad=True)
+    half, ones = torch.full((3,), 0.5), torch.ones(3)
+    _, loss = ops.batch_norm_matching(x, half, torch.zeros(3), ones, half)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert loss == 0 and torch.equal(gradient, torch.zeros_like(x))
+
+
 def test_bad_statistics_are_refused() -> None:
     of_four = [torch.ones(4)] * 4
     with pytest.raises(

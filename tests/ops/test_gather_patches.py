@@ -150,6 +150,8 @@ def test_empty_batch() -> None:
             r"expected images \[B, C, H, W\], got .*\[3, 16, 16\]",
         ),
         ({"patch_size": 5}, "multiples of the patch size 5, got 16 x 16"),
+        ({"images": torch.zeros(2, 3, 20, 16)}, "of the patch size 8, got 20 x 16"),
+        ({"images": torch.zeros(2, 3, 16, 20)}, "of the patch size 8, got 16 x 20"),
         ({"kept": torch.zeros(2, 3)}, r"expected kept int64 \[2, K\], got torch.float32 \[2, 3\]"),
         ({"kept": torch.zeros(1, 3, dtype=torch.int64)}, r"kept int64 \[2, K\], got .* \[1, 3\]"),
         ({"kept": torch.zeros(2, 3, dtype=torch.int64, device="meta")}, "on cpu, got one on meta"),

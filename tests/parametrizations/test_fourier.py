@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smi_fast import CrossEntropy, Dense, Fourier, SparseInverter, StopSchedule, load_teacher
+from smi_fast.parametrizations.fourier import MARGIN
 from smi_fast.teacher.space import ImageSpace
 
 SIZES = [(64, 64), (112, 112), (224, 224), (384, 384), (33, 48), (48, 33), (7, 9)]
@@ -55,6 +56,15 @@ def test_given_images_come_back(height: int, width: int, colour: bool) -> None:
     pixels = torch.rand(2, 3, height, width, dtype=torch.float64) * 0.9 + 0.05
     images = fourier.space.normalize(pixels)
     torch.testing.assert_close(fourier.images(fourier.parameters_of(images)), images)
+
+
+def test_black_and_white_have_finite_parameters() -> None:
+    fourier = Fourier(1.0).bind(space(6, 8))
+    pixels = (torch.arange(3 * 6 * 8) % 2).double().view(1, 3, 6, 8)
+    parameters = fourier.parameters_of(fourier.space.normalize(pixels))
+    assert parameters.isfinite().all()
+    found = fourier.space.denormalize(fourier.images(parameters))
+    torch.testing.assert_close(found, pixels.clamp(MARGIN, 1 - MARGIN))
 
 
 def test_gradient() -> None:

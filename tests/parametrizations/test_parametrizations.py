@@ -73,6 +73,17 @@ def test_stopped_pixels_stay_as_they_were_at_their_stop(
     assert torch.equal(images[-1][stopped], images[2][stopped])
 
 
+def test_images_may_be_memory_of_the_parameters(teacher: VisionTransformer) -> None:
+    class Plain(Sigmoid):
+        def images(self, parameters: Tensor) -> Tensor:
+            return parameters
+
+    images, kept = frames(make(teacher, parametrization=Plain()))
+    stopped = ~pixels_of(kept[3])
+    assert torch.equal(images[-1][stopped], images[2][stopped])
+    assert not torch.equal(images[-1], images[2])
+
+
 @BOTH
 def test_regularized_background_follows_the_parameters(
     teacher: VisionTransformer, kind: Callable

@@ -207,14 +207,19 @@ def test_create_refuses_a_pool_and_overwrites_it_when_told(tmp_path: Path) -> No
 def test_a_failed_overwrite_leaves_a_pool_that_can_be_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Pool.create(tmp_path, SETTINGS).add(*batch(2))
-    with monkeypatch.context() as patch:
-        fail_at_call(patch, Path, "unlink", 12)
-        with pytest.raises(PoolError, match=r"deleting .* failed: No space left"):
-            Pool.create(tmp_path, SETTINGS, overwrite=True)
-    assert Pool(tmp_path).records == []
-    Pool.create(tmp_path, SETTINGS, overwrite=True).add(*batch(1))
-    assert len(Pool(tmp_path).records) == 1
+    # Four files and what is left of each, then three pictures of each image.
+    for count in range(1, 15):
+        folder = tmp_path / str(count)
+        with Pool.create(folder, SETTINGS) as made:
+            made.add(*batch(2))
+        with monkeypatch.context() as patch:
+            fail_at_call(patch, Path, "unlink", count)
+            with pytest.raises(PoolError, match=r"deleting .* failed: No space left"):
+                Pool.create(folder, SETTINGS, overwrite=True)
+        with Pool.resume(folder, SETTINGS) as found:
+            assert len(found.records) == (2 if count == 1 else 0)
+        Pool.create(folder, SETTINGS, overwrite=True).add(*batch(1))
+        assert len(Pool(folder).records) == 1
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ def test_scaled_stops_are_the_published_ones_at_4000() -> None:
 
 def test_select_keeps_the_top_in_ascending_order() -> None:
     kept = torch.tensor([[1, 4, 6, 9], [0, 2, 3, 7]])
-    importance = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.4, 0.1, 0.3, 0.2]])
+    importance = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.3, 0.1, 0.2, 0.4]])
     schedule = StopSchedule((5,), (0.5,))
     selection = schedule.select(Stop(5, kept, importance, (2, 5)))
-    assert selection.kept.tolist() == [[4, 9], [0, 3]] and selection.finished is None
+    assert selection.kept.tolist() == [[4, 9], [0, 7]] and selection.finished is None
 
 
 @pytest.mark.parametrize(

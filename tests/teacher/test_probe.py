@@ -99,6 +99,7 @@ def published_forward(self: VisionTransformer, x: Tensor, absolute: Tensor, rela
         (lambda x: 1.1 * x, "computes something else than timm's: the logits of one image differ"),
         # The value stays, the gradient is cut: logits alone would not tell.
         (lambda x: x.detach() + 0 * x, "the pixel gradients of one image differ by"),
+        (lambda x: x * torch.nan, "the logits of one image differ by nan"),
     ],
 )
 def test_a_patch_with_a_published_name_is_judged_by_what_it_computes(

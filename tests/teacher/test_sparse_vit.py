@@ -29,6 +29,19 @@ def test_equals_timm_with_every_patch(name: str) -> None:
     assert relative_error(our_gradient, gradient) < 1e-4
 
 
+def test_equals_timm_with_a_gate() -> None:
+    teacher = make_teacher("vit_tiny_patch16_224", img_size=48, depth=2)
+    if not hasattr(teacher.blocks[0].attn, "gate"):
+        pytest.skip("timm has no gated attention")
+    for block in teacher.blocks:
+        block.attn.gate = nn.Linear(192, 192)
+    images = random_images(teacher)
+    pairs = zip(
+        with_gradient(SparseViT(teacher), images), with_gradient(teacher, images), strict=True
+    )
+    assert all(relative_error(ours, own) < 1e-4 for ours, own in pairs)
+
+
 class OnlyKept(nn.Module):
     """A timm model fed with given tokens only: what sparse inversion means by kept."""
 

@@ -38,6 +38,18 @@ def changed(path: str, module: nn.Module) -> VisionTransformer:
     return teacher
 
 
+def other_scale() -> VisionTransformer:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    teacher.blocks[1].attn.scale = 0.25
+    return teacher
+
+
+def pooled_by_place() -> VisionTransformer:
+    teacher = make_teacher("vit_base_patch16_siglip_224", depth=1)
+    teacher.attn_pool.pos_embed = nn.Parameter(torch.zeros(196, 768))
+    return teacher
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -52,6 +64,9 @@ def changed(path: str, module: nn.Module) -> VisionTransformer:
         (lambda: changed("blocks.0.mlp", nn.Identity()), "blocks.0.mlp to be Mlp or .*"),
         (lambda: timm.create_model("vit_tiny_patch16_224", global_pool=""), "global_pool=''"),
         (lambda: VisionTransformer(patch_size=(8, 16), depth=1), "square patches, .* 8 x 16"),
+        (lambda: changed("patch_embed.proj", nn.Conv2d(3, 192, 16, 8)), "once, got overlaps"),
+        (lambda: other_scale(), r"blocks.1.attn to scale by 1/sqrt\(64\), got 0.25"),
+        (lambda: pooled_by_place(), "attn_pool has positions of its own, kept patches don't"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exact_is_refused_by_name(make: object, message: str) -> None:

@@ -41,6 +41,15 @@ def test_in_place_changes_of_replaced_weights_are_noticed(each_backend: str, rep
     assert relative_error(sparse(images).logits, teacher(images)) < 1e-5
 
 
+@pytest.mark.parametrize("replace", ["data replaced", "load_state_dict(assign=True)"])
+def test_every_replacement_is_noticed(each_backend: str, replace: str) -> None:
+    teacher = tiny_vit()
+    sparse, images = SparseViT(teacher), random_images(teacher)
+    for _ in range(3):
+        NOTICED[replace](teacher, sparse)
+        assert relative_error(sparse(images).logits, teacher(images)) < 1e-5
+
+
 def test_images_of_the_old_data_type_are_refused_after_a_cast() -> None:
     teacher = tiny_vit()
     sparse, images = SparseViT(teacher), random_images(teacher)
@@ -105,6 +114,12 @@ def test_copies_work_at_any_time(passes: int, way: str) -> None:
     with torch.no_grad():
         copied.vit.cls_token.mul_(2)
     assert not torch.equal(copied(images).logits, sparse(images).logits)
+
+
+def test_a_saved_teacher_has_its_weights_once() -> None:
+    sparse = SparseViT(tiny_vit())
+    held = sum(weight.nbytes for weight in sparse.vit.parameters())
+    assert held < len(pickle.dumps(sparse)) < 1.5 * held
 
 
 def test_training_is_refused() -> None:

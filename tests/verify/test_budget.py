@@ -119,6 +119,26 @@ def test_result_that_is_no_number_is_out_of_every_budget(value: float) -> None:
     assert not any(error.allowed for error in found)
 
 
+def test_kernel_may_have_twice_the_error_of_eager() -> None:
+    exact = torch.zeros(4, dtype=torch.float64)
+    for factor, allowed in ((1.99, True), (2.01, False)):
+        eager = torch.tensor([0.0, 0.0, 1e-3, 0.0])
+        element, _ = errors(factor * eager, eager, exact)
+        assert element.allowed == allowed
+
+
+def test_copies_are_compared_bit_by_bit() -> None:
+    call = next(call for call in op_calls() if call.op == "gather_patches")
+
+    def one_ulp(*arguments: Any) -> tuple[Tensor, Tensor]:
+        patches, positions = reference.gather_patches(*arguments)
+        patches.flatten()[0] = patches.flatten()[0].nextafter(torch.tensor(torch.inf))
+        return patches, positions
+
+    with pytest.raises(WrongResult, match="isn't a copy"):
+        call.check(SimpleNamespace(gather_patches=one_ulp), torch.float32)
+
+
 def test_share_of_a_budget_of_zero() -> None:
     assert Error("element", 0.0, 0.0).share == 0.0
     assert Error("element", 1e-9, 0.0).share == float("inf")

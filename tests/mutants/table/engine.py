@@ -53,6 +53,7 @@ MUTANTS = (
             "std::exp(p[j] - highest)",
             "std::exp(p[j])",
             "Large scores overflow.",
+            f"{ENGINE}::test_large_scores_do_not_overflow",
         ),
     ),
     *of_file(
@@ -76,6 +77,7 @@ MUTANTS = (
             "own_eps += 2;",
             "own_eps += 0;",
             "Every block has the eps of the first.",
+            f"{ENGINE}::test_every_norm_has_its_own_eps",
         ),
         Mutant(
             "blocks-order",
@@ -144,6 +146,7 @@ MUTANTS = (
             "state += [weight.data_ptr() for weight in weights]",
             "",
             "Weights that are replaced are not noticed.",
+            "tests/teacher/test_weights.py::test_changes_are_noticed",
         ),
         Mutant(
             "engine-overlap",
@@ -164,7 +167,7 @@ MUTANTS = (
             "if rows not in self._last:",
             "if not self._last:",
             "The number of rows is that of the first pass.",
-            FIRST_ROWS,
+            f"{ENGINE}::test_passes_may_read_other_numbers_of_rows",
         ),
     ),
     *of_file(

@@ -4,8 +4,10 @@ from tests.mutants.mutant import Mutant, of_file
 
 CHECK = "tests/schedules/test_check.py"
 STOPS = "tests/schedules/test_stops.py"
+COMPACT = "tests/schedules/test_compact.py"
 GROUPS = "tests/schedules/test_finished_groups.py"
 INVERTER = "tests/inversion/test_inverter.py"
+RATE = "tests/test_learning_rate.py"
 LOOP = "tests/inversion/test_loop.py"
 FOURIER = "tests/parametrizations/test_fourier.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
@@ -87,12 +89,14 @@ MUTANTS = (
             "on_grid.view(batch, 1, rows, columns)",
             "on_grid.view(batch, 1, columns, rows)",
             "Neighbours on a grid that isn't square are those of another grid.",
+            COMPACT,
         ),
         Mutant(
             "stops-compact-unused",
             "importance = _averaged(stop) if self.compact else stop.importance",
             "importance = stop.importance",
             "compact is not read.",
+            COMPACT,
         ),
     ),
     *of_file(
@@ -156,8 +160,25 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/learning_rate.py",
+        RATE,
+        Mutant(
+            "rate-restart",
+            "cycles = self.restarts + 1",
+            "cycles = 1",
+            "The cosine never starts again.",
+        ),
+    ),
+    *of_file(
         "smi_fast/inversion/state.py",
         LOOP,
+        Mutant(
+            "state-rate",
+            "lr = settings.lr.index_select(0, self.iteration)[0]",
+            "lr = settings.lr[0]",
+            "Every iteration has the learning rate of the first.",
+            f"{RATE}::test_an_inversion_is_torchs_optimizer_with_a_schedule",
+        ),
         Mutant(
             "state-save",
             "return [tensor.clone() for tensor in self._moving]",
@@ -182,7 +203,7 @@ MUTANTS = (
             "self.background = self.images().clone()",
             "self.background = self.images()",
             "The background is memory of the parametrization.",
-            f"{PARAMETRIZATIONS}::test_stopped_pixels_stay_as_they_were_at_their_stop",
+            f"{PARAMETRIZATIONS}::test_images_may_be_memory_of_the_parameters",
         ),
         Mutant(
             "state-background-kept",

@@ -231,7 +231,7 @@ MUTANTS = (
     ),
     *of_file(
         "smi_fast/objectives/base.py",
-        "tests/inversion/test_inputs.py::test_what_is_no_objective_is_refused",
+        "tests/inversion/test_inputs.py::test_bad_options_are_refused",
         Mutant(
             "objectives-names",
             "if not names or len(set(names)) < len(names):",

@@ -59,7 +59,7 @@ MUTANTS = (
             "out = out * attention.gate(y).sigmoid()",
             "out = out * attention.gate(y)",
             "The gate of attention has no sigmoid.",
-            EVERY,
+            f"{SPARSE}::test_equals_timm_with_a_gate",
         ),
     ),
     *of_file(
@@ -162,14 +162,14 @@ MUTANTS = (
             "        self._addresses = found\n",
             "",
             "A second replacement of a weight is not noticed.",
-            f"{WEIGHTS}::test_changes_are_noticed",
+            f"{WEIGHTS}::test_every_replacement_is_noticed",
         ),
         Mutant(
             "frozen-state",
             'return {"_tables": [], "_shared": [], "_addresses": []}',
             "return vars(self)",
-            "A copied teacher goes on following the weights of the first.",
-            f"{WEIGHTS}::test_copies_work_at_any_time",
+            "A saved teacher has its weights several times.",
+            f"{WEIGHTS}::test_a_saved_teacher_has_its_weights_once",
         ),
     ),
     *of_file(
@@ -220,7 +220,7 @@ MUTANTS = (
     ),
     *of_file(
         "smi_fast/teacher/space.py",
-        "tests/inversion/test_inverter.py::test_result_shows_kept_patches_and_is_in_range",
+        "tests/teacher/test_space.py",
         Mutant(
             "space-clamp",
             "self.mean[:, None, None]).clamp(0, 1)",

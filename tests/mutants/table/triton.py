@@ -32,6 +32,12 @@ MUTANTS = (
             "_one_minus_power(log_beta1, taken)",
             "The bias correction of the square uses the other beta.",
         ),
+        Mutant(
+            "triton-adam-decay",
+            "(1.0 - eta * weight_decay)",
+            "(1.0 - weight_decay)",
+            "Pixels decay at the same rate whatever the learning rate is.",
+        ),
     ),
     *of_file(
         "kernels/batch_norm_matching.py",
@@ -119,6 +125,7 @@ MUTANTS = (
             "row = scores.masked_fill(~valid, -torch.inf).softmax(-1)",
             "row = scores.softmax(-1)",
             "Tokens after the length take a part of the importance.",
+            "tests/backends/triton/test_sdpa.py",
         ),
     ),
 )

@@ -1,0 +1,1 @@
+"""A real teacher and real photographs: CLIP's image tower, out of packages of PyPI."""

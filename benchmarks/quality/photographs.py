@@ -1,0 +1,220 @@
+"""How well an ImageNet classifier recognises what CLIP's tower was inverted towards.
+
+CLIP's image tower, ViT-B/16 at 224 px, is inverted towards its embeddings of ten photographs. The
+judge, EfficientNet-Lite0, took no part. It ranks the photograph's class among 1000; rank 0 is the
+best, and chance is 500. The tower's products are in bfloat16, by autocast.
+
+Images are kept in the folder of the packages, so a run goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.clip.packages import folder
+from benchmarks.clip.photographs import SIDE, Photographs, load_photographs
+from benchmarks.clip.tower import load_tower
+from benchmarks.harness.environment import describe, record, result_file
+from smi_fast import (
+    Dense,
+    Fourier,
+    LossInputs,
+    Objective,
+    Parametrization,
+    Schedule,
+    SparseInverter,
+    SparseViT,
+    StopSchedule,
+    TotalVariation,
+    load_cnn,
+    recipes,
+)
+from smi_fast.inversion.inputs import image_space
+from smi_fast.teacher.space import ImageSpace
+
+ITERATIONS, QUICK_ITERATIONS = 80, 2
+KEEP = 0.47
+SEED = 0
+TEMPERATURE = 1 / 20
+
+
+@dataclass(frozen=True, eq=False)
+class NearestPhotograph(Objective):
+    """Cross-entropy of which photograph's embedding is the nearest.
+
+    Similarities are cosines of embeddings from which the mean of the photographs' embeddings is
+    subtracted, divided by the temperature. The targets are numbers of photographs.
+
+    Args:
+        embeddings: [N, E] of the photographs.
+    """
+
+    embeddings: Tensor
+    name: str = "nearest_photograph"
+    weight: float = 1.0
+
+    def similarities(self, embeddings: Tensor) -> Tensor:
+        """[B, N], for embeddings [B, E] of images."""
+        centre = self.embeddings.mean(0)
+        wanted = F.normalize(self.embeddings - centre, dim=1)
+        return F.normalize(embeddings.float() - centre, dim=1) @ wanted.T / TEMPERATURE
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return F.cross_entropy(self.similarities(inputs.logits), inputs.targets)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What the optimiser moves, and whether all patches stay."""
+
+    parametrization: Parametrization
+    sparse: bool
+    lr: float = 0.2
+    priors: tuple[Objective, ...] = field(default_factory=tuple)
+
+    def schedule(self, iterations: int) -> Schedule:
+        return StopSchedule.once(iterations, keep=KEEP) if self.sparse else Dense()
+
+
+def contenders() -> dict[str, Contender]:
+    """By name, those first which the others are compared with."""
+    published, clear = recipes.smi(), recipes.clear()
+    moved = {
+        "pixels": (published.parametrization, published.lr, (TotalVariation(),)),
+        "default": (clear.parametrization, clear.lr, ()),
+        **{f"decay {decay}": (Fourier(decay), clear.lr, ()) for decay in (1.0, 0.7, 1.25)},
+        "default, colour": (Fourier(colour=True), clear.lr, ()),
+        "decay 1.0, colour": (Fourier(1.0, colour=True), clear.lr, ()),
+    }
+    return {
+        f"{name}, {'92 of 196 patches' if sparse else 'dense'}": Contender(
+            parametrization, sparse, lr, priors
+        )
+        for name, (parametrization, lr, priors) in moved.items()
+        for sparse in (False, True)
+    }
+
+
+def invert(
+    teacher: SparseViT, contender: Contender, embeddings: Tensor, iterations: int
+) -> dict[str, Any]:
+    """One image for each photograph: images in [0, 1], masks, losses, and how they were made."""
+    inverter = SparseInverter(
+        teacher,
+        objectives=[NearestPhotograph(embeddings), *contender.priors],
+        parametrization=contender.parametrization,
+        schedule=contender.schedule(iterations),
+        iterations=iterations,
+        lr=contender.lr,
+    )
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = inverter.invert(range(len(embeddings)), generator=generator, progress=False)
+    return {
+        "images": result.images,
+        "masks": result.masks,
+        "loss": result.history[NearestPhotograph.name][-1],
+        "seconds": result.seconds,
+        "commit": describe()["commit"],
+    }
+
+
+def made(
+    path: Path, teacher: SparseViT, contender: Contender, embeddings: Tensor, iterations: int
+) -> dict[str, Any]:
+    """What :func:`invert` returns, from the file of an earlier run where there is one."""
+    if not path.exists():
+        found = invert(teacher, contender, embeddings, iterations)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(found, partial)
+        partial.replace(path)
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def ranks(logits: Tensor, classes: Tensor) -> list[int]:
+    """For each image how many classes of [B, C] are more probable than its own."""
+    own = logits.gather(1, classes[:, None])
+    return (logits > own).sum(1).tolist()
+
+
+def over_mean(images: Tensor, masks: Tensor) -> Tensor:
+    """Images [B, C, H, W] in which all but the kept patches have the mean colour of those.
+
+    Args:
+        images: in [0, 1].
+        masks: bool [B, rows, columns], the kept patches.
+    """
+    shown = F.interpolate(masks[:, None].to(images), images.shape[2:])
+    means = (images * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
+    return torch.where(shown.bool(), images, means)
+
+
+@torch.no_grad()
+def verdict(judge: nn.Module, space: ImageSpace, images: Tensor, classes: Tensor) -> dict[str, Any]:
+    """The ranks that a judge gives the classes of images in [0, 1]."""
+    found = ranks(judge(space.normalize(images)), classes)
+    return {"mean_rank": round(mean(found), 1), "median_rank": median(found), "ranks": found}
+
+
+def judge_space(judge: nn.Module) -> ImageSpace:
+    """The space of a judge that takes photographs as they are."""
+    settings = getattr(judge, "pretrained_cfg")  # noqa: B009
+    return ImageSpace(3, SIDE, SIDE, *(torch.tensor(settings[key]) for key in ("mean", "std")))
+
+
+def picture(rows: Mapping[str, Tensor], side: int = 96) -> Image.Image:
+    """Images [N, 3, H, W] in [0, 1], a row for each name, in 256 colours."""
+    small = [F.interpolate(images, (side, side), mode="area") for images in rows.values()]
+    sheet = torch.cat([torch.cat(tuple(images), dim=2) for images in small], dim=1)
+    return Image.fromarray((sheet * 255).byte().permute(1, 2, 0).numpy()).quantize(256)
+
+
+def measure(photographs: Photographs, names: list[str], iterations: int) -> dict[str, Any]:
+    """Make or load the images of each contender, and judge them."""
+    teacher, judge = SparseViT(load_tower()), load_cnn("efficientnet-lite0")
+    space, classes = judge_space(judge), photographs.classes
+    normalize = image_space(teacher, None, None).normalize
+    with torch.no_grad():
+        embeddings = teacher(normalize(photographs.images)).logits
+    measured = {"photographs": verdict(judge, space, photographs.images, classes)}
+    runs = folder() / f"{len(classes)}-photographs-{iterations}-iterations"
+    sheet = {"photographs": photographs.images}
+    for name in names:
+        path = runs / f"{name.replace(' ', '-').replace(',', '')}.pt"
+        run = made(path, teacher, contenders()[name], embeddings, iterations)
+        masked = over_mean(run["images"], run["masks"])
+        measured[name] = {
+            "whole": verdict(judge, space, run["images"], classes),
+            "kept_patches_over_mean": verdict(judge, space, masked, classes),
+            **{key: run[key] for key in ("loss", "seconds", "commit")},
+        }
+        sheet[name] = run["images"]
+        print(f"{name}: {measured[name]}", flush=True)
+    return {"measured": measured, "sheet": sheet}
+
+
+def main(quick: bool = False) -> None:
+    photographs = load_photographs()
+    names = list(contenders())
+    iterations = QUICK_ITERATIONS if quick else ITERATIONS
+    if quick:
+        names = ["pixels, dense", "default, dense"]
+        photographs = Photographs(
+            photographs.images[:2], photographs.classes[:2], photographs.names[:2]
+        )
+    found = measure(photographs, names, iterations)
+    setting = {"iterations": iterations, "photographs": photographs.names, "seed": SEED}
+    record("photographs", {**setting, **found["measured"]}, quick=quick)
+    shown = {name: found["sheet"][name] for name in ("photographs", *names[:4])}
+    picture(shown).save(result_file("photographs.png", quick=quick), optimize=True)
