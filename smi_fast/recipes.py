@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smi_fast.jitter import Jitter
 from smi_fast.objectives import (
     AdversarialJS,
     AttentionPrior,
@@ -30,6 +31,10 @@ from smi_fast.objectives import (
 from smi_fast.objectives.targets import soft_targets
 from smi_fast.parametrizations import Fourier, Parametrization, Pixels
 from smi_fast.schedules import Dense, Schedule, StopSchedule
+
+# Largest shifts in pixels of 224, as published.
+_DEEPINVERSION = Jitter(share=30 / 224)
+_PSAQ_VIT = Jitter(share=(15 / 224, 30 / 224), starts=(0.5,))
 
 
 def _dense(iterations: int) -> Schedule:
@@ -56,6 +61,7 @@ class Recipe:
         iterations: iterations of the optimiser.
         lr: learning rate of Adam.
         betas: decay rates of Adam.
+        jitter: how far images are shifted, and whether they are mirrored.
         schedule: when patches stop, as a function of the iterations.
         parametrization: what the optimiser moves.
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
@@ -69,6 +75,7 @@ class Recipe:
     lr: float
     betas: tuple[float, float]
     soft: bool = False
+    jitter: Jitter = Jitter()  # noqa: RUF009
     schedule: Callable[[int], Schedule] = _dense
     parametrization: Parametrization = field(default_factory=Pixels)
     differs: str = ""
@@ -76,8 +83,8 @@ class Recipe:
     def options(self, **changes: Any) -> dict[str, Any]:
         """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`.
 
-        >>> sorted(recipes.clear().options(iterations=200).items())[1:3]
-        [('iterations', 200), ('lr', 0.2)]
+        >>> sorted(recipes.clear().options(iterations=200))
+        ['betas', 'iterations', 'jitter', 'lr', 'objectives', 'parametrization', 'schedule']
 
         Args:
             **changes: further arguments, or other values than the recipe's. Other iterations also
@@ -86,7 +93,7 @@ class Recipe:
         Raises:
             ValueError: too few iterations for the recipe's schedule.
         """
-        names = ("objectives", "parametrization", "iterations", "lr", "betas")
+        names = ("objectives", "parametrization", "iterations", "lr", "betas", "jitter")
         options = {**{name: getattr(self, name) for name in names}, **changes}
         if "schedule" not in options:
             options["schedule"] = self.schedule(options["iterations"])
@@ -118,6 +125,7 @@ class Recipe:
             *objectives,
             f"  {self.parametrization!r}",
             f"  {adam}",
+            f"  {self.jitter!r}",
         ]
         lines += ["  soft targets"] if self.soft else []
         return "\n".join([*lines, f"  differs: {self.differs}"] if self.differs else lines)
@@ -170,6 +178,7 @@ def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
         2000,
         0.2,
         (0.5, 0.9),
+        jitter=_DEEPINVERSION,
         differs="BatchNorm statistics of a CNN beside the teacher instead of the teacher's; no "
         "start at half size; constant lr instead of warm-up and cosine; total variation and L2 of "
         "the un-jittered image",
@@ -185,8 +194,9 @@ def psaq_vit() -> Recipe:
         1000,
         0.2,
         (0.5, 0.9),
-        differs="constant lr instead of two runs of 500 with warm-up and cosine; total variation "
-        "of the un-jittered image",
+        jitter=_PSAQ_VIT,
+        differs="a shift of its own along each axis; constant lr instead of two runs of 500 with "
+        "warm-up and cosine; total variation of the un-jittered image",
     )
 
 
@@ -198,8 +208,8 @@ def gradvit(cnn: nn.Module) -> Recipe:
     """
     return Recipe(
         "gradvit",
-        "GradViT, arXiv 2203.11894, for the objectives; weights and optimiser could not be looked "
-        "up and are those of DeepInversion",
+        "GradViT, arXiv 2203.11894, for the objectives; weights, optimiser and jitter could not be "
+        "looked up and are those of DeepInversion",
         (
             CrossEntropy(),
             BatchNormMatching(cnn, 10.0, weight=0.05),
@@ -210,6 +220,7 @@ def gradvit(cnn: nn.Module) -> Recipe:
         2000,
         0.2,
         (0.5, 0.9),
+        jitter=_DEEPINVERSION,
         differs="no gradient matching; constant weights instead of scheduled ones",
     )
 
@@ -223,12 +234,14 @@ def sardfq(attention_weight: float = 1.0) -> Recipe:
     """
     return Recipe(
         "sardfq",
-        "SARDFQ, arXiv 2412.16553; lr and betas could not be looked up and are those of PSAQ-ViT",
+        "SARDFQ, arXiv 2412.16553; lr, betas and jitter could not be looked up and are those of "
+        "PSAQ-ViT",
         (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05)),
         1000,
         0.2,
         (0.5, 0.9),
         soft=True,
+        jitter=_PSAQ_VIT,
         differs="no crops with labels of their own",
     )
 
@@ -242,8 +255,10 @@ def mimiq() -> Recipe:
         2000,
         0.1,
         (0.9, 0.999),
-        differs="Adam with a constant lr instead of AdamW with a cosine to 0.001; no noise and no "
-        "colour jitter",
+        jitter=Jitter(share=(8 / 224, 16 / 224), starts=(0.5,)),
+        differs="shifts of 8 and 16 px are published, that the larger ones begin after half of the "
+        "iterations is assumed; Adam with a constant lr instead of AdamW with a cosine to 0.001; "
+        "no noise and no colour jitter",
     )
 
 
