@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.jitter import Jitter
+from smi_fast.learning_rate import Cosine, LearningRate
 from smi_fast.objectives import (
     AdversarialJS,
     AttentionPrior,
@@ -50,8 +51,8 @@ class Recipe:
     """Objectives and settings of a published method.
 
     >>> recipe = recipes.by_name("psaq_vit")
-    >>> recipe.iterations, recipe.lr, recipe.betas
-    (1000, 0.2, (0.5, 0.9))
+    >>> recipe.iterations, recipe.lr
+    (1000, Cosine(lr=0.2, warm_up=0.2, final=0.0, restarts=1))
     >>> inverter = SparseInverter(teacher, **recipe.options())
 
     Attributes:
@@ -59,11 +60,12 @@ class Recipe:
         source: where the numbers come from.
         objectives: with their published weights.
         iterations: iterations of the optimiser.
-        lr: learning rate of Adam.
+        lr: learning rate, a number or a :class:`smi_fast.LearningRate`.
         betas: decay rates of Adam.
         jitter: how far images are shifted, and whether they are mirrored.
         schedule: when patches stop, as a function of the iterations.
         parametrization: what the optimiser moves.
+        optimizer: "adam" or "adamw".
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
         differs: how the recipe differs from the published method, and what is uncertain.
     """
@@ -72,19 +74,21 @@ class Recipe:
     source: str
     objectives: tuple[Objective, ...]
     iterations: int
-    lr: float
+    lr: float | LearningRate
     betas: tuple[float, float]
     soft: bool = False
     jitter: Jitter = Jitter()  # noqa: RUF009
     schedule: Callable[[int], Schedule] = _dense
     parametrization: Parametrization = field(default_factory=Pixels)
+    optimizer: str = "adam"
     differs: str = ""
 
     def options(self, **changes: Any) -> dict[str, Any]:
         """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`.
 
-        >>> sorted(recipes.clear().options(iterations=200))
-        ['betas', 'iterations', 'jitter', 'lr', 'objectives', 'parametrization', 'schedule']
+        >>> options = recipes.clear().options(iterations=200)
+        >>> options["iterations"], options["lr"]
+        (200, 0.2)
 
         Args:
             **changes: further arguments, or other values than the recipe's. Other iterations also
@@ -93,7 +97,15 @@ class Recipe:
         Raises:
             ValueError: too few iterations for the recipe's schedule.
         """
-        names = ("objectives", "parametrization", "iterations", "lr", "betas", "jitter")
+        names = (
+            "objectives",
+            "parametrization",
+            "iterations",
+            "lr",
+            "betas",
+            "jitter",
+            "optimizer",
+        )
         options = {**{name: getattr(self, name) for name in names}, **changes}
         if "schedule" not in options:
             options["schedule"] = self.schedule(options["iterations"])
@@ -118,7 +130,8 @@ class Recipe:
         return soft_targets(labels, classes, generator=generator) if self.soft else labels
 
     def __str__(self) -> str:
-        adam = f"Adam, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
+        name = {"adam": "Adam", "adamw": "AdamW"}[self.optimizer]
+        adam = f"{name}, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
         objectives = [f"  {objective!r}" for objective in self.objectives]
         lines = [
             f"{self.name}: {self.source}",
@@ -176,12 +189,11 @@ def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
         "DeepInversion, arXiv 1912.08795, defaults of the published code",
         tuple(objectives),
         2000,
-        0.2,
+        Cosine(0.2, warm_up=0.05),
         (0.5, 0.9),
         jitter=_DEEPINVERSION,
         differs="BatchNorm statistics of a CNN beside the teacher instead of the teacher's; no "
-        "start at half size; constant lr instead of warm-up and cosine; total variation and L2 of "
-        "the un-jittered image",
+        "start at half size; total variation and L2 of the un-jittered image",
     )
 
 
@@ -192,11 +204,10 @@ def psaq_vit() -> Recipe:
         "PSAQ-ViT, arXiv 2203.02250, published code",
         (PatchSimilarity(), CrossEntropy(), VariationTarget()),
         1000,
-        0.2,
+        Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
         jitter=_PSAQ_VIT,
-        differs="a shift of its own along each axis; constant lr instead of two runs of 500 with "
-        "warm-up and cosine; total variation of the un-jittered image",
+        differs="a shift of its own along each axis; total variation of the un-jittered image",
     )
 
 
@@ -218,7 +229,7 @@ def gradvit(cnn: nn.Module) -> Recipe:
             PatchSeamTV(),
         ),
         2000,
-        0.2,
+        Cosine(0.2, warm_up=0.05),
         (0.5, 0.9),
         jitter=_DEEPINVERSION,
         differs="no gradient matching; constant weights instead of scheduled ones",
@@ -238,7 +249,7 @@ def sardfq(attention_weight: float = 1.0) -> Recipe:
         "PSAQ-ViT",
         (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05)),
         1000,
-        0.2,
+        Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
         soft=True,
         jitter=_PSAQ_VIT,
@@ -253,12 +264,13 @@ def mimiq() -> Recipe:
         "MimiQ, arXiv 2407.20021, published code",
         (HeadSimilarity(), CrossEntropy(), TotalVariation(2.5e-5)),
         2000,
-        0.1,
+        Cosine(0.1, final=0.001),
         (0.9, 0.999),
+        optimizer="adamw",
         jitter=Jitter(share=(8 / 224, 16 / 224), starts=(0.5,)),
-        differs="shifts of 8 and 16 px are published, that the larger ones begin after half of the "
-        "iterations is assumed; Adam with a constant lr instead of AdamW with a cosine to 0.001; "
-        "no noise and no colour jitter",
+        differs="no noise and no colour jitter; the weight decay could not be looked up and is "
+        "torch's default, 0.01; that the larger of the published shifts, 8 and 16 px, begin after "
+        "half of the iterations is assumed",
     )
 
 
