@@ -34,12 +34,13 @@ def _adam_clamp(
     high,  # [C]
     active,  # int64 [B, K], or None for every tile
     step,  # int64 []
-    lr,
+    lr,  # float64 []
     log_beta1,
     log_beta2,
     decay1,  # 1 - beta1
     beta2,
     decay2,  # 1 - beta2
+    weight_decay,
     EPS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -62,7 +63,8 @@ def _adam_clamp(
     at = plane + (tile // COLUMNS * TILE_Y + inside_y)[:, None] * WIDTH + x[None, :]
 
     taken = tl.load(step).to(tl.float32)
-    rate = lr / _one_minus_power(log_beta1, taken)
+    eta = tl.load(lr).to(tl.float32)
+    rate = eta / _one_minus_power(log_beta1, taken)
     root_scale = tl.rsqrt(_one_minus_power(log_beta2, taken))
     g = tl.load(grad + at, mask=mask).to(tl.float32)
     m = tl.load(exp_avg + at, mask=mask).to(tl.float32)
@@ -70,7 +72,7 @@ def _adam_clamp(
     pixels = tl.load(images + at, mask=mask).to(tl.float32)
     m += (g - m) * decay1
     v = v * beta2 + g * g * decay2
-    pixels -= rate * (m / (tl.sqrt(v) * root_scale + EPS))
+    pixels = pixels * (1.0 - eta * weight_decay) - rate * (m / (tl.sqrt(v) * root_scale + EPS))
     # Unlike tl.maximum and tl.minimum, comparisons pass a NaN on.
     lowest = tl.load(low + channel).to(tl.float32)
     highest = tl.load(high + channel).to(tl.float32)
@@ -87,9 +89,10 @@ def adam_clamp_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
+    weight_decay: float,
     low: Tensor,
     high: Tensor,
     active: Tensor | None,
@@ -123,6 +126,7 @@ def adam_clamp_(
         1 - beta1,
         beta2,
         1 - beta2,
+        weight_decay,
         EPS=ADAM_EPS,
         HEIGHT=height,
         WIDTH=width,

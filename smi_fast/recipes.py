@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smi_fast.learning_rate import Cosine, LearningRate
 from smi_fast.objectives import (
     AdversarialJS,
     AttentionPrior,
@@ -45,8 +46,8 @@ class Recipe:
     """Objectives and settings of a published method.
 
     >>> recipe = recipes.by_name("psaq_vit")
-    >>> recipe.iterations, recipe.lr, recipe.betas
-    (1000, 0.2, (0.5, 0.9))
+    >>> recipe.iterations, recipe.lr
+    (1000, Cosine(lr=0.2, warm_up=0.2, final=0.0, restarts=1))
     >>> inverter = SparseInverter(teacher, **recipe.options())
 
     Attributes:
@@ -54,10 +55,11 @@ class Recipe:
         source: where the numbers come from.
         objectives: with their published weights.
         iterations: iterations of the optimiser.
-        lr: learning rate of Adam.
+        lr: learning rate, a number or a :class:`smi_fast.LearningRate`.
         betas: decay rates of Adam.
         schedule: when patches stop, as a function of the iterations.
         parametrization: what the optimiser moves.
+        optimizer: "adam" or "adamw".
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
         differs: how the recipe differs from the published method, and what is uncertain.
     """
@@ -66,11 +68,12 @@ class Recipe:
     source: str
     objectives: tuple[Objective, ...]
     iterations: int
-    lr: float
+    lr: float | LearningRate
     betas: tuple[float, float]
     soft: bool = False
     schedule: Callable[[int], Schedule] = _dense
     parametrization: Parametrization = field(default_factory=Pixels)
+    optimizer: str = "adam"
     differs: str = ""
 
     def options(self, **changes: Any) -> dict[str, Any]:
@@ -86,7 +89,7 @@ class Recipe:
         Raises:
             ValueError: too few iterations for the recipe's schedule.
         """
-        names = ("objectives", "parametrization", "iterations", "lr", "betas")
+        names = ("objectives", "parametrization", "iterations", "lr", "betas", "optimizer")
         options = {**{name: getattr(self, name) for name in names}, **changes}
         if "schedule" not in options:
             options["schedule"] = self.schedule(options["iterations"])
@@ -111,7 +114,8 @@ class Recipe:
         return soft_targets(labels, classes, generator=generator) if self.soft else labels
 
     def __str__(self) -> str:
-        adam = f"Adam, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
+        name = {"adam": "Adam", "adamw": "AdamW"}[self.optimizer]
+        adam = f"{name}, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
         objectives = [f"  {objective!r}" for objective in self.objectives]
         lines = [
             f"{self.name}: {self.source}",
@@ -168,11 +172,10 @@ def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
         "DeepInversion, arXiv 1912.08795, defaults of the published code",
         tuple(objectives),
         2000,
-        0.2,
+        Cosine(0.2, warm_up=0.05),
         (0.5, 0.9),
         differs="BatchNorm statistics of a CNN beside the teacher instead of the teacher's; no "
-        "start at half size; constant lr instead of warm-up and cosine; total variation and L2 of "
-        "the un-jittered image",
+        "start at half size; total variation and L2 of the un-jittered image",
     )
 
 
@@ -183,10 +186,9 @@ def psaq_vit() -> Recipe:
         "PSAQ-ViT, arXiv 2203.02250, published code",
         (PatchSimilarity(), CrossEntropy(), VariationTarget()),
         1000,
-        0.2,
+        Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
-        differs="constant lr instead of two runs of 500 with warm-up and cosine; total variation "
-        "of the un-jittered image",
+        differs="total variation of the un-jittered image",
     )
 
 
@@ -208,7 +210,7 @@ def gradvit(cnn: nn.Module) -> Recipe:
             PatchSeamTV(),
         ),
         2000,
-        0.2,
+        Cosine(0.2, warm_up=0.05),
         (0.5, 0.9),
         differs="no gradient matching; constant weights instead of scheduled ones",
     )
@@ -226,7 +228,7 @@ def sardfq(attention_weight: float = 1.0) -> Recipe:
         "SARDFQ, arXiv 2412.16553; lr and betas could not be looked up and are those of PSAQ-ViT",
         (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05)),
         1000,
-        0.2,
+        Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
         soft=True,
         differs="no crops with labels of their own",
@@ -240,10 +242,11 @@ def mimiq() -> Recipe:
         "MimiQ, arXiv 2407.20021, published code",
         (HeadSimilarity(), CrossEntropy(), TotalVariation(2.5e-5)),
         2000,
-        0.1,
+        Cosine(0.1, final=0.001),
         (0.9, 0.999),
-        differs="Adam with a constant lr instead of AdamW with a cosine to 0.001; no noise and no "
-        "colour jitter",
+        optimizer="adamw",
+        differs="no noise and no colour jitter; the weight decay could not be looked up and is "
+        "torch's default, 0.01",
     )
 
 

@@ -163,6 +163,15 @@ def test_seeds_of_64_bits(smi: Smi, tmp_path: Path, seed: int) -> None:
     assert {record["seed"] for record in Pool(tmp_path).records} == {seed}
 
 
+def test_resume_refuses_another_learning_rate(smi: Smi, tmp_path: Path) -> None:
+    options = ("--recipe", "psaq_vit", "--schedule", "dense", "--classes", 3, "--per-class", 1)
+    assert smi.invert(tmp_path, *options)[0] == 0
+    code, _, err = smi.invert(tmp_path, *options, "--lr", 0.2, "--resume")
+    made = '"Cosine(lr=0.2, warm_up=0.2, final=0.0, restarts=1)"'
+    assert code == 2 and f"made with lr = {made}, now it is 0.2" in err
+    assert smi.invert(tmp_path, *options, "--resume")[0] == 0
+
+
 def test_resume_refuses_other_weights_of_the_same_name(smi: Smi, tmp_path: Path) -> None:
     options = ("--teacher", "vit_tiny_patch16_224", "--classes", 0, "--per-class", 1)
     for folder in ("a", "b"):

@@ -116,7 +116,8 @@ def adam_clamp(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
     images = images.clamp(-3, 3).contiguous()  # it is changed, so it has memory of its own
     grad, moments = torch.randn(images.shape), (torch.randn(images.shape), torch.rand(images.shape))
     bounds = (-torch.rand(images.shape[1]), torch.rand(images.shape[1]))
-    numbers = (torch.tensor(draw(st.integers(1, 5000))), 0.25, 0.5, 0.99)
+    step, lr = torch.tensor(draw(st.integers(1, 5000))), torch.tensor(0.25, dtype=torch.float64)
+    numbers = (step, lr, 0.5, 0.99, draw(st.sampled_from([0.0, 0.1])))
     where = (active, size) if draw(st.booleans()) else (None, 1)
     return [("_", (images, laid_out(draw, grad), *moments, *numbers, *bounds, *where))]
 

@@ -7,12 +7,13 @@ namespace smi_fast {
 // Scalars of one Adam step, computed in double and rounded once.
 template <typename T>
 struct AdamStep {
-  T to_mean, keep_square, to_square, rate, root, eps;
+  T to_mean, keep_square, to_square, keep_pixel, rate, root, eps;
 
-  AdamStep(int64_t step, double lr, double beta1, double beta2)
+  AdamStep(int64_t step, double lr, double beta1, double beta2, double weight_decay)
       : to_mean(static_cast<T>(1 - beta1)),
         keep_square(static_cast<T>(beta2)),
         to_square(static_cast<T>(1 - beta2)),
+        keep_pixel(static_cast<T>(1 - lr * weight_decay)),
         rate(static_cast<T>(lr / (1 - std::pow(beta1, step)))),
         root(static_cast<T>(1 / std::sqrt(1 - std::pow(beta2, step)))),
         eps(static_cast<T>(1e-8)) {}
@@ -70,8 +71,9 @@ void run(const Tensor& images, const Tensor& grad, const Tensor& exp_avg, const 
 }
 
 void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
-                 const Tensor& step, double lr, double beta1, double beta2, const Tensor& low,
-                 const Tensor& high, const std::optional<Tensor>& active_any, int64_t patch_size) {
+                 const Tensor& step, const Tensor& lr, double beta1, double beta2,
+                 double weight_decay, const Tensor& low, const Tensor& high,
+                 const std::optional<Tensor>& active_any, int64_t patch_size) {
   std::optional<Tensor> active;
   if (active_any) {
     active = checked_indices("active", *active_any,
@@ -81,8 +83,9 @@ void adam_clamp_(Tensor images, const Tensor& grad, Tensor exp_avg, Tensor exp_a
   with_type_of(images, [&](auto zero) {
     using T = decltype(zero);
     run<T>(p, as_contiguous(grad), m, v,
-           AdamStep<T>(*step.const_data_ptr<int64_t>(), lr, beta1, beta2), as_contiguous(low),
-           as_contiguous(high), active, patch_size);
+           AdamStep<T>(*step.const_data_ptr<int64_t>(), *lr.const_data_ptr<double>(), beta1, beta2,
+                       weight_decay),
+           as_contiguous(low), as_contiguous(high), active, patch_size);
   });
   if (!images.is_contiguous()) torch::stable::copy_(images, p);
   if (!exp_avg.is_contiguous()) torch::stable::copy_(exp_avg, m);

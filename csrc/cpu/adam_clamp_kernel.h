@@ -19,7 +19,8 @@ void adam_clamp(T* images, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t row
     for (int64_t x = 0; x < columns; ++x) {
       m[x] += step.to_mean * (g[x] - m[x]);
       v[x] = step.keep_square * v[x] + step.to_square * g[x] * g[x];
-      const T moved = p[x] - step.rate * m[x] / (std::sqrt(v[x]) * step.root + step.eps);
+      const T towards = step.rate * m[x] / (std::sqrt(v[x]) * step.root + step.eps);
+      const T moved = step.keep_pixel * p[x] - towards;
       // Comparisons in this order pass a NaN on, so that a check of the loss finds it.
       const T raised = moved < low ? low : moved;
       p[x] = raised > high ? high : raised;

@@ -12,20 +12,24 @@ constexpr float kEps = 1e-8f;
 struct Rates {
   float first, second;  // 1 - beta1, 1 - beta2
   float decay;          // beta2
-  float lr;
+  float weight_decay;
   float log_first, log_second;  // log(beta1), log(beta2)
 };
 
-// Bias corrections of step t.
+// Factors of step t.
 struct Corrections {
   float step;    // lr / (1 - beta1^t)
   float second;  // sqrt(1 - beta2^t)
+  float kept;    // 1 - lr * weight_decay
 };
 
 __device__ Corrections corrections_of(const Rates& rates,
-                                      const int64_t* __restrict__ step) {  // []
+                                      const int64_t* __restrict__ step,  // []
+                                      const double* __restrict__ lr) {   // []
   const auto t = static_cast<float>(*step);
-  return {rates.lr / -expm1f(t * rates.log_first), sqrtf(-expm1f(t * rates.log_second))};
+  const auto rate = static_cast<float>(*lr);
+  return {rate / -expm1f(t * rates.log_first), sqrtf(-expm1f(t * rates.log_second)),
+          1.0f - rate * rates.weight_decay};
 }
 
 template <typename T>
@@ -39,7 +43,8 @@ struct Pixels {
 };
 
 // Updates the moments m and v, then the pixel:
-// pixel -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+// pixel = (1 - lr * weight_decay) * pixel
+//         - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 template <typename T>
 __device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates,
                            const Corrections& corrections, int64_t i, int64_t channel) {
@@ -47,7 +52,7 @@ __device__ void step_pixel(const Pixels<T>& pixels, const Rates& rates,
   float mean = to_float(pixels.exp_avg[i]), square = to_float(pixels.exp_avg_sq[i]);
   mean += rates.first * (slope - mean);
   square = rates.decay * square + rates.second * slope * slope;
-  float value = to_float(pixels.images[i]);
+  float value = corrections.kept * to_float(pixels.images[i]);
   value -= corrections.step * mean / (sqrtf(square) / corrections.second + kEps);
   const float low = to_float(pixels.low[channel]), high = to_float(pixels.high[channel]);
   // Unlike fminf and fmaxf, comparisons pass a NaN on.
@@ -62,8 +67,9 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _adam_clamp_planes(Pixels<T> pixels, Rates rates,
                        const int64_t* __restrict__ step,  // []
+                       const double* __restrict__ lr,     // []
                        ImageShape shape) {
-  const Corrections corrections = corrections_of(rates, step);
+  const Corrections corrections = corrections_of(rates, step, lr);
   const int64_t plane = blockIdx.x, size = shape.height * shape.width;
   for (int64_t i = blockIdx.y * int64_t{kThreads} + threadIdx.x; i < size;
        i += int64_t{gridDim.y} * kThreads) {
@@ -77,9 +83,10 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     _adam_clamp_patches(Pixels<T> pixels, Rates rates,
                         const int64_t* __restrict__ step,    // []
+                        const double* __restrict__ lr,       // []
                         const int64_t* __restrict__ active,  // [B, K]
                         ImageShape shape) {
-  const Corrections corrections = corrections_of(rates, step);
+  const Corrections corrections = corrections_of(rates, step, lr);
   const int side = static_cast<int>(shape.patch);
   const int64_t image = blockIdx.x / static_cast<unsigned>(shape.kept), patch = active[blockIdx.x];
   const int columns = static_cast<int>(shape.width) / side;
@@ -96,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Rates rates_of(const AdamStep& adam) {
   return {static_cast<float>(1.0 - adam.beta1),     static_cast<float>(1.0 - adam.beta2),
-          static_cast<float>(adam.beta2),           static_cast<float>(adam.lr),
+          static_cast<float>(adam.beta2),           static_cast<float>(adam.weight_decay),
           static_cast<float>(std::log(adam.beta1)), static_cast<float>(std::log(adam.beta2))};
 }
 
@@ -115,13 +122,13 @@ cudaError_t launch_adam_clamp(Type type, void* images, const void* grad, void* e
     if (active != nullptr) {
       grid.x = static_cast<unsigned>(shape.images * shape.kept);
       return launch(_adam_clamp_patches<T>, grid, {kThreads}, 0, stream, pixels, rates, adam.step,
-                    active, shape);
+                    adam.lr, active, shape);
     }
     const int64_t chunks = divide_up(shape.height * shape.width, 4 * kThreads);
     grid.x = static_cast<unsigned>(shape.images * shape.channels);
     grid.y = static_cast<unsigned>(chunks < 1024 ? chunks : 1024);
     return launch(_adam_clamp_planes<T>, grid, {kThreads}, 0, stream, pixels, rates, adam.step,
-                  shape);
+                  adam.lr, shape);
   });
 }
 

@@ -242,16 +242,17 @@ Tensor batch_norm_matching_backward(const Tensor& grad_any, const Tensor& x_any,
 
 // A strided tensor is copied to a dense one, changed there, and written back.
 void adam_clamp_(Tensor images_any, const Tensor& grad_any, Tensor exp_avg_any,
-                 Tensor exp_avg_sq_any, const Tensor& step, double lr, double beta1, double beta2,
-                 const Tensor& low_any, const Tensor& high_any, const Optional& active_any,
-                 int64_t patch_size) {
+                 Tensor exp_avg_sq_any, const Tensor& step, const Tensor& lr, double beta1,
+                 double beta2, double weight_decay, const Tensor& low_any, const Tensor& high_any,
+                 const Optional& active_any, int64_t patch_size) {
   const DeviceGuard guard(images_any.get_device_index());
   const Tensor images = ready(images_any), grad = ready(grad_any), exp_avg = ready(exp_avg_any);
   const Tensor exp_avg_sq = ready(exp_avg_sq_any), low = ready(low_any), high = ready(high_any);
   const Optional active = ready(active_any);
   STD_CUDA_CHECK(launch_adam_clamp(
       type_of(images), images.mutable_data_ptr(), grad.const_data_ptr(), exp_avg.mutable_data_ptr(),
-      exp_avg_sq.mutable_data_ptr(), {step.const_data_ptr<int64_t>(), lr, beta1, beta2},
+      exp_avg_sq.mutable_data_ptr(),
+      {step.const_data_ptr<int64_t>(), lr.const_data_ptr<double>(), beta1, beta2, weight_decay},
       low.const_data_ptr(), high.const_data_ptr(), indices(active),
       image_shape(images, active, patch_size), current_stream(images)));
   const auto write_back = [](Tensor& tensor, const Tensor& changed) {

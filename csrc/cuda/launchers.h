@@ -112,7 +112,8 @@ cudaError_t launch_batch_norm_matching_bwd(Type type, const void* grad,      // 
 // A patch outside the grid is ignored.
 struct AdamStep {
   const int64_t* step;  // [], on the device
-  double lr, beta1, beta2;
+  const double* lr;     // [], on the device
+  double beta1, beta2, weight_decay;
 };
 cudaError_t launch_adam_clamp(Type type, void* images,         // [B, C, H, W], changed
                               const void* grad,                // [B, C, H, W]

@@ -15,6 +15,9 @@ from smi_fast.schedules import Schedule, still_iterations
 from smi_fast.teacher import SparseViT
 from smi_fast.teacher.space import ImageSpace
 
+OPTIMIZERS = ("adam", "adamw")
+ADAMW_DECAY = 0.01  # of torch.optim.AdamW
+
 
 def check_weights(teacher: SparseViT) -> None:
     """Check that pixels can be optimised in the teacher's data type and on its device.
@@ -33,19 +36,36 @@ def check_weights(teacher: SparseViT) -> None:
         )
 
 
-def check_numbers(iterations: int, lr: float, betas: tuple[float, float]) -> None:
-    """Check the numbers of the optimiser.
+def check_numbers(iterations: int, betas: tuple[float, float]) -> None:
+    """Check the numbers of the optimiser that don't depend on others.
 
     Raises:
         ValueError: one of them out of range, or no number.
     """
     if not isinstance(iterations, Integral) or iterations < 1:
         raise ValueError(f"expected 1 or more iterations, got {iterations!r}")
-    if not (isinstance(lr, Real) and math.isfinite(lr) and lr > 0):
-        raise ValueError(f"expected lr above 0, got {lr!r}")
     pair = betas if isinstance(betas, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in pair):
         raise ValueError(f"expected two betas in [0, 1), got {betas!r}")
+
+
+def weight_decay_of(optimizer: str, weight_decay: float | None) -> float:
+    """The weight decay of an optimiser, 0 for "adam" and by default torch's for "adamw".
+
+    Raises:
+        ValueError: another optimiser, a weight decay of "adam", or one below 0 or not finite.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"expected optimizer {' or '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if weight_decay is None:
+        return ADAMW_DECAY if optimizer == "adamw" else 0.0
+    if not (isinstance(weight_decay, Real) and 0 <= weight_decay < math.inf):
+        raise ValueError(f"expected a finite weight_decay from 0, got {weight_decay!r}")
+    if optimizer == "adam":
+        raise ValueError(
+            f"expected optimizer='adamw' with a weight_decay, got 'adam' with {weight_decay!r}"
+        )
+    return float(weight_decay)
 
 
 def image_space(

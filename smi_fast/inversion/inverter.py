@@ -18,11 +18,13 @@ from smi_fast.inversion.inputs import (
     first_parameters,
     image_space,
     jitter_table,
+    weight_decay_of,
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.state import InversionState, Settings
+from smi_fast.learning_rate import Rates, rate_table
 from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
 from smi_fast.ops.grid import patch_mask
@@ -57,9 +59,12 @@ class SparseInverter:
         mean: of each channel, for normalised space; by default from the teacher's
             ``pretrained_cfg``.
         std: likewise.
-        iterations: iterations of the optimiser.
-        lr: learning rate of Adam.
+        iterations: T, iterations of the optimiser.
+        lr: learning rate: a number, a :class:`LearningRate` such as :class:`Cosine`, or one number
+            for each of T iterations. All are above 0.
         betas: decay rates of Adam.
+        optimizer: "adam"; or "adamw", with decoupled weight decay as in ``torch.optim.AdamW``.
+        weight_decay: of "adamw" only; by default torch's, 0.01.
         background: "frozen", a stopped patch no longer changes, as the paper says; or
             "regularized", it goes on receiving the gradient of pixel objectives and Adam's
             momentum, as the published code does.
@@ -89,8 +94,10 @@ class SparseInverter:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         iterations: int = 100,
-        lr: float = 0.2,
+        lr: Rates = 0.2,
         betas: tuple[float, float] = (0.5, 0.99),
+        optimizer: str = "adam",
+        weight_decay: float | None = None,
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
@@ -98,28 +105,29 @@ class SparseInverter:
     ) -> None:
         sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
         check_weights(sparse)
-        check_numbers(iterations, lr, betas)
+        check_numbers(iterations, betas)
         terms = (CrossEntropy(),) if objectives is None else objectives
         parametrization = Fourier() if parametrization is None else parametrization
         if not isinstance(parametrization, Parametrization):
             raise TypeError(f"expected a parametrization, Fourier(), got {parametrization!r}")
         space = image_space(sparse, mean, std)
+        self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
+        self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
+        counts = promised(self.schedule, sparse.num_patches)
+        self._check_schedule(max(counts, default=0), iterations)
         self.settings = Settings(
             teacher=sparse,
             objectives=as_objectives(terms),
             parametrization=parametrization.bind(space),
             space=space,
             iterations=iterations,
-            lr=lr,
+            lr=rate_table(lr, iterations, tuple(counts)).to(sparse.device),
             betas=(betas[0], betas[1]),
+            weight_decay=weight_decay_of(optimizer, weight_decay),
             freeze_background=_one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
             graph=graph and _graphs_allowed(),
         )
-        self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
-        self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
-        counts = promised(self.schedule, sparse.num_patches)
-        self._check_schedule(max(counts, default=0))
         self._counts = counts
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -133,8 +141,7 @@ class SparseInverter:
         """The wrapped teacher."""
         return self.settings.teacher
 
-    def _check_schedule(self, last: int) -> None:
-        iterations = self.settings.iterations
+    def _check_schedule(self, last: int, iterations: int) -> None:
         if last >= iterations:
             raise ValueError(
                 f"the stop at {last} is past the end of {iterations} iterations: "
@@ -304,8 +311,10 @@ def invert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     iterations: int = 100,
-    lr: float = 0.2,
+    lr: Rates = 0.2,
     betas: tuple[float, float] = (0.5, 0.99),
+    optimizer: str = "adam",
+    weight_decay: float | None = None,
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
@@ -335,6 +344,8 @@ def invert(
         iterations=iterations,
         lr=lr,
         betas=betas,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
         background=background,
         final_mask=final_mask,
         backend=backend,

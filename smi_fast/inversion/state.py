@@ -27,8 +27,9 @@ class Settings:
         parametrization: what the optimiser moves, bound to ``space``.
         space: the space that images are normalised in.
         iterations: T, iterations of a run.
-        lr: learning rate of Adam.
+        lr: float64 [T], learning rate of each iteration, on the teacher's device.
         betas: decay rates of Adam.
+        weight_decay: decoupled weight decay, as of AdamW; 0 for Adam.
         freeze_background: whether the pixels of stopped patches no longer change.
         backend: which implementation of the ops to use.
         graph: whether iterations on CUDA are replayed from a CUDA graph.
@@ -39,8 +40,9 @@ class Settings:
     parametrization: Parametrization
     space: ImageSpace
     iterations: int
-    lr: float
+    lr: Tensor
     betas: tuple[float, float]
+    weight_decay: float
     freeze_background: bool
     backend: str
     graph: bool
@@ -202,8 +204,9 @@ class InversionState:
 
     def update(self, gradient: Tensor) -> None:
         """Move the parameters along their gradient."""
-        self.iteration.add_(1)
         settings = self.settings
+        lr = settings.lr.index_select(0, self.iteration)[0]
+        self.iteration.add_(1)
         tensors = (self.parameters, gradient, self.exp_avg, self.exp_avg_sq)
         pixelwise = settings.parametrization.pixelwise
         if not pixelwise:
@@ -212,8 +215,9 @@ class InversionState:
         ops.adam_clamp_(
             *tensors,
             step=self.iteration[0],
-            lr=settings.lr,
+            lr=lr,
             betas=settings.betas,
+            weight_decay=settings.weight_decay,
             low=low,
             high=high,
             active=self.active if pixelwise else None,

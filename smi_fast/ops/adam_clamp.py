@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,17 +19,19 @@ def adam_clamp_(
     exp_avg_sq: Tensor,
     *,
     step: int | Tensor,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     low: Tensor,
     high: Tensor,
+    weight_decay: float = 0.0,
     active: Tensor | None = None,
     patch_size: int = 1,
     backend: str = AUTO,
 ) -> None:
     """One step of Adam on pixels and a clamp of each channel, in place.
 
-    Equal to a step of ``torch.optim.Adam`` (arXiv 1412.6980, eps 1e-8) followed by
+    Equal to a step of ``torch.optim.AdamW`` (arXiv 1711.05101, eps 1e-8), which without weight
+    decay is ``torch.optim.Adam``, followed by
     ``images.clamp_(low[:, None, None], high[:, None, None])``, on all pixels or on those of active
     patches.
 
@@ -44,16 +48,17 @@ def adam_clamp_(
         exp_avg_sq: [B, C, H, W], running mean of the squared gradient, changed.
         step: number of this step, from 1. A tensor is int64 []; its value isn't checked, because
             that would wait for the device.
-        lr: learning rate.
+        lr: learning rate, from 0. A tensor is float64 []; its value isn't checked either.
         betas: decay rates of the two means, each in [0, 1).
         low: [C], smallest value of each channel.
         high: [C], largest value of each channel.
+        weight_decay: from 0; pixels are multiplied by ``1 - lr * weight_decay`` before the update.
         active: int64 [B, K], distinct patches of the grid whose pixels change; None for all pixels.
         patch_size: side of a patch in pixels; read only with ``active``.
         backend: see :mod:`smi_fast.ops.backends`.
 
     Raises:
-        ValueError: wrong shape, data type, device or step;
+        ValueError: wrong shape, data type or device, or a number out of range;
             with the C++ kernels also a number of ``active`` out of range.
         BackendUnavailable: the backend can't run here.
     """
@@ -72,12 +77,18 @@ def adam_clamp_(
         step = torch.tensor(step, device=images.device)
     expect(step.dim() == 0 and step.dtype == torch.int64, "step int64 []", step)
     expect_device(step, images)
+    if not isinstance(lr, Tensor):
+        _expect_rate("lr", lr)
+        lr = torch.tensor(lr, dtype=torch.float64, device=images.device)
+    expect(lr.dim() == 0 and lr.dtype == torch.float64, "lr float64 []", lr)
+    expect_device(lr, images)
+    _expect_rate("weight_decay", weight_decay)
     if active is not None:
         expect_patches(images, patch_size)
         expect_index("active", active, images)
     functions = choose("adam_clamp_", images.device, images.dtype, backend).functions
     moments = (exp_avg, exp_avg_sq)
-    numbers = (step, lr, *betas, low, high)
+    numbers = (step, lr, *betas, weight_decay, low, high)
     try:
         functions.adam_clamp_(images, grad, *moments, *numbers, active, patch_size)
     except RuntimeError as error:
@@ -85,3 +96,8 @@ def adam_clamp_(
     if not torch.compiler.is_compiling():
         # Autograd refuses a backward pass over tensors that were changed since: it must know.
         torch.autograd.graph.increment_version([images, *moments])
+
+
+def _expect_rate(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"expected a finite {name} >= 0, got {value}")

@@ -224,9 +224,10 @@ def adam_clamp_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
+    weight_decay: float,
     low: Tensor,
     high: Tensor,
     active: Tensor | None,
@@ -236,7 +237,7 @@ def adam_clamp_(
     tensors = (images, grad, exp_avg, exp_avg_sq)
     bounds = (low[:, None, None], high[:, None, None])
     if active is None:
-        _adam_clamp_(tensors, step, lr, beta1, beta2, *bounds)
+        _adam_clamp_(tensors, step, lr, beta1, beta2, weight_decay, *bounds)
         return
     columns = images.shape[3] // patch_size
     # As [B, rows, columns, C, P, P], so that an index of the first three axes copies only active
@@ -251,7 +252,7 @@ def adam_clamp_(
         active % columns,
     )
     picked = [cell[where] for cell in cells]
-    _adam_clamp_(picked, step, lr, beta1, beta2, *bounds)
+    _adam_clamp_(picked, step, lr, beta1, beta2, weight_decay, *bounds)
     for cell, values in zip((cells[0], *cells[2:]), (picked[0], *picked[2:]), strict=True):
         cell[where] = values
 
@@ -259,9 +260,10 @@ def adam_clamp_(
 def _adam_clamp_(
     tensors: Sequence[Tensor],
     step: Tensor,
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
+    weight_decay: float,
     low: Tensor,
     high: Tensor,
 ) -> None:
@@ -272,6 +274,8 @@ def _adam_clamp_(
     exp_avg.add_(grad - exp_avg, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = (exp_avg_sq.sqrt() / (1 - beta2**taken) ** 0.5).add_(ADAM_EPS)
+    if weight_decay:
+        pixels.mul_(1 - lr * weight_decay)
     pixels.add_(exp_avg * (-lr / (1 - beta1**taken)) / root)
     torch.clamp(pixels, low.to(dtype), high.to(dtype), out=pixels)
     for tensor, values in zip(tensors, (pixels, grad, exp_avg, exp_avg_sq), strict=True):

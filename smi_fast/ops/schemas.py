@@ -49,8 +49,8 @@ _SCHEMAS = {
     ),
     "adam_clamp_": (
         "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
-        " float lr, float beta1, float beta2, Tensor low, Tensor high, Tensor? active,"
-        " int patch_size) -> ()"
+        " Tensor lr, float beta1, float beta2, float weight_decay, Tensor low, Tensor high,"
+        " Tensor? active, int patch_size) -> ()"
     ),
 }
 

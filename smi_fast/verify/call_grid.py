@@ -199,6 +199,8 @@ def _adam_clamp() -> Iterator[OpCall]:
         size: int,
         step: int = 3,
         betas: tuple[float, float] = (0.5, 0.99),
+        lr: float = 0.25,
+        weight_decay: float = 0.0,
     ) -> OpCall:
         moments = [torch.randn(images.shape), torch.rand(images.shape)]
         if label.startswith("still"):
@@ -206,8 +208,9 @@ def _adam_clamp() -> Iterator[OpCall]:
         if label == "strided":
             moments = [strided(moment) for moment in moments]
         bounds = torch.tensor([-1.5, -1.0, -2.0]), torch.tensor([0.5, 1.0, 0.25])
-        state = (images, grad, *moments, torch.tensor(step), 0.25, *betas)
-        return OpCall(label, "adam_clamp_", (*state, *bounds, active, size))
+        state = (images, grad, *moments)
+        rates = (torch.tensor(step), torch.tensor(lr, dtype=torch.float64), *betas, weight_decay)
+        return OpCall(label, "adam_clamp_", (*state, *rates, *bounds, active, size))
 
     for size, (rows, columns) in (
         *((7, (4, 4)), (8, (3, 5)), (14, (6, 2)), (16, (14, 14)), (32, (2, 3))),
@@ -222,6 +225,14 @@ def _adam_clamp() -> Iterator[OpCall]:
             label = f"step-{step}-{betas[0]}-{betas[1]}"
             yield call(label, images, grad, None, 1, step, betas)
     images, grad = torch.randn(2, 2, 3, 24, 40)
+    for label, some, size in (("all", None, 1), ("active", random_kept(2, 6, 15), 8)):
+        for lr, weight_decay in ((0.25, 0.01), (1e-3, 0.7), (0.0, 0.1)):
+            yield call(
+                f"decay-{lr}-{weight_decay}-{label}",
+                *(images, grad, some, size),
+                lr=lr,
+                weight_decay=weight_decay,
+            )
     yield call("strided", strided(images), strided(grad), random_kept(2, 6, 15), 8)
     yield call("expanded", images, expanded(grad), None, 1)
     yield call("no-images", images[:0], grad[:0], None, 1)

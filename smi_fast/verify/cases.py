@@ -41,6 +41,9 @@ CHANGED = {
 # The arguments whose data type is that of statistics, see reference.sum_dtype, by position.
 STATISTICS = {"total_variation_backward": (0, 1, 5), "batch_norm_matching_backward": (5, 6)}
 
+# The arguments that are float64 whatever the data type of the others, by position.
+DOUBLE = {"adam_clamp_": (5,)}
+
 # The dimension along which a result stacks quantities of different size; each has its own budget.
 STACKED = {"total_variation": 0, "gather_attention_backward": 2, "attend_backward_": 2}
 
@@ -56,7 +59,7 @@ class OpCall:
     Attributes:
         label: tells calls of the same op apart.
         op: name of the op; the gradient of an op has a name of its own.
-        arguments: of the op; floating point tensors are float32 on the CPU.
+        arguments: of the op, on the CPU; floating point tensors are float32, or of :data:`DOUBLE`.
     """
 
     label: str
@@ -100,10 +103,10 @@ class OpCall:
 
     def converted(self, dtype: torch.dtype, device: str = "cpu") -> OpCall:
         """The call for tensors of another data type."""
-        statistics = STATISTICS.get(self.op, ())
+        types = dict.fromkeys(STATISTICS.get(self.op, ()), reference.sum_dtype(dtype))
+        types |= dict.fromkeys(DOUBLE.get(self.op, ()), torch.float64)
         arguments = tuple(
-            _convert(value, reference.sum_dtype(dtype) if i in statistics else dtype, device)
-            for i, value in enumerate(self.arguments)
+            _convert(value, types.get(i, dtype), device) for i, value in enumerate(self.arguments)
         )
         return replace(self, arguments=arguments)
 

@@ -74,7 +74,8 @@ def _deit_calls(batch: int) -> Iterator[OpCall]:
         patches = torch.randn(batch, count, 3 * PATCH**2)
         qkv = torch.randn(batch, count + 1, 3, HEADS, WIDTH)
         back = (kept, *jitter, PATCH, SIDE, SIDE)
-        adam = (torch.tensor(3), 0.25, 0.5, 0.99, *bounds, active, PATCH)
+        lr = torch.tensor(0.25, dtype=torch.float64)
+        adam = (torch.tensor(3), lr, 0.5, 0.99, 0.0, *bounds, active, PATCH)
         calls: dict[str, tuple[Any, ...]] = {
             "gather_patches": (images, kept, *jitter, PATCH),
             "gather_patches_backward": (patches, *back),

@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
         ({"mean": (0.5, NAN, 0.5)}, r"a finite mean, got \(0.5, nan, 0.5\)"),
         ({"std": (0.5, INF, 0.5)}, r"a finite std, got \(0.5, inf, 0.5\)"),
         ({"std": (0.5, NAN, 0.5)}, "a finite std"),
-        ({"lr": lambda t: 0.1}, "lr above 0, got <function"),
+        ({"lr": lambda t: 0.1}, "lr as a number, a LearningRate or 10 numbers, got <function"),
         ({"lr": NAN}, "lr above 0, got nan"),
         ({"iterations": 10.0}, "1 or more iterations, got 10.0"),
         ({"betas": 0.5}, r"two betas in \[0, 1\), got 0.5"),

@@ -32,26 +32,32 @@ BOUNDS = {
 RATE = {"lr": 0.25, "betas": (0.5, 0.99)}
 
 
-def test_adam_clamp_is_torch_adam_then_clamp() -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(torch.optim.Adam, {}), (torch.optim.AdamW, {"weight_decay": 0.3})],
+)
+def test_adam_clamp_is_a_step_of_torch_and_a_clamp(optimizer: type, options: dict) -> None:
     state = adam_state(2, 3, 8, 12)
     pixels = state["images"].clone().requires_grad_()
-    adam = torch.optim.Adam([pixels], **RATE)
+    adam = optimizer([pixels], **RATE, **options)
     for step in range(1, 6):
         pixels.grad = torch.randn_like(pixels)
-        ops.adam_clamp_(grad=pixels.grad, step=step, **state, **BOUNDS, **RATE)
+        ops.adam_clamp_(grad=pixels.grad, step=step, **state, **BOUNDS, **RATE, **options)
         adam.step()
         with torch.no_grad():
             pixels.copy_(torch.clamp(pixels, *(b[:, None, None] for b in BOUNDS.values())))
         torch.testing.assert_close(state["images"], pixels.detach(), rtol=1e-13, atol=1e-13)
 
 
-def test_adam_clamp_takes_its_step_from_a_tensor(each_backend: str) -> None:
+def test_adam_clamp_takes_its_step_and_its_rate_from_tensors(each_backend: str) -> None:
     states = [adam_state(2, 3, 8, 12) for _ in range(2)]
     states[1]["images"].copy_(states[0]["images"])
     grad = torch.randn(2, 3, 8, 12, dtype=F64)
-    for step in (1, 700):
-        for state, number in zip(states, (step, torch.tensor(step)), strict=True):
-            ops.adam_clamp_(grad=grad, step=number, **state, **BOUNDS, **RATE)
+    options = {"grad": grad, "betas": (0.5, 0.99), "weight_decay": 0.3, **BOUNDS}
+    for step, lr in ((1, 0.25), (700, 0.0125)):
+        tensors = {"step": torch.tensor(step), "lr": torch.tensor(lr, dtype=F64)}
+        for state, numbers in zip(states, ({"step": step, "lr": lr}, tensors), strict=True):
+            ops.adam_clamp_(**numbers, **state, **options)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -81,6 +87,13 @@ def test_adam_clamp_touches_active_patches_only() -> None:
         ({"step": 0}, "step >= 1, got 0"),
         ({"step": torch.tensor([1])}, r"step int64 \[\], got torch.int64 \[1\]"),
         ({"step": torch.tensor(1, device="meta")}, "tensors on cpu, got one on meta"),
+        ({"lr": -0.1}, "a finite lr >= 0, got -0.1"),
+        ({"lr": torch.nan}, "a finite lr >= 0, got nan"),
+        ({"lr": torch.tensor(0.1)}, r"lr float64 \[\], got torch.float32 \[\]"),
+        ({"lr": torch.ones(1, dtype=F64)}, r"lr float64 \[\], got torch.float64 \[1\]"),
+        ({"lr": torch.ones((), dtype=F64, device="meta")}, "tensors on cpu, got one on meta"),
+        ({"weight_decay": -1e-4}, "a finite weight_decay >= 0, got -0.0001"),
+        ({"weight_decay": torch.inf}, "a finite weight_decay >= 0, got inf"),
         (
             {"active": torch.zeros(2, 3, dtype=torch.int64), "patch_size": 3},
             "patch size 3, got 8 x 8",

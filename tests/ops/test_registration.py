@@ -28,7 +28,8 @@ def op_samples() -> dict[str, tuple]:
         "batch_norm_matching_backward": (images, images, *channels[:2], 1e-5, *channels[2:]),
         "adam_clamp_": (
             *(torch.rand(2, 3, 8, 12) for _ in range(4)),
-            *(torch.tensor(1), 0.25, 0.5, 0.99, -torch.ones(3), torch.ones(3), kept, 4),
+            *(torch.tensor(1), one.double(), 0.5, 0.99, 0.1),
+            *(-torch.ones(3), torch.ones(3), kept, 4),
         ),
     }
 

@@ -143,6 +143,7 @@ def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, ba
     before = [t.clone() for t in state]
     shift, flip = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
     bounds = (-torch.ones(3), torch.ones(3))
+    rates = (torch.tensor(1), torch.tensor(0.1, dtype=torch.float64), 0.5, 0.99, 0.0)
     grads = {
         "gather_patches": (torch.zeros(2, 3, 48), kept, shift, flip, 4, 12, 16),
         "total_variation": (torch.ones(()), torch.ones(()), images, kept, 4, torch.ones(3, 4)),
@@ -152,7 +153,7 @@ def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, ba
         "gather_patches": (images, kept, shift, flip, 4),
         "total_variation": (images, kept, 4),
         "gather_attention": (qkv, kept, None, True),
-        "adam_clamp_": (images, *state[:3], torch.tensor(1), 0.1, 0.5, 0.99, *bounds, kept, 4),
+        "adam_clamp_": (images, *state[:3], *rates, *bounds, kept, 4),
     }
     message = rf"expected {NAMES[op]} in \[0, 12\), got {bad} at \[1, 1\]"
     with pytest.raises(RuntimeError, match=message):

@@ -244,7 +244,7 @@ cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 images, kept, one = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(())
 qkv, channel = torch.ones(1, 4, 3, 1, 8), torch.ones(3)
 jitter = kept, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([False]), 4
-step = torch.tensor(1)
+adam = torch.tensor(1), one.double(), 0.5, 0.9, 0.0
 calls = {
     "gather_patches": (images, *jitter),
     "gather_patches_backward": (torch.ones(1, 1, 48), *jitter, 8, 8),
@@ -254,7 +254,7 @@ calls = {
     "total_variation_backward": (one, one, images, None, 1, torch.ones(3, 4)),
     "batch_norm_matching": (images, channel, channel, channel, channel, 1e-5),
     "batch_norm_matching_backward": (images, images, channel, channel, 1e-5, channel, channel),
-    "adam_clamp_": (images, images, images, images, step, 0.1, 0.5, 0.9, channel, channel, None, 1),
+    "adam_clamp_": (images, images, images, images, *adam, channel, channel, None, 1),
 }
 for name, arguments in calls.items():
     try:

@@ -113,7 +113,8 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             if op == "total_variation_backward":
                 yield one, one, x, some, PATCH, sums
             if op == "adam_clamp_":
-                yield x, x, x, x, torch.tensor(1), 0.1, 0.5, 0.9, channel, channel, some, PATCH
+                rates = torch.tensor(1), one.double(), 0.5, 0.9, 0.0
+                yield x, x, x, x, *rates, channel, channel, some, PATCH
     for count in COUNTS:
         # A gathered set takes more registers: it is compiled where they are scarcest.
         gathered = torch.arange(count).expand(2, -1) if count == 138 else None

@@ -34,6 +34,12 @@ MUTANTS = (
             "Active patches take the upper bound of the first channel.",
         ),
         Mutant(
+            "cpp-adam-decay",
+            "(1 - lr * weight_decay)",
+            "(1 - weight_decay)",
+            "Pixels decay at the same rate whatever the learning rate is.",
+        ),
+        Mutant(
             "cpp-adam-check",
             "(images.size(2) / patch_size) * (images.size(3) / patch_size));",
             "(images.size(2) / patch_size) * (images.size(3) / patch_size) + 1);",

@@ -36,6 +36,12 @@ MUTANTS = (
             "The bias correction of the square uses the other beta.",
         ),
         Mutant(
+            "cuda-adam-decay",
+            "1.0f - rate * rates.weight_decay",
+            "1.0f - rates.weight_decay",
+            "Pixels decay at the same rate whatever the learning rate is.",
+        ),
+        Mutant(
             "cuda-adam-outside",
             "if (patch < 0 || patch >= rows * columns) return;",
             "if (patch < 0 || patch > rows * columns) return;",

@@ -7,6 +7,7 @@ STOPS = "tests/schedules/test_stops.py"
 COMPACT = "tests/schedules/test_compact.py"
 GROUPS = "tests/schedules/test_finished_groups.py"
 INVERTER = "tests/inversion/test_inverter.py"
+RATE = "tests/test_learning_rate.py"
 LOOP = "tests/inversion/test_loop.py"
 FOURIER = "tests/parametrizations/test_fourier.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
@@ -159,8 +160,25 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/learning_rate.py",
+        RATE,
+        Mutant(
+            "rate-restart",
+            "cycles = self.restarts + 1",
+            "cycles = 1",
+            "The cosine never starts again.",
+        ),
+    ),
+    *of_file(
         "smi_fast/inversion/state.py",
         LOOP,
+        Mutant(
+            "state-rate",
+            "lr = settings.lr.index_select(0, self.iteration)[0]",
+            "lr = settings.lr[0]",
+            "Every iteration has the learning rate of the first.",
+            f"{RATE}::test_an_inversion_is_torchs_optimizer_with_a_schedule",
+        ),
         Mutant(
             "state-save",
             "return [tensor.clone() for tensor in self._moving]",

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant, of_file
 
-ADAM = "tests/ops/test_adam_clamp.py::test_adam_clamp_is_torch_adam_then_clamp"
+ADAM = "tests/ops/test_adam_clamp.py::test_adam_clamp_is_a_step_of_torch_and_a_clamp"
 ACTIVE = "tests/ops/test_adam_clamp.py::test_adam_clamp_touches_active_patches_only"
 WINDOWS = "tests/ops/test_gather_patches.py::test_patch_sizes_and_rectangles"
 LENGTHS = "tests/ops/test_gather_attention.py::test_lengths_equal_shorter_sequences"
@@ -26,6 +26,12 @@ MUTANTS = (
             "(-lr / (1 - beta1**taken))",
             "(-lr / (1 - beta2**taken))",
             "The bias correction of the mean uses the other beta.",
+        ),
+        Mutant(
+            "reference-adam-decay",
+            "pixels.mul_(1 - lr * weight_decay)",
+            "pixels.mul_(1 - weight_decay)",
+            "Pixels decay at the same rate whatever the learning rate is.",
         ),
         Mutant(
             "reference-adam-columns",

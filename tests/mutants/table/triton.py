@@ -32,6 +32,12 @@ MUTANTS = (
             "_one_minus_power(log_beta1, taken)",
             "The bias correction of the square uses the other beta.",
         ),
+        Mutant(
+            "triton-adam-decay",
+            "(1.0 - eta * weight_decay)",
+            "(1.0 - weight_decay)",
+            "Pixels decay at the same rate whatever the learning rate is.",
+        ),
     ),
     *of_file(
         "kernels/batch_norm_matching.py",

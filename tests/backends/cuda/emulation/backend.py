@@ -172,16 +172,17 @@ class Emulated:
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         step: Tensor,
-        lr: float,
+        lr: Tensor,
         beta1: float,
         beta2: float,
+        weight_decay: float,
         low: Tensor,
         high: Tensor,
         active: Tensor | None,
         patch_size: int,
     ) -> None:
         state = [_at(t) for t in (images, grad, exp_avg, exp_avg_sq)]
-        adam = self.kernels.AdamStep(_at(step), lr, beta1, beta2)
+        adam = self.kernels.AdamStep(_at(step), _at(lr), beta1, beta2, weight_decay)
         shape = self._image_shape(images, active, patch_size)
         bounds = (_at(low), _at(high), _at(active))
         self.kernels.adam_clamp(self._type(images), *state, adam, *bounds, shape, 0)

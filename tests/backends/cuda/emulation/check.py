@@ -22,6 +22,7 @@ from tests.backends.cuda.emulation.backend import Emulated
 # What the emulation offers to one block, as compute capability 9.0 does.
 SHARED_MEMORY = 227 * 1024
 BOUNDS = (torch.tensor([-0.5, -1.0, -2.0]), torch.tensor([0.5, 1.0, 0.25]))
+RATES = (torch.tensor(1), torch.tensor(0.1, dtype=torch.float64), 0.5, 0.9, 0.0)
 
 
 def selection(elements: int) -> list[OpCall]:
@@ -65,7 +66,7 @@ def check_missing_patches(backend: Emulated) -> None:
     assert torch.equal(*gradients)
     state = [torch.zeros(1, 3, 8, 8) for _ in range(4)]
     state[1].fill_(1.0)
-    backend.adam_clamp_(*state, torch.tensor(1), 0.1, 0.5, 0.9, *BOUNDS, kept, 4)
+    backend.adam_clamp_(*state, *RATES, *BOUNDS, kept, 4)
     assert state[0].count_nonzero() == 3 * 16
 
 

@@ -55,8 +55,9 @@ PYBIND11_MODULE(emulated, module) {
     return NormShape{b, c, n};
   }));
   py::class_<AdamStep>(module, "AdamStep")
-      .def(py::init([](uintptr_t step, double lr, double beta1, double beta2) {
-        return AdamStep{reinterpret_cast<const int64_t*>(step), lr, beta1, beta2};
+      .def(py::init([](uintptr_t step, uintptr_t lr, double beta1, double beta2, double decay) {
+        return AdamStep{reinterpret_cast<const int64_t*>(step), reinterpret_cast<const double*>(lr),
+                        beta1, beta2, decay};
       }));
   module.attr("VARIATION_SCRATCH") = kVariationBlocks * kVariationSums;
   module.attr("NORM_SPLITS") = kNormSplits;
