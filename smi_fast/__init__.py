@@ -34,7 +34,7 @@ _NAMES = {
         "VariationTarget",
         "collect_statistics",
     ),
-    "parametrizations": ("Fourier", "Parametrization", "Pixels"),
+    "parametrizations": ("Fourier", "Parametrization", "Pixels", "Pyramid"),
     "schedules": ("Dense", "Schedule", "Selection", "Stop", "StopSchedule", "WrongSelection"),
     "teacher": ("SparseOutput", "SparseViT", "UnsupportedTeacher"),
     "zoo": ("load_cnn", "load_teacher"),

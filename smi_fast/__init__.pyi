@@ -31,6 +31,7 @@ from smi_fast.objectives import targets as targets
 from smi_fast.parametrizations import Fourier as Fourier
 from smi_fast.parametrizations import Parametrization as Parametrization
 from smi_fast.parametrizations import Pixels as Pixels
+from smi_fast.parametrizations import Pyramid as Pyramid
 from smi_fast.schedules import Dense as Dense
 from smi_fast.schedules import Schedule as Schedule
 from smi_fast.schedules import Selection as Selection

@@ -140,6 +140,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/parametrizations/pyramid.py",
+        "tests/parametrizations/test_pyramid.py",
+        Mutant(
+            "pyramid-variances",
+            "rows / len(sides) ** 0.5",
+            "rows / len(sides)",
+            "The contrast depends on the number of levels.",
+        ),
+        Mutant(
+            "pyramid-order",
+            "F.pad(full, (smaller, 0))",
+            "F.pad(full, (0, smaller))",
+            "A given image goes into the smallest levels.",
+        ),
+    ),
+    *of_file(
         "smi_fast/parametrizations/pixels.py",
         f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
         Mutant(
