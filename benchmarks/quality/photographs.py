@@ -116,6 +116,7 @@ def invert(
         iterations=iterations,
         lr=contender.lr,
     )
+    commit = describe()["commit"]  # before a run during which the checkout may change
     generator = torch.Generator().manual_seed(SEED)
     with torch.autocast("cpu", torch.bfloat16):
         result = inverter.invert(range(len(embeddings)), generator=generator, progress=False)
@@ -124,7 +125,7 @@ def invert(
         "masks": result.masks,
         "loss": result.history[NearestPhotograph.name][-1],
         "seconds": result.seconds,
-        "commit": describe()["commit"],
+        "commit": commit,
     }
 
 
