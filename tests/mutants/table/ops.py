@@ -237,8 +237,8 @@ MUTANTS = (
         "tests/test_jitter.py",
         Mutant(
             "jitter-direction",
-            "device=images.device) - shift[1]) % width",
-            "device=images.device) + shift[1]) % width",
+            "device=images.device) - right) % width",
+            "device=images.device) + right) % width",
             "Columns move the other way.",
         ),
         Mutant(
