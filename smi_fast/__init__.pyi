@@ -7,6 +7,7 @@ from smi_fast.inversion import InversionResult as InversionResult
 from smi_fast.inversion import NonFiniteLoss as NonFiniteLoss
 from smi_fast.inversion import SparseInverter as SparseInverter
 from smi_fast.inversion import invert as invert
+from smi_fast.jitter import Jitter as Jitter
 from smi_fast.learning_rate import Cosine as Cosine
 from smi_fast.learning_rate import LearningRate as LearningRate
 from smi_fast.learning_rate import PerPhase as PerPhase

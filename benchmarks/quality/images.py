@@ -23,7 +23,7 @@ from benchmarks.fashion_canvas.data import CLASSES
 from benchmarks.harness.environment import commit
 from smi_fast import SparseInverter, SparseViT
 from smi_fast.inversion.state import InversionState
-from smi_fast.jitter import random_jitter
+from smi_fast.jitter import Jitter
 from smi_fast.ops.grid import patch_mask
 from smi_fast.schedules import Stop, still_iterations
 
@@ -135,7 +135,8 @@ def _with_own_jitter(inverter: SparseInverter, run: Run) -> dict[str, Tensor]:
     state, schedule = inverter.start(**_arguments(run, inverter)), inverter.schedule
     generator = torch.Generator().manual_seed(run.seed)
     drawn = [
-        random_jitter(run.iterations, inverter.teacher.image_size, generator) for _ in run.wanted
+        Jitter().draw(run.iterations, inverter.teacher.image_size, generator=generator)
+        for _ in run.wanted
     ]
     state.shift, state.flip = (torch.stack(table, 1) for table in zip(*drawn, strict=True))
     still = sorted(still_iterations(schedule))

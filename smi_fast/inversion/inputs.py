@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from smi_fast.jitter import random_jitter
+from smi_fast.jitter import Jitter
 from smi_fast.parametrizations import Parametrization
 from smi_fast.schedules import Schedule, still_iterations
 from smi_fast.teacher import SparseViT
@@ -192,33 +192,65 @@ def check_generator(generator: torch.Generator | None) -> None:
         raise ValueError(f"expected a generator on the CPU, got one on {generator.device}")
 
 
+def check_jitter(jitter: Jitter | None, iterations: int, stops: Sequence[int]) -> Jitter:
+    """The jitter that tables are drawn from, by default ``Jitter()``.
+
+    Raises:
+        TypeError: it is no :class:`Jitter`.
+        ValueError: not one share for each phase.
+    """
+    if jitter is None:
+        return Jitter()
+    if not isinstance(jitter, Jitter):
+        raise TypeError(
+            "expected a Jitter, whose Jitter(share=0, flip=False) is none, or None for the "
+            f"default, got {jitter!r}"
+        )
+    jitter.phases(iterations, stops)
+    return jitter
+
+
 def jitter_table(
-    jitter: tuple[Tensor, Tensor] | None,
+    given: Jitter | tuple[Tensor, Tensor],
     iterations: int,
+    batch: int,
     teacher: SparseViT,
     schedule: Schedule,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shift int64 [T, 2] and flip bool [T] of each iteration; there is no jitter around stops.
+    """Shift int64 [T, 2] and flip bool [T] of each iteration, or [T, B, 2] and [T, B].
+
+    There is no jitter around stops.
 
     Raises:
-        ValueError: a table of another shape or type.
+        ValueError: a given table of another shape or type, or a shift by more than the image.
     """
-    if jitter is None:
-        jitter = random_jitter(iterations, teacher.image_size, generator)
-    pair = jitter if isinstance(jitter, (tuple, list)) else ()
+    if isinstance(given, Jitter):
+        given = given.draw(
+            iterations, teacher.image_size, batch=batch, stops=schedule.at, generator=generator
+        )
+    pair = given if isinstance(given, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(table, Tensor) for table in pair):
         raise ValueError(
-            "expected jitter as two tensors (shift, flip), or None for the default, "
-            f"got {jitter!r}; zeros for each mean no jitter"
+            "expected jitter as two tensors (shift, flip), or a Jitter, whose "
+            f"Jitter(share=0, flip=False) is none, got {given!r}"
         )
-    shift, flip = jitter
-    if shift.shape != (iterations, 2) or shift.dtype != torch.int64:
+    shift, flip = given
+    shapes = [(iterations,), (iterations, batch)]
+    if shift.shape not in [(*shape, 2) for shape in shapes] or shift.dtype != torch.int64:
         raise ValueError(
-            f"expected shift int64 [{iterations}, 2], got {shift.dtype} {list(shift.shape)}"
+            f"expected shift int64 [{iterations}, 2] or [{iterations}, {batch}, 2], "
+            f"got {shift.dtype} {list(shift.shape)}"
         )
-    if flip.shape != (iterations,) or flip.dtype != torch.bool:
-        raise ValueError(f"expected flip bool [{iterations}], got {flip.dtype} {list(flip.shape)}")
+    if flip.shape != shift.shape[:-1] or flip.dtype != torch.bool:
+        raise ValueError(
+            f"expected flip bool {list(shift.shape[:-1])}, got {flip.dtype} {list(flip.shape)}"
+        )
+    if bool((shift.cpu().abs() > torch.tensor(teacher.image_size)).any()):
+        raise ValueError(
+            f"expected shifts by at most the image, {list(teacher.image_size)} pixels, "
+            f"got one of {int(shift.abs().max())}"
+        )
     still = sorted(still_iterations(schedule))
     shift, flip = shift.to(teacher.device, copy=True), flip.to(teacher.device, copy=True)
     shift[still], flip[still] = 0, False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smi_fast.inversion.inputs import (
     check_generator,
+    check_jitter,
     check_numbers,
     check_targets,
     check_weights,
@@ -24,6 +25,7 @@ from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.state import InversionState, Settings
+from smi_fast.jitter import Jitter
 from smi_fast.learning_rate import Rates, rate_table
 from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
@@ -65,6 +67,9 @@ class SparseInverter:
         betas: decay rates of Adam.
         optimizer: "adam"; or "adamw", with decoupled weight decay as in ``torch.optim.AdamW``.
         weight_decay: of "adamw" only; by default torch's, 0.01.
+        jitter: how far images are shifted, and whether they are mirrored, in each iteration; by
+            default an eighth of each side, and half of the iterations mirrored. Around stops there
+            is none.
         background: "frozen", a stopped patch no longer changes, as the paper says; or
             "regularized", it goes on receiving the gradient of pixel objectives and Adam's
             momentum, as the published code does.
@@ -78,7 +83,7 @@ class SparseInverter:
     Raises:
         ValueError: any of these out of range, with what was expected and what came; or a teacher in
             float16 or without weights.
-        TypeError: an objective, a schedule or a parametrization that isn't one.
+        TypeError: an objective, a schedule, a parametrization or a jitter that isn't one.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
     """
@@ -98,6 +103,7 @@ class SparseInverter:
         betas: tuple[float, float] = (0.5, 0.99),
         optimizer: str = "adam",
         weight_decay: float | None = None,
+        jitter: Jitter | None = None,
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
@@ -121,6 +127,7 @@ class SparseInverter:
             parametrization=parametrization.bind(space),
             space=space,
             iterations=iterations,
+            jitter=check_jitter(jitter, iterations, tuple(counts)),
             lr=rate_table(lr, iterations, tuple(counts)).to(sparse.device),
             betas=(betas[0], betas[1]),
             weight_decay=weight_decay_of(optimizer, weight_decay),
@@ -158,7 +165,7 @@ class SparseInverter:
         targets: Tensor | Sequence[int],
         *,
         init: Tensor | None = None,
-        jitter: tuple[Tensor, Tensor] | None = None,
+        jitter: Jitter | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
         callback: Callback | None = None,
@@ -170,9 +177,9 @@ class SparseInverter:
             init: first images [B, 3, H, W] in normalised space, (pixels - mean) / std; by default
                 the parametrization's own, of ``Pixels`` standard normal noise. Pixels in [0, 1] are
                 taken as they are too, because they may be meant.
-            jitter: shift int64 [T, 2] in pixels and flip bool [T] of each iteration; by default
-                uniform in an eighth of each side, and half of the iterations mirrored. Around stops
-                there is none, whatever is given.
+            jitter: in place of the inverter's: a :class:`Jitter`; or shift int64 [T, 2] in pixels
+                and flip bool [T] of each iteration, for each image [T, B, 2] and [T, B]. Around
+                stops there is none, whatever is given.
             generator: draws the default ``init`` and then ``jitter``, on the CPU; by default
                 torch's own.
             progress: show a progress bar, or a line per stop where stderr is no terminal.
@@ -194,7 +201,7 @@ class SparseInverter:
         self,
         targets: Tensor | Sequence[int],
         init: Tensor | None,
-        jitter: tuple[Tensor, Tensor] | None,
+        jitter: Jitter | tuple[Tensor, Tensor] | None,
         generator: torch.Generator | None,
         progress: bool,
         callback: Callback | None,
@@ -225,7 +232,7 @@ class SparseInverter:
         self,
         targets: Tensor | Sequence[int],
         init: Tensor | None = None,
-        jitter: tuple[Tensor, Tensor] | None = None,
+        jitter: Jitter | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> InversionState:
         """The state before the first iteration, from the same arguments as :meth:`invert`."""
@@ -235,7 +242,14 @@ class SparseInverter:
         check_generator(generator)
         batch = len(targets)
         parameters = first_parameters(settings.parametrization, init, batch, generator)
-        shift, flip = jitter_table(jitter, settings.iterations, teacher, self.schedule, generator)
+        shift, flip = jitter_table(
+            settings.jitter if jitter is None else jitter,
+            settings.iterations,
+            batch,
+            teacher,
+            self.schedule,
+            generator,
+        )
         for objective in settings.objectives:
             objective.begin(teacher, batch, generator)
         return InversionState(
@@ -315,12 +329,12 @@ def invert(
     betas: tuple[float, float] = (0.5, 0.99),
     optimizer: str = "adam",
     weight_decay: float | None = None,
+    jitter: Jitter | tuple[Tensor, Tensor] | None = None,
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
     graph: bool = True,
     init: Tensor | None = None,
-    jitter: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
     callback: Callback | None = None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smi_fast import ops
 from smi_fast.inversion.result import FinishedGroup
+from smi_fast.jitter import Jitter
 from smi_fast.objectives import LossInputs, Objective, value_of
 from smi_fast.parametrizations import Parametrization
 from smi_fast.schedules import Selection
@@ -27,6 +28,7 @@ class Settings:
         parametrization: what the optimiser moves, bound to ``space``.
         space: the space that images are normalised in.
         iterations: T, iterations of a run.
+        jitter: draws the shift and the mirroring of each iteration.
         lr: float64 [T], learning rate of each iteration, on the teacher's device.
         betas: decay rates of Adam.
         weight_decay: decoupled weight decay, as of AdamW; 0 for Adam.
@@ -40,6 +42,7 @@ class Settings:
     parametrization: Parametrization
     space: ImageSpace
     iterations: int
+    jitter: Jitter
     lr: Tensor
     betas: tuple[float, float]
     weight_decay: float
@@ -65,8 +68,8 @@ class InversionState:
         targets: int64 [B] or probabilities [B, classes].
         parameters: [B, C, ...], moved by the optimiser.
         kept: int64 [B, K], the patches that the teacher computes; :meth:`keep` replaces them.
-        shift: int64 [T, 2], in pixels, of each iteration.
-        flip: bool [T], of each iteration.
+        shift: int64 [T, 2], in pixels, of each iteration; [T, B, 2] for each image.
+        flip: bool [T], of each iteration; [T, B] for each image.
         background: images [B, C, H, W] as they were at the last stop, where the parametrization
             can't freeze them itself.
         finished: groups of patches that a schedule took out, in the order of their stops.

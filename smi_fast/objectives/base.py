@@ -35,7 +35,8 @@ class LossInputs:
         backend: which implementation of the ops to use.
         iteration: from 0, as a number of the host.
         iteration_tensor: int64 [], the same number on the images' device.
-        jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or None.
+        jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or [B, 2] and [B]; or
+            None.
         taps: the tensors that the objectives asked for, by name, see
             :mod:`smi_fast.teacher.taps`.
     """

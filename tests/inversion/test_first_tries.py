@@ -64,7 +64,7 @@ NO_JITTER = (torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.
         ({"targets": torch.eye(5)[[1, 0]] * INF}, "probabilities, got some below 0 or not finite"),
         ({"targets": torch.diag(torch.tensor([1.0, 0, 1, 1, 1]))}, "in each image, image 1 has"),
         ({"init": np.zeros((2, 3, 32, 48))}, r"init as a tensor \[2, 3, 32, 48\], got ndarray"),
-        ({"jitter": False}, r"two tensors \(shift, flip\), or None .* got False; zeros for each"),
+        ({"jitter": False}, r"two tensors \(shift, flip\), or a Jitter, .* is none, got False"),
         ({"jitter": (*NO_JITTER, 1)}, r"two tensors \(shift, flip\)"),
         ({"jitter": ([[0, 0]] * 10, [False] * 10)}, r"two tensors \(shift, flip\)"),
         ({"generator": 0}, r"torch.Generator\(\).manual_seed\(seed\) or None, got 0"),

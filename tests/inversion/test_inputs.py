@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smi_fast import CrossEntropy, StopSchedule
+from smi_fast import CrossEntropy, Jitter, StopSchedule
 from tests.helpers.inversions import TARGETS, make, run
 
 
@@ -25,12 +25,18 @@ from tests.helpers.inversions import TARGETS, make, run
         ({"mean": (0.5,)}, r"mean of 3 channels, got \(0.5,\)"),
         ({"std": (0.2, 0.0, 0.2)}, "std above 0"),
         ({"objectives": []}, "one or more objectives"),
+        ({"jitter": Jitter((0.1, 0.2))}, "expected 3 shares of jitter, .* 2 stops, got 2"),
         ({"objectives": [CrossEntropy(), CrossEntropy(2)]}, "different names"),
     ],
 )
 def test_bad_options_are_refused(teacher: VisionTransformer, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(teacher, **options)
+
+
+def test_what_is_no_jitter_is_refused(teacher: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match=r"a Jitter, whose Jitter\(share=0, flip=False\) is none"):
+        make(teacher, jitter=False)
 
 
 def test_what_is_no_objective_is_refused(teacher: VisionTransformer) -> None:
@@ -60,6 +66,18 @@ def test_what_is_no_objective_is_refused(teacher: VisionTransformer) -> None:
             "on cpu, got torch.float32 .* on meta",
         ),
         ({"jitter": (torch.zeros(9, 2).long(), torch.zeros(10) > 0)}, r"shift int64 \[10, 2\]"),
+        (
+            {"jitter": (torch.zeros(10, 3, 2).long(), torch.zeros(10, 3) > 0)},
+            r"int64 \[10, 2\] or \[10, 2, 2\], got torch.int64 \[10, 3, 2\]",
+        ),
+        (
+            {"jitter": (torch.zeros(10, 2, 2).long(), torch.zeros(10) > 0)},
+            r"flip bool \[10, 2\], got torch.bool \[10\]",
+        ),
+        (
+            {"jitter": (torch.full((10, 2), -40), torch.zeros(10) > 0)},
+            r"shifts by at most the image, \[32, 48\] pixels, got one of 40",
+        ),
         (
             {"jitter": (torch.zeros(10, 2).long(), torch.zeros(10))},
             r"flip bool \[10\], got torch.f",

@@ -15,6 +15,7 @@ import smi_fast
 from smi_fast import (
     CrossEntropy,
     Dense,
+    Jitter,
     L2Norm,
     NonFiniteLoss,
     SparseInverter,
@@ -32,6 +33,7 @@ from tests.helpers.inversions import (
     make,
     pixels_of,
     run,
+    start,
 )
 
 
@@ -113,6 +115,27 @@ def test_same_seed_same_bytes(teacher: VisionTransformer) -> None:
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.kept, again.kept)
     assert not torch.equal(first.images, other.images)
+
+
+def test_jitter_of_each_image_is_that_of_each_image_alone(teacher: VisionTransformer) -> None:
+    teacher = teacher.double()
+    jitter = Jitter(share=0.5, per_image=True).draw(10, (32, 48), batch=2)
+    init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    inverter = make(teacher, objectives=[CrossEntropy()], schedule=Dense())
+    together, _ = inverter.start(TARGETS, init, jitter).evaluate()
+    for i, target in enumerate(TARGETS):
+        own = tuple(table[:, i] for table in jitter)
+        alone, _ = inverter.start([target], init[i : i + 1], own).evaluate()
+        torch.testing.assert_close(together[i] * 2, alone[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_option_jitter_draws_the_table(teacher: VisionTransformer) -> None:
+    jitter = Jitter(share=(0.5, 0.25, 0.0), flip=False, per_image=True)
+    state = start(make(teacher, jitter=jitter))
+    assert state.shift.shape == (10, 2, 2) and state.flip.shape == (10, 2)
+    assert not state.shift[[2, 3, 5, 6]].any() and not state.flip.any()  # around stops
+    assert not state.shift[6:].any() and state.shift[:2].abs().max() > 8
+    assert torch.equal(start(make(teacher, jitter=Jitter())).shift, start(make(teacher)).shift)
 
 
 def test_no_jitter_around_stops(teacher: VisionTransformer) -> None:
@@ -220,7 +243,8 @@ def test_invert_has_every_option_with_its_default() -> None:
     parts = (SparseInverter.__init__, SparseInverter.invert)
     of_parts = [inspect.signature(part).parameters for part in parts]
     expected = {name: each for part in of_parts for name, each in part.items() if name != "self"}
-    assert len(expected) == sum(map(len, of_parts)) - 2, "no name means two things"
+    # Only self, and jitter, which replaces the inverter's for one inversion, are in both.
+    assert len(expected) == sum(map(len, of_parts)) - 3, "no name means two things"
     given = inspect.signature(smi_fast.invert).parameters
     assert given == expected
     assert list(given)[:2] == ["teacher", "targets"]
