@@ -99,51 +99,37 @@ def _per_channel(teacher: SparseViT, name: str, given: Sequence[float] | None) -
     return values.to(teacher.device, teacher.dtype)
 
 
-def check_targets(targets: Tensor | Sequence[int], teacher: SparseViT) -> Tensor:
-    """Targets as int64 [B] or probabilities [B, classes] on the teacher's device.
+def as_targets(
+    targets: Tensor | Sequence[int] | None, batch: int | None, teacher: SparseViT
+) -> tuple[Tensor | None, int]:
+    """Targets on the teacher's device, or None, and the number of images.
+
+    Whole numbers become int64, floating point numbers get the teacher's data type.
 
     Raises:
-        ValueError: another shape, type, range or device.
+        ValueError: no tensor with a row for each image, another device, or neither targets nor the
+            number of images.
     """
-    classes = teacher.num_classes
+    if (targets is None) == (batch is None):
+        got = "neither" if batch is None else "both"
+        raise ValueError(f"expected targets or batch, the number of images, got {got}")
+    if batch is not None:
+        if not isinstance(batch, Integral) or batch < 0:
+            raise ValueError(f"expected batch, the number of images, from 0, got {batch!r}")
+        return None, int(batch)
     try:
-        given = torch.as_tensor(targets)
+        given = torch.as_tensor(targets).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"expected targets as whole numbers [B] or probabilities [B, {classes}], "
-            f"got {targets!r}"
-        ) from None
+        given = torch.zeros(())
+    if given.dim() == 0:
+        raise ValueError(f"expected targets as a tensor with a row for each image, got {targets!r}")
     if isinstance(targets, Tensor) and targets.device != teacher.device:
         raise ValueError(
             f"expected targets on {teacher.device}, as the teacher, got {targets.device}"
         )
-    if classes == 0 and given.shape[1:] != (0,):
-        raise ValueError(
-            "the teacher has no classes (num_classes=0): pass torch.empty(B, 0) as targets of B "
-            "images, and objectives that read no targets"
-        )
-    if given.dim() == 1 and not given.is_floating_point() and given.dtype != torch.bool:
-        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:
-            raise ValueError(
-                f"expected targets in 0..{classes - 1}, got {int(given.min())}..{int(given.max())}"
-            )
-        return given.to(teacher.device, torch.int64)
-    if given.dim() == 2 and given.is_floating_point() and given.shape[1] == classes:
-        _check_probabilities(given)
-        return given.to(teacher.device, teacher.dtype)
-    raise ValueError(
-        f"expected targets as whole numbers [B] or probabilities [B, {classes}], "
-        f"got {given.dtype} {list(given.shape)}"
-    )
-
-
-def _check_probabilities(targets: Tensor) -> None:
-    """Refuse what no objective takes; a row needn't sum to 1, as it may want several classes."""
-    if not (targets.isfinite() & (targets >= 0)).all():
-        raise ValueError("expected targets as probabilities, got some below 0 or not finite")
-    if targets.shape[1] and not targets.any(dim=1).all():
-        row = int((~targets.any(dim=1)).nonzero()[0])
-        raise ValueError(f"expected targets above 0 in each image, image {row} has none")
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    dtype = torch.int64 if whole else teacher.dtype if given.is_floating_point() else given.dtype
+    return given.to(teacher.device, dtype), len(given)
 
 
 def first_parameters(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.inversion.inputs import (
+    as_targets,
     check_generator,
     check_jitter,
     check_numbers,
-    check_targets,
     check_weights,
     first_parameters,
     image_space,
@@ -162,8 +162,9 @@ class SparseInverter:
 
     def invert(
         self,
-        targets: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None = None,
         *,
+        batch: int | None = None,
         init: Tensor | None = None,
         jitter: Jitter | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -173,7 +174,9 @@ class SparseInverter:
         """Invert one batch. Ctrl-C ends it early and gives back what is done.
 
         Args:
-            targets: class indices [B], or probabilities [B, classes].
+            targets: what the objectives read, a row for each image: class indices [B] or
+                probabilities [B, classes] for :class:`CrossEntropy`; None where none reads them.
+            batch: B, the number of images, where there are no targets.
             init: first images [B, 3, H, W] in normalised space, (pixels - mean) / std; by default
                 the parametrization's own, of ``Pixels`` standard normal noise. Pixels in [0, 1] are
                 taken as they are too, because they may be meant.
@@ -189,24 +192,25 @@ class SparseInverter:
                 exception, StopIteration too, leaves ``invert`` without a result.
 
         Raises:
-            ValueError: targets, init, jitter or generator of the wrong shape, type, range or
+            ValueError: targets, batch, init, jitter or generator of the wrong shape, type, range or
                 device; or no objective depends on the images.
             WrongSelection: the schedule answers something else than it promised.
             NonFiniteLoss: an objective or the gradient is infinite or not a number.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            return self._invert(targets, init, jitter, generator, progress, callback)
+            return self._invert(targets, batch, init, jitter, generator, progress, callback)
 
     def _invert(
         self,
-        targets: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None,
+        batch: int | None,
         init: Tensor | None,
         jitter: Jitter | tuple[Tensor, Tensor] | None,
         generator: torch.Generator | None,
         progress: bool,
         callback: Callback | None,
     ) -> InversionResult:
-        state = self.start(targets, init, jitter, generator)
+        state = self.start(targets, init, jitter, generator, batch=batch)
         display = Progress(self.settings.iterations, progress)
         loop = Loop(state, frozenset(self._counts), display, callback)
         marks: list[tuple[int, int, float]] = []
@@ -230,17 +234,20 @@ class SparseInverter:
 
     def start(
         self,
-        targets: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None = None,
         init: Tensor | None = None,
         jitter: Jitter | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
+        *,
+        batch: int | None = None,
     ) -> InversionState:
         """The state before the first iteration, from the same arguments as :meth:`invert`."""
         settings, teacher = self.settings, self.teacher
         teacher.refresh()
-        targets = check_targets(targets, teacher)
+        given, batch = as_targets(targets, batch, teacher)
         check_generator(generator)
-        batch = len(targets)
+        for objective in settings.objectives:
+            objective.check_targets(given, teacher)
         parameters = first_parameters(settings.parametrization, init, batch, generator)
         shift, flip = jitter_table(
             settings.jitter if jitter is None else jitter,
@@ -254,7 +261,7 @@ class SparseInverter:
             objective.begin(teacher, batch, generator)
         return InversionState(
             settings=settings,
-            targets=targets,
+            targets=given,
             parameters=parameters,
             kept=teacher.every_patch(batch),
             shift=shift,
@@ -317,7 +324,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def invert(
     teacher: nn.Module,
-    targets: Tensor | Sequence[int],
+    targets: Tensor | Sequence[int] | None = None,
     *,
     objectives: Terms | None = None,
     schedule: Schedule | None = None,
@@ -334,6 +341,7 @@ def invert(
     final_mask: str = "kept",
     backend: str = AUTO,
     graph: bool = True,
+    batch: int | None = None,
     init: Tensor | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
@@ -367,6 +375,7 @@ def invert(
     )
     return inverter.invert(
         targets,
+        batch=batch,
         init=init,
         jitter=jitter,
         generator=generator,

@@ -65,7 +65,7 @@ class InversionState:
 
     Attributes:
         settings: what decides the inversion.
-        targets: int64 [B] or probabilities [B, classes].
+        targets: [B, ...], or None where no objective reads them.
         parameters: [B, C, ...], moved by the optimiser.
         kept: int64 [B, K], the patches that the teacher computes; :meth:`keep` replaces them.
         shift: int64 [T, 2], in pixels, of each iteration; [T, B, 2] for each image.
@@ -81,7 +81,7 @@ class InversionState:
     """
 
     settings: Settings
-    targets: Tensor
+    targets: Tensor | None
     parameters: Tensor
     kept: Tensor
     shift: Tensor

@@ -27,7 +27,7 @@ class LossInputs:
     Attributes:
         images: [B, C, H, W], normalised, not jittered.
         logits: [B, classes], of the jittered images' kept patches.
-        targets: int64 [B], or probabilities [B, classes].
+        targets: of the images, [B, ...], such as class indices int64 [B]; or None.
         kept: int64 [B, K], the patches that the teacher computed, ascending.
         active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
         teacher: the network that is inverted.
@@ -43,7 +43,7 @@ class LossInputs:
 
     images: Tensor
     logits: Tensor
-    targets: Tensor
+    targets: Tensor | None
     kept: Tensor
     active: Tensor | None
     teacher: SparseViT
@@ -85,6 +85,20 @@ class Objective(ABC):
         See :mod:`smi_fast.teacher.taps`.
         """
         return ()
+
+    def check_targets(self, targets: Tensor | None, teacher: SparseViT) -> None:
+        """Check the targets, where the objective reads them.
+
+        The loop calls it before :meth:`begin`.
+
+        Args:
+            targets: [B, ...] on the teacher's device, int64 or of its data type; or None.
+            teacher: the network that is inverted.
+
+        Raises:
+            ValueError: the objective can't read these targets.
+        """
+        return None
 
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
         """Prepare for a batch: check the teacher, and draw random numbers.

@@ -118,7 +118,6 @@ def test_same_seed_same_bytes(teacher: VisionTransformer) -> None:
 
 
 def test_jitter_of_each_image_is_that_of_each_image_alone(teacher: VisionTransformer) -> None:
-    teacher = teacher.double()
     jitter = Jitter(share=0.5, per_image=True).draw(10, (32, 48), batch=2)
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     inverter = make(teacher, objectives=[CrossEntropy()], schedule=Dense())

@@ -326,13 +326,6 @@ MUTANTS = (
             "The jitter of the caller changes.",
         ),
         Mutant(
-            "inputs-range",
-            "if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:",
-            "if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= classes:",
-            "The class after the last is taken.",
-            BAD_ARGUMENTS,
-        ),
-        Mutant(
             "inputs-std",
             'if name == "std" and (values <= 0).any():',
             'if name == "std" and (values < 0).any():',
@@ -384,8 +377,8 @@ MUTANTS = (
         f"{INVERTER}::test_soft_targets",
         Mutant(
             "result-confidence",
-            "self.targets if self.targets.dim() == 1 else self.targets.argmax(1)",
-            "self.targets if self.targets.dim() == 1 else self.targets.argmin(1)",
+            "targets if one_each else targets.argmax(1)",
+            "targets if one_each else targets.argmin(1)",
             "Confidence with soft targets is that of another class.",
         ),
     ),

@@ -99,6 +99,13 @@ MUTANTS = (
             "Cross-entropy grows with the batch.",
             "tests/inversion/test_inverter.py::test_dense_run_is_the_plain_loop",
         ),
+        Mutant(
+            "targets-range",
+            "not 0 <= int(targets.min()) <= int(targets.max()) < classes:",
+            "not 0 <= int(targets.min()) <= int(targets.max()) <= classes:",
+            "The class after the last is taken.",
+            "tests/inversion/test_inputs.py::test_bad_arguments_are_refused",
+        ),
     ),
     *of_file(
         "smi_fast/objectives/gaussian_similarity.py",
