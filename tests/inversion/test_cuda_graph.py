@@ -41,7 +41,9 @@ def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
     captured = CapturedCall(fails, torch.device("cuda"))
     for _ in range(WARM_UP):
         captured()
-    with pytest.raises(NotCapturable, match=r"not permitted .* no objective may read") as caught:
+    with pytest.raises(
+        NotCapturable, match=r"not permitted .* no objective and no augment may read"
+    ) as caught:
         captured()
     assert "SparseInverter(graph=False)" in str(caught.value)
     assert "SMI_FAST_GRAPH=0" in str(caught.value)
