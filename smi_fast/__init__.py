@@ -41,6 +41,7 @@ _NAMES = {
     "zoo": ("load_cnn", "load_teacher"),
 }
 _MODULES = {
+    "augmentations": "augmentations",
     "compat": "compat",
     "ops": "ops",
     "recipes": "recipes",

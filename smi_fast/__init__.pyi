@@ -1,5 +1,6 @@
 """Types of the public names, which ``__init__.py`` imports on first use."""
 
+from smi_fast import augmentations as augmentations
 from smi_fast import compat as compat
 from smi_fast import ops as ops
 from smi_fast import recipes as recipes

@@ -70,6 +70,7 @@ class Jitter:
         image_size: tuple[int, int],
         *,
         batch: int = 1,
+        copies: int = 1,
         stops: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -79,18 +80,19 @@ class Jitter:
             iterations: T.
             image_size: (height, width) in pixels.
             batch: B, which only ``per_image`` reads.
+            copies: R, views of each image in an iteration.
             stops: iterations of the schedule's stops, ascending.
             generator: on the CPU; None for torch's own.
 
         Returns:
             shift int64 [T, 2] in pixels (rows, columns), and flip bool [T]; with ``per_image``
-            [T, B, 2] and [T, B].
+            [T, B, 2] and [T, B]. With more copies than one, R is the second axis.
 
         Raises:
             ValueError: not one share for each phase.
         """
         phases = self.phases(iterations, stops)
-        each = (batch,) if self.per_image else ()
+        each = ((copies,) if copies > 1 else ()) + ((batch,) if self.per_image else ())
         axes = []
         for side in image_size:
             limits = [(_pixels(share, side), length) for share, length in phases]

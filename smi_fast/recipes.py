@@ -149,7 +149,7 @@ def smi() -> Recipe:
     return Recipe(
         "smi",
         "SMI, arXiv 2510.27186, published code",
-        (CrossEntropy(), TotalVariation()),
+        (CrossEntropy(), TotalVariation(per_image=False)),
         4000,
         0.25,
         (0.5, 0.99),
@@ -181,7 +181,7 @@ def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
         cnn: network with BatchNorm.
         student: network in eval mode, whose predictions are to differ from the teacher's.
     """
-    objectives = [CrossEntropy(), TotalVariation(1e-4), L2Norm(1e-5, per_image=True)]
+    objectives = [CrossEntropy(), TotalVariation(1e-4, per_image=False), L2Norm(1e-5)]
     objectives += [BatchNormMatching(cnn, 10.0, weight=0.05)]
     objectives += [] if student is None else [AdversarialJS(student, 0.2)]
     return Recipe(
@@ -224,8 +224,8 @@ def gradvit(cnn: nn.Module) -> Recipe:
         (
             CrossEntropy(),
             BatchNormMatching(cnn, 10.0, weight=0.05),
-            TotalVariation(1e-4),
-            L2Norm(1e-5, per_image=True),
+            TotalVariation(1e-4, per_image=False),
+            L2Norm(1e-5),
             PatchSeamTV(),
         ),
         2000,
@@ -247,7 +247,7 @@ def sardfq(attention_weight: float = 1.0) -> Recipe:
         "sardfq",
         "SARDFQ, arXiv 2412.16553; lr, betas and jitter could not be looked up and are those of "
         "PSAQ-ViT",
-        (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05)),
+        (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05, per_image=False)),
         1000,
         Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
@@ -262,7 +262,7 @@ def mimiq() -> Recipe:
     return Recipe(
         "mimiq",
         "MimiQ, arXiv 2407.20021, published code",
-        (HeadSimilarity(), CrossEntropy(), TotalVariation(2.5e-5)),
+        (HeadSimilarity(), CrossEntropy(), TotalVariation(2.5e-5, per_image=False)),
         2000,
         Cosine(0.1, final=0.001),
         (0.9, 0.999),

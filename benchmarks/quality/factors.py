@@ -84,7 +84,7 @@ def textured(inverter: SparseInverter, targets: Tensor, generator: torch.Generat
 PUBLISHED: Options = recipes.smi().options(iterations=ITERATIONS, schedule=Dense())
 DEFAULT: Options = recipes.clear().options(iterations=ITERATIONS, schedule=Dense())
 ENTROPY = [CrossEntropy()]
-TV = [CrossEntropy(), TotalVariation()]
+TV = [CrossEntropy(), TotalVariation(per_image=False)]
 PRIOR = BatchNormMatching(load_cnn("fashion-canvas"), weight=WEIGHT)
 
 # What each row changes: options, and arguments of ``invert``.

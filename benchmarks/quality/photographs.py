@@ -89,7 +89,7 @@ def contenders() -> dict[str, Contender]:
     """By name, those first which the others are compared with."""
     published, clear = recipes.smi(), recipes.clear()
     moved = {
-        "pixels": (published.parametrization, published.lr, (TotalVariation(),)),
+        "pixels": (published.parametrization, published.lr, (TotalVariation(per_image=False),)),
         "default": (clear.parametrization, clear.lr, ()),
         **{f"decay {decay}": (Fourier(decay), clear.lr, ()) for decay in (1.0, 0.7, 1.25)},
         "default, colour": (Fourier(colour=True), clear.lr, ()),

@@ -10,21 +10,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from smi_fast.augmentations import Augment
 from smi_fast.inversion.inputs import (
     as_targets,
+    check_augmented,
     check_generator,
     check_jitter,
     check_numbers,
+    check_views,
     check_weights,
     first_parameters,
     image_space,
     jitter_table,
+    on_device,
     weight_decay_of,
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
-from smi_fast.inversion.state import InversionState, Settings
+from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.state import InversionState
+from smi_fast.inversion.views import parts
 from smi_fast.jitter import Jitter
 from smi_fast.learning_rate import Rates, rate_table
 from smi_fast.objectives import CrossEntropy, Objective, as_objectives
@@ -70,6 +76,14 @@ class SparseInverter:
         jitter: how far images are shifted, and whether they are mirrored, in each iteration; by
             default an eighth of each side, and half of the iterations mirrored. Around stops there
             is none.
+        augment: what changes the images before the teacher sees them, a function ``(images,
+            progress, generator) -> images`` such as :class:`smi_fast.augmentations.GaussianNoise`;
+            see :data:`smi_fast.augmentations.Augment`. Pixel objectives read the images as they
+            are. By default none.
+        copies: R, views of each image in an iteration, each with a jitter and an augmentation of
+            its own. Objectives, gradients and importance are their mean.
+        max_batch: the most images that the teacher computes at once. A larger batch is split into
+            parts, with the same result up to rounding; by default it isn't.
         background: "frozen", a stopped patch no longer changes, as the paper says; or
             "regularized", it goes on receiving the gradient of pixel objectives and Adam's
             momentum, as the published code does.
@@ -83,7 +97,8 @@ class SparseInverter:
     Raises:
         ValueError: any of these out of range, with what was expected and what came; or a teacher in
             float16 or without weights.
-        TypeError: an objective, a schedule, a parametrization or a jitter that isn't one.
+        TypeError: an objective, a schedule, a parametrization, a jitter or an augmentation that
+            isn't one.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
     """
@@ -104,6 +119,9 @@ class SparseInverter:
         optimizer: str = "adam",
         weight_decay: float | None = None,
         jitter: Jitter | None = None,
+        augment: Augment | None = None,
+        copies: int = 1,
+        max_batch: int | None = None,
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
@@ -117,17 +135,22 @@ class SparseInverter:
         if not isinstance(parametrization, Parametrization):
             raise TypeError(f"expected a parametrization, Fourier(), got {parametrization!r}")
         space = image_space(sparse, mean, std)
+        given = as_objectives(terms)
+        check_views(augment, copies, max_batch, given)
         self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
         self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
         counts = promised(self.schedule, sparse.num_patches)
         self._check_schedule(max(counts, default=0), iterations)
         self.settings = Settings(
             teacher=sparse,
-            objectives=as_objectives(terms),
+            objectives=given,
             parametrization=parametrization.bind(space),
             space=space,
             iterations=iterations,
             jitter=check_jitter(jitter, iterations, tuple(counts)),
+            augment=augment,
+            copies=copies,
+            max_batch=max_batch,
             lr=rate_table(lr, iterations, tuple(counts)).to(sparse.device),
             betas=(betas[0], betas[1]),
             weight_decay=weight_decay_of(optimizer, weight_decay),
@@ -181,10 +204,11 @@ class SparseInverter:
                 the parametrization's own, of ``Pixels`` standard normal noise. Pixels in [0, 1] are
                 taken as they are too, because they may be meant.
             jitter: in place of the inverter's: a :class:`Jitter`; or shift int64 [T, 2] in pixels
-                and flip bool [T] of each iteration, for each image [T, B, 2] and [T, B]. Around
-                stops there is none, whatever is given.
-            generator: draws the default ``init`` and then ``jitter``, on the CPU; by default
-                torch's own.
+                and flip bool [T] of each iteration, for each image [T, B, 2] and [T, B]. With more
+                copies than one, R is the second axis. Around stops there is none, whatever is
+                given.
+            generator: draws the default ``init``, then ``jitter``, what objectives ask for, and the
+                seed of ``augment``, on the CPU; by default torch's own.
             progress: show a progress bar, or a line per stop where stderr is no terminal.
             callback: called after each iteration with its number, the images in normalised space
                 and the kept patches. Copy them to hold on to them: they are the loop's own. What it
@@ -253,20 +277,25 @@ class SparseInverter:
             settings.jitter if jitter is None else jitter,
             settings.iterations,
             batch,
+            settings.copies,
             teacher,
             self.schedule,
             generator,
         )
         for objective in settings.objectives:
             objective.begin(teacher, batch, generator)
-        return InversionState(
+        state = InversionState(
             settings=settings,
             targets=given,
             parameters=parameters,
             kept=teacher.every_patch(batch),
             shift=shift,
             flip=flip,
+            generator=None if settings.augment is None else on_device(generator, teacher.device),
         )
+        if settings.augment is not None and state.generator is not None:
+            check_augmented(settings.augment, state.images(), state.generator)
+        return state
 
     def _stop(self, state: InversionState, iteration: int, importance: Tensor) -> None:
         """Ask the schedule, and take its answer when that is what it promised."""
@@ -283,7 +312,8 @@ class SparseInverter:
             Phase(patches, end - first, stop - start)
             for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
-        logits = teacher(normalised, kept).logits
+        rows = parts(len(kept), self.settings.max_batch)
+        logits = torch.cat([teacher(normalised[row], kept[row]).logits for row in rows])
         images = self.settings.space.denormalize(normalised)
         shown = kept if self.final_mask == "kept" else self._reranked(images)
         return InversionResult(
@@ -305,10 +335,12 @@ class SparseInverter:
         teacher, remaining = self.teacher, getattr(self.schedule, "remaining")  # noqa: B009
         tokens = teacher.num_patches + teacher.num_prefix_tokens
         count = min(int(tokens * remaining), teacher.num_patches)
-        importance = teacher(images, importance=True).importance
-        assert importance is not None
-        patches: Tensor = importance.topk(count, dim=1).indices
-        return patches
+        found = []
+        for row in parts(len(images), self.settings.max_batch):
+            importance = teacher(images[row], importance=True).importance
+            assert importance is not None
+            found.append(importance.topk(count, dim=1).indices)
+        return torch.cat(found)
 
 
 def _graphs_allowed() -> bool:
@@ -337,6 +369,9 @@ def invert(
     optimizer: str = "adam",
     weight_decay: float | None = None,
     jitter: Jitter | tuple[Tensor, Tensor] | None = None,
+    augment: Augment | None = None,
+    copies: int = 1,
+    max_batch: int | None = None,
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
@@ -368,6 +403,9 @@ def invert(
         betas=betas,
         optimizer=optimizer,
         weight_decay=weight_decay,
+        augment=augment,
+        copies=copies,
+        max_batch=max_batch,
         background=background,
         final_mask=final_mask,
         backend=backend,

@@ -25,7 +25,9 @@ class LossInputs:
     """What the objectives of one iteration may read.
 
     Attributes:
-        images: [B, C, H, W], normalised, not jittered.
+        images: [B, C, H, W], normalised, neither augmented nor jittered.
+        view: [B, C, H, W], the augmented images, which the teacher sees under jitter; None where
+            they are the images.
         logits: [B, classes], of the jittered images' kept patches.
         targets: of the images, [B, ...], such as class indices int64 [B]; or None.
         kept: int64 [B, K], the patches that the teacher computed, ascending.
@@ -33,6 +35,7 @@ class LossInputs:
         teacher: the network that is inverted.
         space: size and normalisation of the images.
         backend: which implementation of the ops to use.
+        first: index in the batch of the first of these images; above 0 where a batch is split.
         iteration: from 0, as a number of the host.
         iteration_tensor: int64 [], the same number on the images' device.
         jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or [B, 2] and [B]; or
@@ -42,6 +45,7 @@ class LossInputs:
     """
 
     images: Tensor
+    view: Tensor | None = None
     logits: Tensor
     targets: Tensor | None
     kept: Tensor
@@ -49,6 +53,7 @@ class LossInputs:
     teacher: SparseViT
     space: ImageSpace
     backend: str = AUTO
+    first: int = 0
     iteration: int = 0
     iteration_tensor: Tensor
     jitter: tuple[Tensor, Tensor] | None = None
@@ -56,8 +61,13 @@ class LossInputs:
 
     @cached_property
     def jittered(self) -> Tensor:
-        """[B, C, H, W], the whole images under jitter, computed at the first read."""
-        return self.images if self.jitter is None else jitter_images(self.images, *self.jitter)
+        """[B, C, H, W], the whole augmented images under jitter, computed at the first read."""
+        view = self.images if self.view is None else self.view
+        return view if self.jitter is None else jitter_images(view, *self.jitter)
+
+    def rows_of(self, drawn: Tensor) -> Tensor:
+        """The rows of these images, of a tensor with a row for each image of the whole batch."""
+        return drawn[self.first : self.first + len(self.images)]
 
 
 class Objective(ABC):
@@ -73,11 +83,15 @@ class Objective(ABC):
         weight: its factor.
         every: the loop calls the objective in iterations that are a multiple of it. In between the
             value is 0, without a gradient.
+        separable: whether the value is the mean over the images of the values of each image alone.
+            Only then can a batch be split (``max_batch``); what :meth:`begin` draws for each image
+            is then read by :meth:`LossInputs.rows_of`.
     """
 
     name: str
     weight: float
     every: int = 1
+    separable: bool = False
 
     def taps(self, depth: int) -> tuple[str, ...]:
         """Names of the taps that it reads from a teacher with ``depth`` blocks.

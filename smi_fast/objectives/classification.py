@@ -37,6 +37,7 @@ class CrossEntropy(Objective):
 
     weight: float = 1.0
     name: str = "cross_entropy"
+    separable = True
 
     def check_targets(self, targets: Tensor | None, teacher: SparseViT) -> None:
         _check_classes(self.name, targets, teacher.num_classes)
@@ -68,6 +69,7 @@ class BinaryCrossEntropy(Objective):
 
     weight: float = 1.0
     name: str = "binary_cross_entropy"
+    separable = True
 
     def check_targets(self, targets: Tensor | None, teacher: SparseViT) -> None:
         expected = f"targets in [0, 1] [B, {teacher.num_classes}] for {self.name}"

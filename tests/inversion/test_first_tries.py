@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,9 @@ def test_several_classes_may_be_lists() -> None:
 
 def test_an_inverter_cannot_be_changed(teacher: VisionTransformer) -> None:
     inverter = make(teacher)
-    for name in ("lr", "iterations", "schedule", "teacher", "settings"):
+    options = inspect.signature(SparseInverter).parameters
+    assert {"teacher", "lr", "jitter", "max_batch"} <= set(options)
+    for name in (*options, "settings", "of_ones_own"):
         with pytest.raises(AttributeError, match=rf"can't be changed \({name}\): make another one"):
             setattr(inverter, name, 1)
     with pytest.raises(AttributeError):

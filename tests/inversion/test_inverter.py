@@ -38,7 +38,11 @@ from tests.helpers.inversions import (
 
 
 def test_dense_run_is_the_plain_loop(teacher: VisionTransformer) -> None:
-    inverter = make(teacher, schedule=Dense(), objectives=[CrossEntropy(2.0), TotalVariation(0.1)])
+    inverter = make(
+        teacher,
+        schedule=Dense(),
+        objectives=[CrossEntropy(2.0), TotalVariation(0.1, per_image=False)],
+    )
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     shift, flip = torch.randint(-9, 10, (10, 2)), torch.rand(10) < 0.5
     result = inverter.invert(TARGETS, init=init, jitter=(shift, flip), progress=False)
@@ -176,7 +180,11 @@ def test_soft_targets(teacher: VisionTransformer) -> None:
 
 def test_l2_norm_and_l1_variation_are_recorded(teacher: VisionTransformer) -> None:
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    objectives = [CrossEntropy(), L2Norm(), TotalVariation(0.1, "l1")]
+    objectives = [
+        CrossEntropy(),
+        L2Norm(per_image=False),
+        TotalVariation(0.1, "l1", per_image=False),
+    ]
     inverter = make(teacher, objectives=objectives, iterations=7)
     history = inverter.invert(TARGETS, init=init, progress=False).history
     assert history["l2_norm"][0] == pytest.approx(init.norm().item())

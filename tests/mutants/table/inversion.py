@@ -9,6 +9,7 @@ GROUPS = "tests/schedules/test_finished_groups.py"
 INVERTER = "tests/inversion/test_inverter.py"
 RATE = "tests/test_learning_rate.py"
 LOOP = "tests/inversion/test_loop.py"
+VIEWS = "tests/inversion/test_views.py"
 FOURIER = "tests/parametrizations/test_fourier.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
 BAD_ARGUMENTS = "tests/inversion/test_inputs.py::test_bad_arguments_are_refused"
@@ -196,12 +197,6 @@ MUTANTS = (
             f"{RATE}::test_an_inversion_is_torchs_optimizer_with_a_schedule",
         ),
         Mutant(
-            "state-save",
-            "return [tensor.clone() for tensor in self._moving]",
-            "return list(self._moving)",
-            "Going back goes nowhere.",
-        ),
-        Mutant(
             "state-moving",
             "return self.parameters, self.exp_avg, self.exp_avg_sq, self.iteration",
             "return self.parameters, self.exp_avg, self.iteration",
@@ -236,13 +231,6 @@ MUTANTS = (
             GROUPS,
         ),
         Mutant(
-            "state-weight",
-            "value if objective.weight == 1 else objective.weight * value",
-            "value",
-            "Weights are not read.",
-            f"{INVERTER}::test_dense_run_is_the_plain_loop",
-        ),
-        Mutant(
             "state-step",
             "step=self.iteration[0],",
             "step=self.iteration[0] + 1,",
@@ -250,18 +238,70 @@ MUTANTS = (
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
         Mutant(
-            "state-due",
+            "state-save",
+            "copies = [tensor.clone() for tensor in self._moving]",
+            "copies = list(self._moving)",
+            "Going back goes nowhere.",
+        ),
+        Mutant(
+            "state-non-finite",
+            "row = torch.stack([*seen.augmented, *seen.values, gradient.sum()])",
+            "row = torch.stack([*seen.augmented, *seen.values, gradient.sum() * 0])",
+            "An infinite gradient is reported, but a huge one too.",
+            LOOP,
+            "a gradient times zero is NaN exactly where the gradient isn't finite",
+        ),
+        Mutant(
+            "state-generator",
+            "self.generator.set_state(saved[-1])",
+            "pass",
+            "A repeated iteration draws other numbers.",
+            f"{VIEWS}::test_going_back_also_takes_back_what_was_drawn",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/settings.py",
+        LOOP,
+        Mutant(
+            "settings-due",
             "number % objective.every == 0 for objective",
             "True for objective",
             "A graph serves iterations that evaluate other objectives.",
         ),
+    ),
+    *of_file(
+        "smi_fast/inversion/views.py",
+        VIEWS,
         Mutant(
-            "state-non-finite",
-            "row = torch.stack([*values, gradient.sum()])",
-            "row = torch.stack([*values, gradient.sum() * 0])",
-            "An infinite gradient is reported, but a huge one too.",
-            LOOP,
-            "a gradient times zero is NaN exactly where the gradient isn't finite",
+            "views-weight",
+            "value if objective.weight == 1 else objective.weight * value",
+            "value",
+            "Weights are not read.",
+            f"{INVERTER}::test_dense_run_is_the_plain_loop",
+        ),
+        Mutant(
+            "views-share",
+            "values = [value * (len(own) / batch) for value in values]",
+            "pass",
+            "The parts of a split batch weigh more than the whole.",
+        ),
+        Mutant(
+            "views-first",
+            "first=rows.start,",
+            "first=0,",
+            "Every part reads what was drawn for the first.",
+        ),
+        Mutant(
+            "views-through",
+            "gradient = through if gradient is None else gradient + through",
+            "gradient = through",
+            "With augment the pixel objectives have no gradient.",
+        ),
+        Mutant(
+            "views-copy",
+            "jitter = inputs.shift[index], inputs.flip[index]",
+            "jitter = inputs.shift[0], inputs.flip[0]",
+            "All copies have the jitter of the first.",
         ),
     ),
     *of_file(
@@ -366,8 +406,8 @@ MUTANTS = (
         ),
         Mutant(
             "inverter-logits",
-            "logits = teacher(normalised, kept).logits",
-            "logits = teacher(normalised).logits",
+            "teacher(normalised[row], kept[row]).logits",
+            "teacher(normalised[row]).logits",
             "The logits are those of every patch.",
             f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
         ),

@@ -112,8 +112,8 @@ MUTANTS = (
         f"{OBJECTIVES}/test_gaussian_similarity.py",
         Mutant(
             "gaussian-turn",
-            "turn = (turn + done * count) % kept",
-            "turn = (turn + done) % kept",
+            "turn = (turn + inputs.iteration_tensor * count) % kept",
+            "turn = (turn + inputs.iteration_tensor) % kept",
             "An iteration takes the patches of the last one again.",
         ),
         Mutant(
@@ -179,8 +179,8 @@ MUTANTS = (
         ),
         Mutant(
             "variation-active",
-            "inputs.images,\n            inputs.active,",
-            "inputs.images,\n            None,",
+            "images, active, patch_size=inputs.teacher.patch_size",
+            "images, None, patch_size=inputs.teacher.patch_size",
             "Frozen pixels count in total variation.",
             "tests/inversion/test_inverter.py tests/objectives",
         ),
