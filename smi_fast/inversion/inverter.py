@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from smi_fast.augmentations import Augment
 from smi_fast.inversion.inputs import (
     as_targets,
-    check_augmented,
     check_generator,
-    check_jitter,
     check_numbers,
-    check_views,
     check_weights,
     first_parameters,
     image_space,
-    jitter_table,
-    on_device,
     weight_decay_of,
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
@@ -30,6 +25,13 @@ from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.state import InversionState
+from smi_fast.inversion.view_inputs import (
+    check_augmented,
+    check_jitter,
+    check_views,
+    jitter_table,
+    on_device,
+)
 from smi_fast.inversion.views import parts
 from smi_fast.jitter import Jitter
 from smi_fast.learning_rate import Rates, rate_table

@@ -187,8 +187,6 @@ def test_augment_is_differentiated(teacher: VisionTransformer) -> None:
 
     init = torch.randn(5, 3, 32, 48, dtype=F64)
     given = {"objectives": [CrossEntropy()], "schedule": Dense()}
-    augmented, _ = make(teacher, **given, augment=doubled).start(LABELS, init).evaluate()
-    plain, _ = make(teacher, **given).start(LABELS, 2 * init).evaluate()
     jitter = Jitter(share=0, flip=False)
     augmented, plain = (
         make(teacher, **given, jitter=jitter, augment=f).start(LABELS, x).evaluate()[0]

@@ -351,7 +351,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/inversion/inputs.py",
+        "smi_fast/inversion/view_inputs.py",
         f"{INVERTER}::test_no_jitter_around_stops",
         Mutant(
             "inputs-flip",
@@ -365,6 +365,10 @@ MUTANTS = (
             "shift, flip = shift.to(teacher.device), flip.to(teacher.device)",
             "The jitter of the caller changes.",
         ),
+    ),
+    *of_file(
+        "smi_fast/inversion/inputs.py",
+        f"{INVERTER}::test_no_jitter_around_stops",
         Mutant(
             "inputs-std",
             'if name == "std" and (values <= 0).any():',
