@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from smi_fast.phases import for_phases
 
 # Side of the image over the largest shift, as published (arXiv 2510.27186).
 JITTER_SHARE = 8
@@ -117,13 +118,7 @@ class Jitter:
         if not isinstance(self.share, tuple):
             return [(self.share, iterations)]
         inner = stops if self.starts is None else [round(s * iterations) for s in self.starts]
-        if len(self.share) != len(inner) + 1:
-            raise ValueError(
-                f"expected {len(inner) + 1} shares of jitter, one for each phase between "
-                f"{len(inner)} stops, got {len(self.share)}"
-            )
-        lengths = (end - first for first, end in pairwise((0, *inner, iterations)))
-        return list(zip(self.share, lengths, strict=True))
+        return for_phases(self.share, "shares of jitter", iterations, inner)
 
 
 def _numbers(given: object) -> tuple[Any, ...]:
