@@ -77,7 +77,7 @@ class Recipe:
     lr: float | LearningRate
     betas: tuple[float, float]
     soft: bool = False
-    jitter: Jitter = Jitter()  # noqa: RUF009
+    jitter: Jitter = field(default_factory=Jitter)
     schedule: Callable[[int], Schedule] = _dense
     parametrization: Parametrization = field(default_factory=Pixels)
     optimizer: str = "adam"

@@ -47,14 +47,24 @@ def check_numbers(iterations: int, betas: tuple[float, float]) -> None:
         raise ValueError(f"expected two betas in [0, 1), got {betas!r}")
 
 
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """The value.
+
+    Raises:
+        ValueError: it isn't among those that are allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"expected {name} {' or '.join(allowed)}, got {value!r}")
+    return value
+
+
 def weight_decay_of(optimizer: str, weight_decay: float | None) -> float:
     """The weight decay of an optimiser, 0 for "adam" and by default torch's for "adamw".
 
     Raises:
         ValueError: another optimiser, a weight decay of "adam", or one below 0 or not finite.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"expected optimizer {' or '.join(OPTIMIZERS)}, got {optimizer!r}")
+    one_of("optimizer", optimizer, OPTIMIZERS)
     if weight_decay is None:
         return ADAMW_DECAY if optimizer == "adamw" else 0.0
     if not (isinstance(weight_decay, Real) and 0 <= weight_decay < math.inf):

@@ -18,6 +18,7 @@ from smi_fast.inversion.inputs import (
     check_weights,
     first_parameters,
     image_space,
+    one_of,
     weight_decay_of,
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
@@ -140,7 +141,7 @@ class SparseInverter:
         given = as_objectives(terms)
         check_views(augment, copies, max_batch, given)
         self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
-        self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
+        self.final_mask = one_of("final_mask", final_mask, FINAL_MASKS)
         counts = promised(self.schedule, sparse.num_patches)
         self._check_schedule(max(counts, default=0), iterations)
         self.settings = Settings(
@@ -156,7 +157,7 @@ class SparseInverter:
             lr=rate_table(lr, iterations, tuple(counts)).to(sparse.device),
             betas=(betas[0], betas[1]),
             weight_decay=weight_decay_of(optimizer, weight_decay),
-            freeze_background=_one_of("background", background, BACKGROUNDS) == "frozen",
+            freeze_background=one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
             graph=graph and _graphs_allowed(),
         )
@@ -347,78 +348,4 @@ class SparseInverter:
 
 def _graphs_allowed() -> bool:
     """What ``SMI_FAST_GRAPH`` says: 0 or 1, by default 1."""
-    return _one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"expected {name} {' or '.join(allowed)}, got {value!r}")
-    return value
-
-
-def invert(
-    teacher: nn.Module,
-    targets: Tensor | Sequence[int] | None = None,
-    *,
-    objectives: Terms | None = None,
-    schedule: Schedule | None = None,
-    parametrization: Parametrization | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    iterations: int = 100,
-    lr: Rates = 0.2,
-    betas: tuple[float, float] = (0.5, 0.99),
-    optimizer: str = "adam",
-    weight_decay: float | None = None,
-    jitter: Jitter | tuple[Tensor, Tensor] | None = None,
-    augment: Augment | None = None,
-    copies: int = 1,
-    max_batch: int | None = None,
-    background: str = "frozen",
-    final_mask: str = "kept",
-    backend: str = AUTO,
-    graph: bool = True,
-    batch: int | None = None,
-    init: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    progress: bool = True,
-    callback: Callback | None = None,
-) -> InversionResult:
-    """Invert one batch: ``SparseInverter(teacher, ...).invert(targets, ...)``.
-
-    >>> result = invert(teacher, [7], iterations=10, schedule=Dense(), progress=False)
-    >>> result.confidence.shape
-    torch.Size([1])
-
-    The arguments up to ``graph`` are those of :class:`SparseInverter`, the others those of
-    :meth:`SparseInverter.invert`.
-    """
-    inverter = SparseInverter(
-        teacher,
-        objectives=objectives,
-        schedule=schedule,
-        parametrization=parametrization,
-        mean=mean,
-        std=std,
-        iterations=iterations,
-        lr=lr,
-        betas=betas,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        augment=augment,
-        copies=copies,
-        max_batch=max_batch,
-        background=background,
-        final_mask=final_mask,
-        backend=backend,
-        graph=graph,
-    )
-    return inverter.invert(
-        targets,
-        batch=batch,
-        init=init,
-        jitter=jitter,
-        generator=generator,
-        progress=progress,
-        callback=callback,
-    )
+    return one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"

@@ -272,7 +272,7 @@ def test_invert_forwards_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
             got.update(targets=targets, **options)
             return "result"
 
-    monkeypatch.setattr("smi_fast.inversion.inverter.SparseInverter", Recorder)
+    monkeypatch.setattr("smi_fast.inversion.functional.SparseInverter", Recorder)
     marks = {name: object() for name in inspect.signature(smi_fast.invert).parameters}
     teacher, targets = marks["teacher"], marks["targets"]
     options = {name: mark for name, mark in marks.items() if name not in ("teacher", "targets")}
