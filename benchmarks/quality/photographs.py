@@ -10,7 +10,7 @@ Images are kept in the folder of the packages, so a run goes on where it was cut
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,6 +24,7 @@ from benchmarks.clip.packages import folder
 from benchmarks.clip.photographs import SIDE, Photographs, load_photographs
 from benchmarks.clip.tower import load_tower
 from benchmarks.harness.environment import describe, record, result_file
+from benchmarks.quality.verdicts import over_mean
 from smi_fast import (
     Dense,
     Fourier,
@@ -79,7 +80,7 @@ class Contender:
     parametrization: Parametrization
     sparse: bool
     lr: float = 0.2
-    priors: tuple[Objective, ...] = field(default_factory=tuple)
+    priors: tuple[Objective, ...] = ()
 
     def schedule(self, iterations: int) -> Schedule:
         return StopSchedule.once(iterations, keep=KEEP) if self.sparse else Dense()
@@ -147,18 +148,6 @@ def ranks(logits: Tensor, classes: Tensor) -> list[int]:
     """For each image how many classes of [B, C] are more probable than its own."""
     own = logits.gather(1, classes[:, None])
     return (logits > own).sum(1).tolist()
-
-
-def over_mean(images: Tensor, masks: Tensor) -> Tensor:
-    """Images [B, C, H, W] in which all but the kept patches have the mean colour of those.
-
-    Args:
-        images: in [0, 1].
-        masks: bool [B, rows, columns], the kept patches.
-    """
-    shown = F.interpolate(masks[:, None].to(images), images.shape[2:])
-    means = (images * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
-    return torch.where(shown.bool(), images, means)
 
 
 @torch.no_grad()
