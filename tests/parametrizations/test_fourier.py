@@ -8,17 +8,7 @@ import torch
 from smi_fast import CrossEntropy, Dense, Fourier, SparseInverter, StopSchedule, load_teacher
 from smi_fast.parametrizations.fourier import MARGIN
 from smi_fast.teacher.space import ImageSpace
-
-SIZES = [(64, 64), (112, 112), (224, 224), (384, 384), (33, 48), (48, 33), (7, 9)]
-
-
-def space(height: int, width: int, dtype: torch.dtype = torch.float64) -> ImageSpace:
-    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]], dtype=dtype)
-    return ImageSpace(3, height, width, mean, std)
-
-
-def logits_of_pixels(fourier: Fourier, parameters: torch.Tensor) -> torch.Tensor:
-    return fourier.space.denormalize(fourier.images(parameters)).logit()
+from tests.helpers.parametrizations import SIZES, logits_of_pixels, space
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
