@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Each public name by the module that has it; the types of the same names are in __init__.pyi.
 _NAMES = {
     "inversion": ("InversionResult", "NonFiniteLoss", "SparseInverter", "invert"),
+    "jitter": ("Jitter",),
     "learning_rate": ("Cosine", "LearningRate", "PerPhase"),
     "objectives": (
         "AdversarialJS",
@@ -40,6 +41,7 @@ _NAMES = {
     "zoo": ("load_cnn", "load_teacher"),
 }
 _MODULES = {
+    "augmentations": "augmentations",
     "compat": "compat",
     "ops": "ops",
     "recipes": "recipes",

@@ -1,5 +1,6 @@
 """Types of the public names, which ``__init__.py`` imports on first use."""
 
+from smi_fast import augmentations as augmentations
 from smi_fast import compat as compat
 from smi_fast import ops as ops
 from smi_fast import recipes as recipes
@@ -7,6 +8,7 @@ from smi_fast.inversion import InversionResult as InversionResult
 from smi_fast.inversion import NonFiniteLoss as NonFiniteLoss
 from smi_fast.inversion import SparseInverter as SparseInverter
 from smi_fast.inversion import invert as invert
+from smi_fast.jitter import Jitter as Jitter
 from smi_fast.learning_rate import Cosine as Cosine
 from smi_fast.learning_rate import LearningRate as LearningRate
 from smi_fast.learning_rate import PerPhase as PerPhase

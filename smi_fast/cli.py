@@ -271,6 +271,7 @@ def invert(
         "cnn_sha256": None if network is None else fingerprint(network),
         "iterations": iterations,
         "lr": rate if isinstance(rate, float) else repr(rate),
+        "jitter": repr(published.jitter),
         "batch_size": batch_size,
         "seed": seed,
         "backend": _backends(backend, inverter.teacher),

@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from smi_fast.phases import for_phases
+
 
 @runtime_checkable
 class LearningRate(Protocol):
@@ -113,13 +115,8 @@ class PerPhase:
         object.__setattr__(self, "values", values)
 
     def rates(self, iterations: int, stops: tuple[int, ...]) -> list[float]:
-        if len(self.values) != len(stops) + 1:
-            raise ValueError(
-                f"expected {len(stops) + 1} learning rates, one for each phase between "
-                f"{len(stops)} stops, got {len(self.values)}"
-            )
-        phases = zip(self.values, pairwise((0, *stops, iterations)), strict=True)
-        return [value for value, (start, end) in phases for _ in range(end - start)]
+        phases = for_phases(self.values, "learning rates", iterations, stops)
+        return [value for value, length in phases for _ in range(length)]
 
 
 Rates = float | LearningRate | Sequence[float] | Tensor

@@ -191,11 +191,12 @@ def test_settings_say_what_computed_the_images(smi: Smi, tmp_path: Path) -> None
     assert smi.invert(tmp_path, *arguments)[0] == 0
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["backend"] == "reference"
+    assert settings["jitter"] == repr(smi_fast.Jitter(share=30 / 224))
     assert settings["device"] == "cpu" and settings["dtype"] == "float32"
     assert settings["teacher_sha256"] == fingerprint(load_teacher("fashion-canvas"))
     assert settings["cnn_sha256"] == fingerprint(load_cnn("fashion-canvas"))
     path = tmp_path / "settings.json"
-    for key in ("backend", "device", "dtype", "cnn_sha256"):
+    for key in ("backend", "device", "dtype", "jitter", "cnn_sha256"):
         path.write_text(json.dumps({**settings, key: "other"}))
         code, _, err = smi.invert(tmp_path, *arguments, "--resume")
         assert code == 2 and f'made with {key} = "other", now it is' in err

@@ -118,6 +118,23 @@ def test_page_of_quality_has_the_recorded_numbers() -> None:
             assert cells == [percent(found["mean"]) + around(found["seeds"]) for found in means]
 
 
+def test_page_of_quality_has_the_recorded_times() -> None:
+    levels = json.loads((ROOT / "benchmarks/results/time_to_quality.json").read_text())["levels"]
+    page = (ROOT / "docs/quality.md").read_text()
+    lines = page.partition("<!-- time to quality -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    expected = []
+    for judge, by_level in levels.items():
+        for which, level in by_level.items():
+            ours = level["ours"]["clear, 30 of 64 patches"]
+            expected.append(
+                f"| {judge.replace('_', ' ')}, its {which}: {percent(level['recognised'])} "
+                f"| {level['published_iterations']} | {level['published_seconds']['median']:.3g} "
+                f"| {ours['iterations']} | {ours['seconds']['median']:.2f} "
+                f"| {float(format(ours['times_as_fast']['median'], '.3g')):g} |"
+            )
+    assert lines == expected and len(lines) == 4
+
+
 def percent(share: float) -> str:
     return f"{math.floor(100 * share + 0.5)} %"
 

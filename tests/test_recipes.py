@@ -46,6 +46,34 @@ PUBLISHED = {
 }
 
 
+# Largest shifts in pixels of 224, before and after half of the iterations.
+SHIFTS = {
+    "smi": (28, 28),
+    "clear": (28, 28),
+    "deepinversion": (30, 30),
+    "psaq_vit": (15, 30),
+    "gradvit": (30, 30),
+    "sardfq": (15, 30),
+    "mimiq": (8, 16),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_shifts(name: str) -> None:
+    jitter = recipes.by_name(name, cnn_for(name)).options()["jitter"]
+    for stops in ((), (3, 6)):
+        shift, flip = jitter.draw(6000, (224, 224), stops=stops)
+        halves = shift.abs().unflatten(0, (2, 3000)).amax((1, 2))
+        assert tuple(halves.tolist()) == SHIFTS[name] and flip.any()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_variation_is_that_of_the_batch(name: str) -> None:
+    terms = recipes.by_name(name, cnn_for(name)).objectives
+    variations = [term for term in terms if isinstance(term, smi_fast.TotalVariation)]
+    assert not any(term.per_image for term in variations)
+
+
 def cnn_for(name: str) -> torch.nn.Module | None:
     return load_cnn("fashion-canvas") if name in recipes.WITH_CNN else None
 

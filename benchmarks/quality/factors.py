@@ -33,6 +33,7 @@ from smi_fast import (
     load_teacher,
     recipes,
 )
+from smi_fast.jitter import Jitter
 from smi_fast.objectives.targets import soft_targets
 
 ITERATIONS = 100
@@ -51,11 +52,6 @@ def grey(inverter: SparseInverter, targets: Tensor, generator: torch.Generator) 
     shape = (len(targets), space.channels, space.height, space.width)
     u = QUIET * torch.randn(shape, generator=generator)
     return {"init": space.normalize(torch.sigmoid(u))}
-
-
-def no_jitter(inverter: SparseInverter, targets: Tensor, generator: torch.Generator) -> Options:
-    still = torch.zeros(ITERATIONS, 2, dtype=torch.int64), torch.zeros(ITERATIONS, dtype=torch.bool)
-    return {"jitter": still}
 
 
 def soft(inverter: SparseInverter, targets: Tensor, generator: torch.Generator) -> Options:
@@ -84,7 +80,7 @@ def textured(inverter: SparseInverter, targets: Tensor, generator: torch.Generat
 PUBLISHED: Options = recipes.smi().options(iterations=ITERATIONS, schedule=Dense())
 DEFAULT: Options = recipes.clear().options(iterations=ITERATIONS, schedule=Dense())
 ENTROPY = [CrossEntropy()]
-TV = [CrossEntropy(), TotalVariation()]
+TV = [CrossEntropy(), TotalVariation(per_image=False)]
 PRIOR = BatchNormMatching(load_cnn("fashion-canvas"), weight=WEIGHT)
 
 # What each row changes: options, and arguments of ``invert``.
@@ -115,7 +111,8 @@ FROM_DEFAULT: dict[str, tuple[Options, Arguments | None]] = {
     "default, colours of photographs": ({"parametrization": Fourier(colour=True)}, None),
     "default, pyramid": ({"parametrization": Pyramid()}, None),
     "default, BatchNorm matching": ({"objectives": [*ENTROPY, PRIOR]}, None),
-    "default, no jitter": ({}, no_jitter),
+    "default, no jitter": ({"jitter": Jitter(share=0, flip=False)}, None),
+    "default, jitter of each image": ({"jitter": Jitter(per_image=True)}, None),
     "default, soft targets": ({}, soft),
     "default, mixed targets": ({}, mixed),
     "default, textured start": ({}, textured),
@@ -154,17 +151,7 @@ def contenders() -> dict[str, dict[str, Contender]]:
         name: Contender(options=partial(_fixed, {**DEFAULT, "schedule": schedule}))
         for name, schedule in SCHEDULES.items()
     }
-    own_jitter = {
-        which: Contender(
-            options=partial(_fixed, {**DEFAULT, "schedule": schedule}), own_jitter=True
-        )
-        for which, schedule in (("sparse", ONE_STOP), ("dense", Dense()))
-    }
-    name = "default, jitter of each image"
-    return {
-        "sparse": {**rows({"schedule": ONE_STOP}), **schedules, name: own_jitter["sparse"]},
-        "dense": {**rows({}), name: own_jitter["dense"]},
-    }
+    return {"sparse": {**rows({"schedule": ONE_STOP}), **schedules}, "dense": rows({})}
 
 
 def runs(seeds: tuple[int, ...] = SEEDS, per_class: int = PER_CLASS) -> Iterator[Run]:

@@ -23,9 +23,7 @@ from benchmarks.fashion_canvas.data import CLASSES
 from benchmarks.harness.environment import commit
 from smi_fast import SparseInverter, SparseViT
 from smi_fast.inversion.state import InversionState
-from smi_fast.jitter import random_jitter
 from smi_fast.ops.grid import patch_mask
-from smi_fast.schedules import Stop, still_iterations
 
 FOLDER = Path(".benchmarks") / "images"
 # Iterations of a dense run between two saved states.
@@ -42,13 +40,11 @@ class Contender:
             generator; they may replace the targets.
         longest: iterations of the dense run of which shorter ones are the beginning; 0 where each
             length is a run of its own.
-        own_jitter: whether each image has a shift and a flip of its own, instead of one for all.
     """
 
     options: Callable[[int], dict[str, Any]]
     arguments: Callable[[SparseInverter, Tensor, torch.Generator], dict[str, Any]] | None = None
     longest: int = 0
-    own_jitter: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,36 +121,8 @@ def _arguments(run: Run, inverter: SparseInverter) -> dict[str, Any]:
 
 def _whole(teacher: SparseViT, run: Run) -> dict[str, Tensor]:
     inverter = SparseInverter(teacher, **run.contender.options(run.iterations))
-    if run.contender.own_jitter:
-        return _with_own_jitter(inverter, run)
     result = inverter.invert(**_arguments(run, inverter), progress=False)
     return {"pixels": result.images, "masks": result.masks, "logits": result.logits}
-
-
-def _with_own_jitter(inverter: SparseInverter, run: Run) -> dict[str, Tensor]:
-    state, schedule = inverter.start(**_arguments(run, inverter)), inverter.schedule
-    generator = torch.Generator().manual_seed(run.seed)
-    drawn = [
-        random_jitter(run.iterations, inverter.teacher.image_size, generator) for _ in run.wanted
-    ]
-    state.shift, state.flip = (torch.stack(table, 1) for table in zip(*drawn, strict=True))
-    still = sorted(still_iterations(schedule))
-    state.shift[still], state.flip[still] = 0, False
-    importance = None
-    for number in range(run.iterations):
-        if number in schedule.at:
-            assert importance is not None
-            state.keep(schedule.select(Stop(number, state.kept, importance, inverter.teacher.grid)))
-        importance = state.step(score=number + 1 in schedule.at, number=number)
-    return _described(state)
-
-
-def _described(state: InversionState) -> dict[str, Tensor]:
-    images, teacher = state.images(), state.settings.teacher
-    with torch.no_grad():
-        logits = teacher(images, state.kept).logits
-    masks = patch_mask(state.kept, *teacher.grid)
-    return {"pixels": state.settings.space.denormalize(images), "masks": masks, "logits": logits}
 
 
 def _snapshot(teacher: SparseViT, run: Run) -> dict[str, Tensor]:
@@ -170,7 +138,11 @@ def _snapshot(teacher: SparseViT, run: Run) -> dict[str, Tensor]:
         state.step(number=number)
         if (number + 1) % SAVE_EVERY == 0 or number + 1 == run.iterations:
             _save(state, saved)
-    return _described(state)
+    images = state.images()
+    with torch.no_grad():
+        logits = teacher(images, state.kept).logits
+    masks = patch_mask(state.kept, *teacher.grid)
+    return {"pixels": state.settings.space.denormalize(images), "masks": masks, "logits": logits}
 
 
 def _save(state: InversionState, path: Path) -> None:

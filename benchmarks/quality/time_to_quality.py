@@ -171,7 +171,7 @@ def draw(contenders: Recognised, seconds: Recognised, ceiling: float) -> Figure:
     axes.set(xscale="log", ylim=(0, 1.02), ylabel="recognised by the judge")
     axes.set_xlabel("seconds for 40 images; published: in the published-style loop")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=8, loc="center right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.grid(color="#e4e4e4")
     return figure
 

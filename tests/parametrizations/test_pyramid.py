@@ -7,19 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from smi_fast import Dense, Pyramid, SparseInverter, StopSchedule, load_teacher
-from smi_fast.teacher.space import ImageSpace
 from tests.helpers.host_guard import HostGuard
-
-SIZES = [(64, 64), (112, 112), (224, 224), (384, 384), (33, 48), (48, 33), (7, 9)]
-
-
-def space(height: int, width: int, dtype: torch.dtype = torch.float64) -> ImageSpace:
-    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]], dtype=dtype)
-    return ImageSpace(3, height, width, mean, std)
-
-
-def logits_of_pixels(pyramid: Pyramid, parameters: torch.Tensor) -> torch.Tensor:
-    return pyramid.space.denormalize(pyramid.images(parameters)).logit()
+from tests.helpers.parametrizations import SIZES, logits_of_pixels, space
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
