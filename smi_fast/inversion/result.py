@@ -64,7 +64,7 @@ class InversionResult:
     Attributes:
         images: [B, 3, H, W] in [0, 1], background included.
         kept: int64 [B, K], the patches that were inverted to the end.
-        masks: bool [B, rows, columns], the patches that :meth:`over` shows: those of ``kept``, or of
+        masks: bool [B, rows, columns], the patches that :meth:`over` shows: ``kept``, or those of
             the published re-ranked mask.
         targets: as they were given, [B, ...] or None.
         logits: [B, classes], the logits of the teacher for ``kept`` alone, without jitter.
