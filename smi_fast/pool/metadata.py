@@ -55,7 +55,7 @@ def parse(content: bytes) -> tuple[list[Record], int]:
         if index == end:
             batch, start, end = batch + 1, end, end + _number(record, "batch_size", least=1)
         label = _number(record, "label", least=0)
-        expected = {"batch": batch, "batch_size": end - start, "label": label}
+        expected: Record = {"batch": batch, "batch_size": end - start, "label": label}
         expected |= files_of(index, label)
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
             raise ValueError(f"line {index + 1} is not the record of image {index}")
