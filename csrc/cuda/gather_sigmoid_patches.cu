@@ -1,5 +1,7 @@
 // Kept patches of jittered images, which are the sigmoid of a field; specified by
 // gather_sigmoid_patches in reference.py.
+#include <cmath>
+
 #include "patch_window.cuh"
 
 namespace smi_fast {
