@@ -136,7 +136,9 @@ def _gather_sigmoid_patches_bwd(
     slot = (batch * K + found - 1) * C + channel
     patch = grad + slot[None, :, None] * (P * P) + inside[:, None, None] * P + inside[None, None, :]
     of_pixels = tl.load(patch, mask=moves, other=0.0).to(tl.float32)
-    window = field + batch * stride_b + channel.to(tl.int64) * stride_c + y * stride_y + x * stride_x
+    window = (
+        field + batch * stride_b + channel.to(tl.int64) * stride_c + y * stride_y + x * stride_x
+    )
     u = tl.load(window, mask=moves, other=0.0).to(tl.float32)
     # The sigmoid's slope is e / (1 + e)² with e = exp(-|u|), which never overflows.
     e = tl.exp(-tl.abs(u))

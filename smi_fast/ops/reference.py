@@ -86,7 +86,7 @@ def gather_sigmoid_patches_backward(
     frozen: Tensor | None,
     patch_size: int,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the field: that of the images times σ (1 − σ) / std."""
+    """Gradient [B, C, H, W] of the field: that of the images times the sigmoid's slope over std."""
     height, width = field.shape[-2:]
     images = gather_patches_backward(grad, kept, shift, flip, patch_size, height, width)
     pixels = torch.sigmoid(field)

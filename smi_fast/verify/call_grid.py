@@ -146,6 +146,7 @@ def _gather_sigmoid_patches() -> Iterator[OpCall]:
     far = 40 * field
     far[0, 0, :2] = torch.tensor([300.0, -300.0])[:, None]
     yield from pair("far", far, kept, shared, 8, background, frozen)
+    far = far.clone()
     far[1, 1, ::3] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0]).repeat(10)
     yield from pair("not-a-number", far, kept, shared, 8, background, frozen)
     yield from pair("no-images", field[:0], kept[:0], (each[0][:0], each[1][:0]), 8, None, None)
