@@ -79,6 +79,7 @@ def gather_patches(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
 
 def gather_sigmoid_patches(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
     field, kept, size = draw(on_patches())
+    field = field.clamp(-30, 30)  # beyond, slopes leave the range of float32
     batch, channels, height, width = field.shape
     jitter = torch.randint(-99, 100, (batch, 2)), torch.rand(batch) < 0.5
     mean, std = torch.rand(channels), torch.rand(channels) + 0.2

@@ -89,8 +89,9 @@ def gather_sigmoid_patches_backward(
     """Gradient [B, C, H, W] of the field: that of the images times the sigmoid's slope over std."""
     height, width = field.shape[-2:]
     images = gather_patches_backward(grad, kept, shift, flip, patch_size, height, width)
-    pixels = torch.sigmoid(field)
-    gradient = images * (pixels * (1 - pixels)) / std[:, None, None]
+    # 1 - sigmoid(field) would lose its digits where a pixel is nearly white.
+    slope = torch.sigmoid(field) * torch.sigmoid(-field)
+    gradient = images * slope / std[:, None, None]
     if frozen is not None:
         gradient = gradient.masked_fill(_spread(frozen, patch_size), 0)
     # Where no window lies it is zero even if the field isn't finite.
