@@ -7,10 +7,12 @@ import argparse
 from benchmarks import figures
 from benchmarks.quality import (
     class_accuracy,
+    factors,
     foreground,
     independent_judge,
     photographs,
     recognition,
+    time_to_quality,
 )
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
@@ -19,6 +21,8 @@ MEASUREMENTS = {
     "class-accuracy": class_accuracy.main,
     "judge": independent_judge.main,
     "quality": recognition.main,
+    "time-to-quality": time_to_quality.main,
+    "factors": factors.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
     "end-to-end": end_to_end.main,

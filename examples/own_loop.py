@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smi_fast import SparseViT, Stop, StopSchedule, load_teacher, ops
-from smi_fast.jitter import random_jitter
+from smi_fast.jitter import Jitter
 from smi_fast.schedules import still_iterations
 
 
@@ -19,7 +19,7 @@ def inversion(teacher: nn.Module, targets: Tensor, iterations: int) -> Iterator[
     model, schedule = SparseViT(teacher), StopSchedule.scaled(iterations)
     mean, std = (torch.tensor(teacher.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
     images = torch.randn(len(targets), model.channels, *model.image_size, requires_grad=True)
-    shift, flip = random_jitter(iterations, model.image_size)
+    shift, flip = Jitter().draw(iterations, model.image_size)
     still = still_iterations(schedule)  # the stops, and the iterations that score importance
     optimizer = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.99))
     kept, importance = model.every_patch(len(targets)), None

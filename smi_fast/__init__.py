@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 # Each public name by the module that has it; the types of the same names are in __init__.pyi.
 _NAMES = {
     "inversion": ("InversionResult", "NonFiniteLoss", "SparseInverter", "invert"),
+    "jitter": ("Jitter",),
+    "learning_rate": ("Cosine", "LearningRate", "PerPhase"),
     "objectives": (
         "AdversarialJS",
         "AttentionPrior",
@@ -33,12 +35,13 @@ _NAMES = {
         "VariationTarget",
         "collect_statistics",
     ),
-    "parametrizations": ("Fourier", "Parametrization", "Pixels"),
+    "parametrizations": ("Fourier", "Parametrization", "Pixels", "Pyramid"),
     "schedules": ("Dense", "Schedule", "Selection", "Stop", "StopSchedule", "WrongSelection"),
     "teacher": ("SparseOutput", "SparseViT", "UnsupportedTeacher"),
     "zoo": ("load_cnn", "load_teacher"),
 }
 _MODULES = {
+    "augmentations": "augmentations",
     "compat": "compat",
     "ops": "ops",
     "recipes": "recipes",

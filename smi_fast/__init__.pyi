@@ -1,5 +1,6 @@
 """Types of the public names, which ``__init__.py`` imports on first use."""
 
+from smi_fast import augmentations as augmentations
 from smi_fast import compat as compat
 from smi_fast import ops as ops
 from smi_fast import recipes as recipes
@@ -7,6 +8,10 @@ from smi_fast.inversion import InversionResult as InversionResult
 from smi_fast.inversion import NonFiniteLoss as NonFiniteLoss
 from smi_fast.inversion import SparseInverter as SparseInverter
 from smi_fast.inversion import invert as invert
+from smi_fast.jitter import Jitter as Jitter
+from smi_fast.learning_rate import Cosine as Cosine
+from smi_fast.learning_rate import LearningRate as LearningRate
+from smi_fast.learning_rate import PerPhase as PerPhase
 from smi_fast.objectives import AdversarialJS as AdversarialJS
 from smi_fast.objectives import AttentionPrior as AttentionPrior
 from smi_fast.objectives import BatchNormMatching as BatchNormMatching
@@ -28,6 +33,7 @@ from smi_fast.objectives import targets as targets
 from smi_fast.parametrizations import Fourier as Fourier
 from smi_fast.parametrizations import Parametrization as Parametrization
 from smi_fast.parametrizations import Pixels as Pixels
+from smi_fast.parametrizations import Pyramid as Pyramid
 from smi_fast.schedules import Dense as Dense
 from smi_fast.schedules import Schedule as Schedule
 from smi_fast.schedules import Selection as Selection

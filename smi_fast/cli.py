@@ -204,7 +204,7 @@ def invert(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate of Adam; by default the recipe's, 0.2 for clear."),
+        typer.Option(help="Constant learning rate; by default the recipe's, 0.2 for clear."),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of images inverted together.")
@@ -248,8 +248,8 @@ def invert(
         published = by_name(recipe, network)
         iterations = published.iterations if iterations is None else iterations
         options.check_most("--iterations", iterations, options.MOST_ITERATIONS)
-        lr = published.lr if lr is None else lr
-        published = replace(published, iterations=iterations, lr=lr)
+        rate = published.lr if lr is None else lr
+        published = replace(published, iterations=iterations, lr=rate)
         stops = _schedule(schedule, published)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
@@ -270,7 +270,8 @@ def invert(
         "cnn_checkpoint": None if cnn_checkpoint is None else cnn_checkpoint.name,
         "cnn_sha256": None if network is None else fingerprint(network),
         "iterations": iterations,
-        "lr": lr,
+        "lr": rate if isinstance(rate, float) else repr(rate),
+        "jitter": repr(published.jitter),
         "batch_size": batch_size,
         "seed": seed,
         "backend": _backends(backend, inverter.teacher),

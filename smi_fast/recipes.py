@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smi_fast.jitter import Jitter
+from smi_fast.learning_rate import Cosine, LearningRate
 from smi_fast.objectives import (
     AdversarialJS,
     AttentionPrior,
@@ -31,6 +33,10 @@ from smi_fast.objectives.targets import soft_targets
 from smi_fast.parametrizations import Fourier, Parametrization, Pixels
 from smi_fast.schedules import Dense, Schedule, StopSchedule
 
+# Largest shifts in pixels of 224, as published.
+_DEEPINVERSION = Jitter(share=30 / 224)
+_PSAQ_VIT = Jitter(share=(15 / 224, 30 / 224), starts=(0.5,))
+
 
 def _dense(iterations: int) -> Schedule:
     return Dense()
@@ -45,8 +51,8 @@ class Recipe:
     """Objectives and settings of a published method.
 
     >>> recipe = recipes.by_name("psaq_vit")
-    >>> recipe.iterations, recipe.lr, recipe.betas
-    (1000, 0.2, (0.5, 0.9))
+    >>> recipe.iterations, recipe.lr
+    (1000, Cosine(lr=0.2, warm_up=0.2, final=0.0, restarts=1))
     >>> inverter = SparseInverter(teacher, **recipe.options())
 
     Attributes:
@@ -54,10 +60,12 @@ class Recipe:
         source: where the numbers come from.
         objectives: with their published weights.
         iterations: iterations of the optimiser.
-        lr: learning rate of Adam.
+        lr: learning rate, a number or a :class:`smi_fast.LearningRate`.
         betas: decay rates of Adam.
+        jitter: how far images are shifted, and whether they are mirrored.
         schedule: when patches stop, as a function of the iterations.
         parametrization: what the optimiser moves.
+        optimizer: "adam" or "adamw".
         soft: whether the targets are :func:`smi_fast.objectives.targets.soft_targets`.
         differs: how the recipe differs from the published method, and what is uncertain.
     """
@@ -66,18 +74,21 @@ class Recipe:
     source: str
     objectives: tuple[Objective, ...]
     iterations: int
-    lr: float
+    lr: float | LearningRate
     betas: tuple[float, float]
     soft: bool = False
+    jitter: Jitter = field(default_factory=Jitter)
     schedule: Callable[[int], Schedule] = _dense
     parametrization: Parametrization = field(default_factory=Pixels)
+    optimizer: str = "adam"
     differs: str = ""
 
     def options(self, **changes: Any) -> dict[str, Any]:
         """The recipe as keyword arguments of :class:`smi_fast.SparseInverter`.
 
-        >>> sorted(recipes.clear().options(iterations=200).items())[1:3]
-        [('iterations', 200), ('lr', 0.2)]
+        >>> options = recipes.clear().options(iterations=200)
+        >>> options["iterations"], options["lr"]
+        (200, 0.2)
 
         Args:
             **changes: further arguments, or other values than the recipe's. Other iterations also
@@ -86,7 +97,15 @@ class Recipe:
         Raises:
             ValueError: too few iterations for the recipe's schedule.
         """
-        names = ("objectives", "parametrization", "iterations", "lr", "betas")
+        names = (
+            "objectives",
+            "parametrization",
+            "iterations",
+            "lr",
+            "betas",
+            "jitter",
+            "optimizer",
+        )
         options = {**{name: getattr(self, name) for name in names}, **changes}
         if "schedule" not in options:
             options["schedule"] = self.schedule(options["iterations"])
@@ -111,13 +130,15 @@ class Recipe:
         return soft_targets(labels, classes, generator=generator) if self.soft else labels
 
     def __str__(self) -> str:
-        adam = f"Adam, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
+        name = {"adam": "Adam", "adamw": "AdamW"}[self.optimizer]
+        adam = f"{name}, lr {self.lr}, betas {self.betas}, {self.iterations} iterations"
         objectives = [f"  {objective!r}" for objective in self.objectives]
         lines = [
             f"{self.name}: {self.source}",
             *objectives,
             f"  {self.parametrization!r}",
             f"  {adam}",
+            f"  {self.jitter!r}",
         ]
         lines += ["  soft targets"] if self.soft else []
         return "\n".join([*lines, f"  differs: {self.differs}"] if self.differs else lines)
@@ -128,7 +149,7 @@ def smi() -> Recipe:
     return Recipe(
         "smi",
         "SMI, arXiv 2510.27186, published code",
-        (CrossEntropy(), TotalVariation()),
+        (CrossEntropy(), TotalVariation(per_image=False)),
         4000,
         0.25,
         (0.5, 0.99),
@@ -160,7 +181,7 @@ def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
         cnn: network with BatchNorm.
         student: network in eval mode, whose predictions are to differ from the teacher's.
     """
-    objectives = [CrossEntropy(), TotalVariation(1e-4), L2Norm(1e-5, per_image=True)]
+    objectives = [CrossEntropy(), TotalVariation(1e-4, per_image=False), L2Norm(1e-5)]
     objectives += [BatchNormMatching(cnn, 10.0, weight=0.05)]
     objectives += [] if student is None else [AdversarialJS(student, 0.2)]
     return Recipe(
@@ -168,11 +189,11 @@ def deepinversion(cnn: nn.Module, student: nn.Module | None = None) -> Recipe:
         "DeepInversion, arXiv 1912.08795, defaults of the published code",
         tuple(objectives),
         2000,
-        0.2,
+        Cosine(0.2, warm_up=0.05),
         (0.5, 0.9),
+        jitter=_DEEPINVERSION,
         differs="BatchNorm statistics of a CNN beside the teacher instead of the teacher's; no "
-        "start at half size; constant lr instead of warm-up and cosine; total variation and L2 of "
-        "the un-jittered image",
+        "start at half size; total variation and L2 of the un-jittered image",
     )
 
 
@@ -183,10 +204,10 @@ def psaq_vit() -> Recipe:
         "PSAQ-ViT, arXiv 2203.02250, published code",
         (PatchSimilarity(), CrossEntropy(), VariationTarget()),
         1000,
-        0.2,
+        Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
-        differs="constant lr instead of two runs of 500 with warm-up and cosine; total variation "
-        "of the un-jittered image",
+        jitter=_PSAQ_VIT,
+        differs="a shift of its own along each axis; total variation of the un-jittered image",
     )
 
 
@@ -198,18 +219,19 @@ def gradvit(cnn: nn.Module) -> Recipe:
     """
     return Recipe(
         "gradvit",
-        "GradViT, arXiv 2203.11894, for the objectives; weights and optimiser could not be looked "
-        "up and are those of DeepInversion",
+        "GradViT, arXiv 2203.11894, for the objectives; weights, optimiser and jitter could not be "
+        "looked up and are those of DeepInversion",
         (
             CrossEntropy(),
             BatchNormMatching(cnn, 10.0, weight=0.05),
-            TotalVariation(1e-4),
-            L2Norm(1e-5, per_image=True),
+            TotalVariation(1e-4, per_image=False),
+            L2Norm(1e-5),
             PatchSeamTV(),
         ),
         2000,
-        0.2,
+        Cosine(0.2, warm_up=0.05),
         (0.5, 0.9),
+        jitter=_DEEPINVERSION,
         differs="no gradient matching; constant weights instead of scheduled ones",
     )
 
@@ -223,12 +245,14 @@ def sardfq(attention_weight: float = 1.0) -> Recipe:
     """
     return Recipe(
         "sardfq",
-        "SARDFQ, arXiv 2412.16553; lr and betas could not be looked up and are those of PSAQ-ViT",
-        (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05)),
+        "SARDFQ, arXiv 2412.16553; lr, betas and jitter could not be looked up and are those of "
+        "PSAQ-ViT",
+        (AttentionPrior(attention_weight), CrossEntropy(), TotalVariation(0.05, per_image=False)),
         1000,
-        0.2,
+        Cosine(0.2, warm_up=0.2, restarts=1),
         (0.5, 0.9),
         soft=True,
+        jitter=_PSAQ_VIT,
         differs="no crops with labels of their own",
     )
 
@@ -238,12 +262,15 @@ def mimiq() -> Recipe:
     return Recipe(
         "mimiq",
         "MimiQ, arXiv 2407.20021, published code",
-        (HeadSimilarity(), CrossEntropy(), TotalVariation(2.5e-5)),
+        (HeadSimilarity(), CrossEntropy(), TotalVariation(2.5e-5, per_image=False)),
         2000,
-        0.1,
+        Cosine(0.1, final=0.001),
         (0.9, 0.999),
-        differs="Adam with a constant lr instead of AdamW with a cosine to 0.001; no noise and no "
-        "colour jitter",
+        optimizer="adamw",
+        jitter=Jitter(share=(8 / 224, 16 / 224), starts=(0.5,)),
+        differs="no noise and no colour jitter; the weight decay could not be looked up and is "
+        "torch's default, 0.01; that the larger of the published shifts, 8 and 16 px, begin after "
+        "half of the iterations is assumed",
     )
 
 

@@ -42,7 +42,12 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
     class Graph:
-        def __init__(self, function: Callable[[], object], device: torch.device) -> None:
+        def __init__(
+            self,
+            function: Callable[[], object],
+            device: torch.device,
+            generator: torch.Generator | None,
+        ) -> None:
             self.function = function
 
         def __call__(self) -> None:

@@ -163,6 +163,15 @@ def test_seeds_of_64_bits(smi: Smi, tmp_path: Path, seed: int) -> None:
     assert {record["seed"] for record in Pool(tmp_path).records} == {seed}
 
 
+def test_resume_refuses_another_learning_rate(smi: Smi, tmp_path: Path) -> None:
+    options = ("--recipe", "psaq_vit", "--schedule", "dense", "--classes", 3, "--per-class", 1)
+    assert smi.invert(tmp_path, *options)[0] == 0
+    code, _, err = smi.invert(tmp_path, *options, "--lr", 0.2, "--resume")
+    made = '"Cosine(lr=0.2, warm_up=0.2, final=0.0, restarts=1)"'
+    assert code == 2 and f"made with lr = {made}, now it is 0.2" in err
+    assert smi.invert(tmp_path, *options, "--resume")[0] == 0
+
+
 def test_resume_refuses_other_weights_of_the_same_name(smi: Smi, tmp_path: Path) -> None:
     options = ("--teacher", "vit_tiny_patch16_224", "--classes", 0, "--per-class", 1)
     for folder in ("a", "b"):
@@ -182,11 +191,12 @@ def test_settings_say_what_computed_the_images(smi: Smi, tmp_path: Path) -> None
     assert smi.invert(tmp_path, *arguments)[0] == 0
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["backend"] == "reference"
+    assert settings["jitter"] == repr(smi_fast.Jitter(share=30 / 224))
     assert settings["device"] == "cpu" and settings["dtype"] == "float32"
     assert settings["teacher_sha256"] == fingerprint(load_teacher("fashion-canvas"))
     assert settings["cnn_sha256"] == fingerprint(load_cnn("fashion-canvas"))
     path = tmp_path / "settings.json"
-    for key in ("backend", "device", "dtype", "cnn_sha256"):
+    for key in ("backend", "device", "dtype", "jitter", "cnn_sha256"):
         path.write_text(json.dumps({**settings, key: "other"}))
         code, _, err = smi.invert(tmp_path, *arguments, "--resume")
         assert code == 2 and f'made with {key} = "other", now it is' in err

@@ -93,8 +93,56 @@ def test_quality_table_has_the_recorded_numbers() -> None:
         ("`recipes.clear()`, dense", "clear, dense"),
         ("`recipes.clear()`, 30", "clear, 30 of 64 patches"),
     ):
-        shares = [entry["judge"]["mean"] for entry in recorded[name].values()]
-        assert row(text) == [f"{math.floor(100 * share + 0.5)} %" for share in shares]
+        shares = [recorded[name][length]["judge"]["mean"] for length in row("iterations |")]
+        assert row(text) == [percent(share) for share in shares]
+
+
+def test_page_of_quality_has_the_recorded_numbers() -> None:
+    """Every table whose rows begin with a contender, for the figure that its heading names."""
+    recorded = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["contenders"]
+    page = (ROOT / "docs/quality.md").read_text()
+    tables = re.findall(r"<!-- (\w+) -->\n\n(\|.*?)\n\n", page, re.DOTALL)
+    assert [figure for figure, _ in tables] == [
+        "judge",
+        "second_judge",
+        "judge_of_kept_patches_over_mean",
+        "diversity_in_judge",
+    ]
+    for figure, table in tables:
+        head, _, *rows = (
+            [cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.split("\n")
+        )
+        assert len(rows) >= 3
+        for name, *cells in rows:
+            means = [recorded[name][length][figure] for length in head[1:]]
+            assert cells == [percent(found["mean"]) + around(found["seeds"]) for found in means]
+
+
+def test_page_of_quality_has_the_recorded_times() -> None:
+    levels = json.loads((ROOT / "benchmarks/results/time_to_quality.json").read_text())["levels"]
+    page = (ROOT / "docs/quality.md").read_text()
+    lines = page.partition("<!-- time to quality -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    expected = []
+    for judge, by_level in levels.items():
+        for which, level in by_level.items():
+            ours = level["ours"]["clear, 30 of 64 patches"]
+            expected.append(
+                f"| {judge.replace('_', ' ')}, its {which}: {percent(level['recognised'])} "
+                f"| {level['published_iterations']} | {level['published_seconds']['median']:.3g} "
+                f"| {ours['iterations']} | {ours['seconds']['median']:.2f} "
+                f"| {float(format(ours['times_as_fast']['median'], '.3g')):g} |"
+            )
+    assert lines == expected and len(lines) == 4
+
+
+def percent(share: float) -> str:
+    return f"{math.floor(100 * share + 0.5)} %"
+
+
+def around(shares: list[float]) -> str:
+    """The least and the greatest of the seeds, where they differ."""
+    low, high = (math.floor(100 * edge(shares) + 0.5) for edge in (min, max))
+    return f" ({low}–{high})" if low < high else ""
 
 
 def test_pages_can_be_built(tmp_path: Path) -> None:

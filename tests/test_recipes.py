@@ -10,20 +10,20 @@ import torch
 from PIL import Image
 
 import smi_fast
-from smi_fast import Dense, cli, recipes
+from smi_fast import Cosine, Dense, cli, recipes
 from smi_fast.objectives import Objective
 from smi_fast.pool import Pool
 from smi_fast.zoo import load_cnn
 
 PUBLISHED = {
-    "smi": ({"cross_entropy": 1.0, "total_variation": 1e-4}, (4000, 0.25, (0.5, 0.99))),
+    "smi": ({"cross_entropy": 1.0, "total_variation": 1e-4}, (4000, 0.25, (0.5, 0.99), "adam")),
     "deepinversion": (
         {"cross_entropy": 1.0, "total_variation": 1e-4, "l2_norm": 1e-5, "batch_norm": 0.05},
-        (2000, 0.2, (0.5, 0.9)),
+        (2000, Cosine(0.2, warm_up=0.05), (0.5, 0.9), "adam"),
     ),
     "psaq_vit": (
         {"patch_similarity": 1.0, "cross_entropy": 1.0, "variation_target": 0.05},
-        (1000, 0.2, (0.5, 0.9)),
+        (1000, Cosine(0.2, warm_up=0.2, restarts=1), (0.5, 0.9), "adam"),
     ),
     "gradvit": (
         {
@@ -33,17 +33,45 @@ PUBLISHED = {
             "l2_norm": 1e-5,
             "patch_seams": 1e-4,
         },
-        (2000, 0.2, (0.5, 0.9)),
+        (2000, Cosine(0.2, warm_up=0.05), (0.5, 0.9), "adam"),
     ),
     "sardfq": (
         {"attention_prior": 1.0, "cross_entropy": 1.0, "total_variation": 0.05},
-        (1000, 0.2, (0.5, 0.9)),
+        (1000, Cosine(0.2, warm_up=0.2, restarts=1), (0.5, 0.9), "adam"),
     ),
     "mimiq": (
         {"head_similarity": 1.0, "cross_entropy": 1.0, "total_variation": 2.5e-5},
-        (2000, 0.1, (0.9, 0.999)),
+        (2000, Cosine(0.1, final=0.001), (0.9, 0.999), "adamw"),
     ),
 }
+
+
+# Largest shifts in pixels of 224, before and after half of the iterations.
+SHIFTS = {
+    "smi": (28, 28),
+    "clear": (28, 28),
+    "deepinversion": (30, 30),
+    "psaq_vit": (15, 30),
+    "gradvit": (30, 30),
+    "sardfq": (15, 30),
+    "mimiq": (8, 16),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_shifts(name: str) -> None:
+    jitter = recipes.by_name(name, cnn_for(name)).options()["jitter"]
+    for stops in ((), (3, 6)):
+        shift, flip = jitter.draw(6000, (224, 224), stops=stops)
+        halves = shift.abs().unflatten(0, (2, 3000)).amax((1, 2))
+        assert tuple(halves.tolist()) == SHIFTS[name] and flip.any()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_variation_is_that_of_the_batch(name: str) -> None:
+    terms = recipes.by_name(name, cnn_for(name)).objectives
+    variations = [term for term in terms if isinstance(term, smi_fast.TotalVariation)]
+    assert not any(term.per_image for term in variations)
 
 
 def cnn_for(name: str) -> torch.nn.Module | None:
@@ -55,9 +83,10 @@ def test_terms_and_weights(name: str) -> None:
     recipe = recipes.by_name(name, cnn_for(name))
     terms, settings = PUBLISHED[name]
     assert {term.name: term.weight for term in recipe.objectives} == terms
-    assert (recipe.iterations, recipe.lr, recipe.betas) == settings
+    assert (recipe.iterations, recipe.lr, recipe.betas, recipe.optimizer) == settings
     text = str(recipe)
-    assert f"lr {recipe.lr}" in text and "arXiv" in text
+    name = {"adam": "Adam", "adamw": "AdamW"}[recipe.optimizer]
+    assert f"{name}, lr {recipe.lr}" in text and "arXiv" in text
     assert all(f"{weight}" in text for weight in terms.values())
     assert "object at 0x" not in text
 
@@ -133,8 +162,9 @@ def test_clear_is_what_an_inverter_does_by_default() -> None:
     assert plain.schedule == clear.schedule
     for name in ("objectives", "parametrization"):
         assert repr(getattr(plain.settings, name)) == repr(getattr(clear.settings, name))
-    for name in ("iterations", "lr", "betas"):
+    for name in ("iterations", "betas", "weight_decay"):
         assert getattr(plain.settings, name) == getattr(clear.settings, name)
+    assert torch.equal(plain.settings.lr, clear.settings.lr)
 
 
 def test_other_iterations_move_the_stops_of_a_recipe() -> None:

@@ -1,8 +1,8 @@
-"""Train the CNN prior and the judge on the CPU.
+"""Train the CNN prior and the two judges on the CPU.
 
 Run it as ``python -m benchmarks.fashion_canvas.train_cnns [NAME …]``. The prior is the CNN whose
-BatchNorm statistics inversion matches. The judge takes no part in inversion and only classifies the
-images. It differs from the prior in architecture and seed, and has no BatchNorm.
+BatchNorm statistics inversion matches. The judges take no part in inversion and only classify the
+images. All three differ in architecture and seed, and the judges have no BatchNorm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.fashion_canvas.train_teacher import WEIGHTS, accuracy, train_cnn
 from smi_fast.zoo import small_cnn
 
 JUDGE = Path(__file__).parent / "judge_cnn.safetensors"
+SECOND_JUDGE = Path(__file__).parent / "second_judge_cnn.safetensors"
 
 
 class Residual(nn.Module):
@@ -52,11 +53,31 @@ def judge_cnn() -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, *head)
 
 
-def load_judge() -> nn.Module:
-    """The trained judge, frozen."""
-    judge = judge_cnn()
-    judge.load_state_dict(load_file(JUDGE), strict=True)
+def second_judge_cnn() -> nn.Sequential:
+    """A plain CNN without shortcuts: 30 million multiply-adds at 64 px."""
+    widths = ((3, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 1), (64, 112, 3, 2), (112, 112, 3, 1))
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel, stride in (*widths, (112, 144, 3, 2)):
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        # One group of all channels is LayerNorm over an image.
+        layers += [convolution, nn.GroupNorm(1, outputs), nn.GELU()]
+    head = (nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(144, len(CLASSES)))
+    return nn.Sequential(*layers, *head)
+
+
+def _load(judge: nn.Sequential, weights: Path) -> nn.Sequential:
+    judge.load_state_dict(load_file(weights), strict=True)
     return judge.eval().requires_grad_(False)
+
+
+def load_judge() -> nn.Sequential:
+    """The trained judge, frozen. Without its last layer it gives features [N, 128]."""
+    return _load(judge_cnn(), JUDGE)
+
+
+def load_second_judge() -> nn.Sequential:
+    """The trained second judge, frozen. Without its last layer it gives features [N, 144]."""
+    return _load(second_judge_cnn(), SECOND_JUDGE)
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,7 @@ PRIOR = WEIGHTS / "fashion_canvas_cnn.safetensors"
 RUNS = {
     "prior": TrainingRun(lambda: small_cnn(len(CLASSES)), 10, PRIOR),
     "judge": TrainingRun(judge_cnn, 20, JUDGE),
+    "second-judge": TrainingRun(second_judge_cnn, 30, SECOND_JUDGE),
 }
 
 

@@ -126,10 +126,11 @@ def sine_positions(width: int) -> Tensor:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy on images in [0, 1]."""
+    training = model.training
     model.eval()
     batches = zip(images.split(500), labels.split(500), strict=True)
     right = sum((model(normalise(x)).argmax(1) == y).sum().item() for x, y in batches)
-    model.train()
+    model.train(training)
     return right / len(labels)
 
 

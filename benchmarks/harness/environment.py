@@ -53,7 +53,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -90,7 +90,8 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the working tree, with "-dirty" behind it when files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

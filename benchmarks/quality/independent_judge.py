@@ -66,7 +66,7 @@ QUICK = Setting(iterations=40, per_class=1, seeds=(0,))
 
 def invert(setting: Setting, schedule: Schedule, prior: nn.Module | None) -> list[InversionResult]:
     """Invert one batch for each seed."""
-    objectives: list[Objective] = [CrossEntropy(), TotalVariation()]
+    objectives: list[Objective] = [CrossEntropy(), TotalVariation(per_image=False)]
     if prior is not None:
         objectives.append(BatchNormMatching(prior, weight=WEIGHT))
     inverter = SparseInverter(

@@ -10,7 +10,7 @@ Images are kept in the folder of the packages, so a run goes on where it was cut
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,6 +24,7 @@ from benchmarks.clip.packages import folder
 from benchmarks.clip.photographs import SIDE, Photographs, load_photographs
 from benchmarks.clip.tower import load_tower
 from benchmarks.harness.environment import describe, record, result_file
+from benchmarks.quality.verdicts import over_mean
 from smi_fast import (
     Dense,
     Fourier,
@@ -79,7 +80,7 @@ class Contender:
     parametrization: Parametrization
     sparse: bool
     lr: float = 0.2
-    priors: tuple[Objective, ...] = field(default_factory=tuple)
+    priors: tuple[Objective, ...] = ()
 
     def schedule(self, iterations: int) -> Schedule:
         return StopSchedule.once(iterations, keep=KEEP) if self.sparse else Dense()
@@ -89,7 +90,7 @@ def contenders() -> dict[str, Contender]:
     """By name, those first which the others are compared with."""
     published, clear = recipes.smi(), recipes.clear()
     moved = {
-        "pixels": (published.parametrization, published.lr, (TotalVariation(),)),
+        "pixels": (published.parametrization, published.lr, (TotalVariation(per_image=False),)),
         "default": (clear.parametrization, clear.lr, ()),
         **{f"decay {decay}": (Fourier(decay), clear.lr, ()) for decay in (1.0, 0.7, 1.25)},
         "default, colour": (Fourier(colour=True), clear.lr, ()),
@@ -116,6 +117,7 @@ def invert(
         iterations=iterations,
         lr=contender.lr,
     )
+    commit = describe()["commit"]  # before a run during which the checkout may change
     generator = torch.Generator().manual_seed(SEED)
     with torch.autocast("cpu", torch.bfloat16):
         result = inverter.invert(range(len(embeddings)), generator=generator, progress=False)
@@ -124,7 +126,7 @@ def invert(
         "masks": result.masks,
         "loss": result.history[NearestPhotograph.name][-1],
         "seconds": result.seconds,
-        "commit": describe()["commit"],
+        "commit": commit,
     }
 
 
@@ -146,18 +148,6 @@ def ranks(logits: Tensor, classes: Tensor) -> list[int]:
     """For each image how many classes of [B, C] are more probable than its own."""
     own = logits.gather(1, classes[:, None])
     return (logits > own).sum(1).tolist()
-
-
-def over_mean(images: Tensor, masks: Tensor) -> Tensor:
-    """Images [B, C, H, W] in which all but the kept patches have the mean colour of those.
-
-    Args:
-        images: in [0, 1].
-        masks: bool [B, rows, columns], the kept patches.
-    """
-    shown = F.interpolate(masks[:, None].to(images), images.shape[2:])
-    means = (images * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
-    return torch.where(shown.bool(), images, means)
 
 
 @torch.no_grad()

@@ -1,148 +1,173 @@
-"""How many inverted images an independent network recognises, by what the optimiser moves.
+"""How many inverted images independent networks recognise, by what the optimiser moves.
 
 The embedded teacher is inverted with the published recipe (pixels) and with ``recipes.clear``
-(Fourier), dense and sparse. The judge (see ``fashion_canvas/train_cnns.py``) took no part. It sees
-the whole images, and the kept patches over their own mean colour. It is no judge of diversity.
+(Fourier), dense and sparse. Two judges (see ``fashion_canvas/train_cnns.py``) took no part. They
+see the whole images, and the kept patches over their own mean colour.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from statistics import mean
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.fashion_canvas.data import CLASSES, normalise
-from benchmarks.fashion_canvas.train_cnns import load_judge
-from benchmarks.harness.environment import record, result_file
+from benchmarks.fashion_canvas.data import TEST_SEED, canvases, normalise
+from benchmarks.fashion_canvas.train_teacher import accuracy
+from benchmarks.harness.environment import record
 from benchmarks.quality.class_accuracy import share_reached
-from smi_fast import (
-    Dense,
-    InversionResult,
-    Schedule,
-    SparseInverter,
-    SparseViT,
-    StopSchedule,
-    load_teacher,
-    recipes,
+from benchmarks.quality.images import Contender, Run, images_of, make
+from benchmarks.quality.verdicts import (
+    features,
+    load_judges,
+    over_mean,
+    over_seeds,
+    verdict,
+    within_class,
 )
+from smi_fast import Dense, Schedule, SparseViT, StopSchedule, load_teacher, recipes
+from smi_fast.ops.grid import patch_mask
 
 SEEDS = (0, 1, 2)
-LENGTHS = (25, 50, 100, 200)
 PER_CLASS = 4
+# The long runs take most of the time, so they come last.
+SHORT, LONG = (25, 50, 100, 200, 400), (1000, 4000)
+# Lengths of our runs only: a published run of 25 iterations is hardly recognised.
+SHORTEST = (5, 10, 15)
+# Patches that ours keeps, of 64.
+KEPT = (14, 30)
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A recipe and the share of the patches that its schedule keeps; None for all of them."""
+def published_stops(iterations: int) -> Schedule:
+    """The published stops at the same shares of the run, at least an iteration apart."""
+    shares = enumerate((1, 2, 4, 6), start=1)
+    at = tuple(max(iterations * eightieths // 80, i) for i, eightieths in shares)
+    return StopSchedule(at, (0.3,) * 4)
 
-    recipe: recipes.Recipe
-    keep: float | None
 
-    def schedule(self, iterations: int) -> Schedule:
-        if self.keep is None:
-            return Dense()
-        if self.recipe.name == "smi":
-            # The published stops at the same shares of the run, at least an iteration apart.
-            shares = enumerate((1, 2, 4, 6), start=1)
-            at = tuple(max(iterations * eightieths // 80, i) for i, eightieths in shares)
-            return StopSchedule(at, (0.3,) * 4)
-        return StopSchedule.once(iterations, keep=self.keep, at=0.1 if self.keep > 0.3 else 0.05)
+def published(iterations: int) -> dict[str, Any]:
+    return recipes.smi().options(iterations=iterations, schedule=published_stops(iterations))
+
+
+def published_dense(iterations: int) -> dict[str, Any]:
+    return recipes.smi().options(iterations=iterations, schedule=Dense())
+
+
+def clear(iterations: int, keep: float, at: float) -> dict[str, Any]:
+    schedule = StopSchedule.once(iterations, keep=keep, at=at)
+    return recipes.clear().options(iterations=iterations, schedule=schedule)
+
+
+def clear_dense(iterations: int) -> dict[str, Any]:
+    return recipes.clear().options(iterations=iterations, schedule=Dense())
 
 
 CONTENDERS = {
-    "published, dense": Contender(recipes.smi(), None),
-    "published, 14 of 64 patches": Contender(recipes.smi(), 0.24),
-    "clear, dense": Contender(recipes.clear(), None),
-    "clear, 30 of 64 patches": Contender(recipes.clear(), 0.47),
-    "clear, 14 of 64 patches": Contender(recipes.clear(), 0.22),
+    "published, dense": Contender(options=published_dense, longest=LONG[-1]),
+    "published, 14 of 64 patches": Contender(options=published),
+    "clear, dense": Contender(options=clear_dense, longest=LONG[-1]),
+    "clear, 30 of 64 patches": Contender(options=partial(clear, keep=0.47, at=0.1)),
+    "clear, 14 of 64 patches": Contender(options=partial(clear, keep=0.22, at=0.05)),
 }
-COLOURS = ("#9db4c8", "#c8b49d", "#2f6690", "#3a9a5b", "#8fcf9f")
 
 
-def invert(
-    teacher: SparseViT, contender: Contender, iterations: int, seed: int, targets: Tensor
-) -> InversionResult:
-    inverter = SparseInverter(
-        teacher,
-        **contender.recipe.options(iterations=iterations, schedule=contender.schedule(iterations)),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    return inverter.invert(targets, generator=generator, progress=False)
+def lengths_of(name: str) -> tuple[int, ...]:
+    shortest = SHORTEST if name.startswith("clear") else ()
+    return (*shortest, *SHORT, *LONG)
+
+
+def runs() -> Iterator[Run]:
+    """All runs, those of few iterations first."""
+    for long in (False, True):
+        for name, contender in CONTENDERS.items():
+            for seed in SEEDS:
+                for length in lengths_of(name):
+                    if (length in LONG) == long:
+                        yield Run(name, contender, length, seed, PER_CLASS)
 
 
 @torch.no_grad()
-def verdict(judge: nn.Module, result: InversionResult) -> dict[str, float]:
-    """Shares of the images in which judge and teacher see the wanted class."""
-    wanted = result.targets
-    size = result.images.shape[-1] // result.masks.shape[-1]
-    shown = result.masks.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
-    means = (result.images * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
-    over_mean = torch.where(shown, result.images, means)
+def real_canvases(
+    judges: dict[str, nn.Sequential], last: int | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Accuracy of each judge on real canvases, and their distance within a class."""
+    images, labels, _ = canvases("t10k", seed=TEST_SEED, last=last)
+    right = {name: round(accuracy(judge, images, labels), 4) for name, judge in judges.items()}
+    distances = {}
+    for name, judge in judges.items():
+        found = torch.cat([features(judge, part) for part in images.split(500)])
+        distances[name] = round(within_class(found, labels), 4)
+    return right, distances
+
+
+@torch.no_grad()
+def real_canvases_of_kept_patches(
+    teacher: SparseViT, judges: dict[str, nn.Sequential], last: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Accuracy on real canvases of which the teacher's most important patches are shown.
+
+    The rest has their mean colour, as for the judges of kept patches. The teacher sees the patches
+    alone.
+    """
+    images, labels, _ = canvases("t10k", seed=TEST_SEED, last=last)
+    importance = torch.cat(
+        [teacher(normalise(part), importance=True).importance for part in images.split(500)]
+    )
+    found: dict[str, dict[str, float]] = {}
+    for count in KEPT:
+        kept = importance.topk(count, dim=1).indices.sort(dim=1).values
+        shown = over_mean(images, patch_mask(kept, *teacher.grid))
+        logits = torch.cat(
+            [
+                teacher(normalise(part), patches).logits
+                for part, patches in zip(images.split(500), kept.split(500), strict=True)
+            ]
+        )
+        found[str(count)] = {
+            **{name: round(accuracy(judge, shown, labels), 4) for name, judge in judges.items()},
+            "teacher": share_reached(logits, labels),
+        }
+    return found
+
+
+def measure(quick_run: Run | None = None) -> dict[str, Any]:
+    """Make the images of all runs, or of one, and judge them."""
+    teacher, judges = SparseViT(load_teacher("fashion-canvas")), load_judges()
+    chosen = [*runs()] if quick_run is None else [quick_run]
+    make(teacher, chosen)
+    last = None if quick_run is None else 500
+    right, distances = real_canvases(judges, last)
+    measured: dict[str, Any] = {}
+    commits = set()
+    for name, length in sorted({(run.name, run.iterations) for run in chosen}, key=_order):
+        verdicts = []
+        for run in chosen:
+            if (run.name, run.iterations) == (name, length):
+                images = images_of(teacher, run)
+                verdicts.append(verdict(judges, distances, images))
+                commits.add(images.commit)
+                kept = int(images.masks[0].sum())
+        entry = {"kept_patches": kept, **over_seeds(verdicts)}
+        measured.setdefault(name, {})[str(length)] = entry
     return {
-        "judge": share_reached(judge(normalise(result.images)), wanted),
-        "judge_of_kept_patches_over_mean": share_reached(judge(normalise(over_mean)), wanted),
-        "teacher_of_kept_patches": share_reached(result.logits, wanted),
+        "seeds": sorted({run.seed for run in chosen}),
+        "images_per_seed": len(chosen[0].wanted),
+        "images_made_at": sorted(commits),
+        "real_canvases": right,
+        "real_canvases_of_kept_patches": real_canvases_of_kept_patches(teacher, judges, last),
+        "distance_within_a_class_of_real_canvases": distances,
+        "contenders": measured,
     }
 
 
-def measure(
-    judge: nn.Module, lengths: tuple[int, ...], seeds: tuple[int, ...], per_class: int
-) -> dict[str, Any]:
-    teacher = SparseViT(load_teacher("fashion-canvas"))
-    targets = torch.arange(len(CLASSES)).repeat_interleave(per_class)
-    measured: dict[str, Any] = {}
-    for name, contender in CONTENDERS.items():
-        for iterations in lengths:
-            verdicts = []
-            for seed in seeds:
-                result = invert(teacher, contender, iterations, seed, targets)
-                verdicts.append(verdict(judge, result))
-            spread = {
-                key: {"mean": round(mean(values), 4), "seeds": values}
-                for key in verdicts[0]
-                for values in [[found[key] for found in verdicts]]
-            }
-            entry = {"kept_patches": result.kept.shape[1], **spread}
-            measured.setdefault(name, {})[str(iterations)] = entry
-            print(f"{name}, {iterations} iterations: {entry}", flush=True)
-    return measured
-
-
-def draw(measured: dict[str, Any], ceiling: float) -> Figure:
-    """The judge's accuracy on whole images against the iterations of a run."""
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for (name, by_length), colour in zip(measured.items(), COLOURS, strict=True):
-        lengths = [int(length) for length in by_length]
-        values = [entry["judge"]["mean"] for entry in by_length.values()]
-        seeds = [entry["judge"]["seeds"] for entry in by_length.values()]
-        axes.plot(lengths, values, marker="o", color=colour, label=name)
-        axes.fill_between(
-            lengths,
-            *map(list, zip(*((min(s), max(s)) for s in seeds), strict=True)),
-            color=colour,
-            alpha=0.15,
-        )
-    axes.axhline(ceiling, color="#888888", linestyle=":", label="real canvases")
-    axes.set(xscale="log", ylim=(0, 1.02), xlabel="iterations", ylabel="recognised by the judge")
-    axes.set_xticks([int(length) for length in next(iter(measured.values()))])
-    axes.get_xaxis().set_major_formatter("{x:.0f}")
-    axes.get_xaxis().set_minor_formatter("")
-    axes.legend(fontsize=8, loc="lower right")
-    axes.grid(color="#e4e4e4")
-    return figure
+def _order(pair: tuple[str, int]) -> tuple[int, int]:
+    name, length = pair
+    return [*CONTENDERS].index(name), length
 
 
 def main(quick: bool = False) -> None:
-    judge = load_judge()
-    lengths, seeds, per_class = ((25,), (0,), 1) if quick else (LENGTHS, SEEDS, PER_CLASS)
-    measured = measure(judge, lengths, seeds, per_class)
-    setting = {"seeds": seeds, "images_per_seed": per_class * len(CLASSES)}
-    record("quality", {**setting, "contenders": measured}, quick=quick)
-    real = json.loads(result_file("independent_judge.json").read_text())["judge_test_accuracy"]
-    draw(measured, real).savefig(result_file("quality.png", quick=quick), dpi=120)
+    name = "clear, 30 of 64 patches"
+    run = Run(name, CONTENDERS[name], 25, 0, 1) if quick else None
+    record("quality", measure(run), quick=quick)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.baselines import published_loop as published
 from smi_fast import SparseInverter, SparseViT, StopSchedule, recipes
-from smi_fast.jitter import random_jitter
+from smi_fast.jitter import Jitter
 from smi_fast.ops.backends import AUTO
 
 BATCHES = {"deit_tiny": 8, "deit_small": 8, "deit_base": 4}
@@ -43,7 +43,7 @@ class Workload:
 
     def jitter(self, iterations: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
-        return random_jitter(iterations, self.vit.patch_embed.img_size, generator)
+        return Jitter().draw(iterations, self.vit.patch_embed.img_size, generator=generator)
 
 
 def deit(name: str, batch: int) -> Workload:

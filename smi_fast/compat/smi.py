@@ -259,7 +259,13 @@ class SMI:
     def _objectives(self) -> list[Objective]:
         """The objectives whose weight isn't 0; the first is there even so."""
         objectives: list[Objective] = [CrossEntropy(self.oh)]
-        pixels = TotalVariation(self.tv1, "l1"), TotalVariation(self.tv2, "l2"), L2Norm(self.l2)
+        pixels: list[Objective] = [
+            *(
+                TotalVariation(weight, norm, per_image=False)
+                for weight, norm in ((self.tv1, "l1"), (self.tv2, "l2"))
+            ),
+            L2Norm(self.l2, per_image=False),
+        ]
         objectives += [objective for objective in pixels if objective.weight]
         if self.bn and self.prior is not None:
             objectives.append(BatchNormMatching(self.prior, weight=self.bn))

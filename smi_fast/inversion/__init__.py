@@ -1,6 +1,7 @@
 """Inversions: the loop from noise to images."""
 
-from smi_fast.inversion.inverter import SparseInverter, invert
+from smi_fast.inversion.functional import invert
+from smi_fast.inversion.inverter import SparseInverter
 from smi_fast.inversion.result import FinishedGroup, InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.state import InversionState
 

@@ -22,10 +22,17 @@ class CapturedCall:
     Args:
         function: does the same work on the same memory in every call, without a read by the host.
         device: a CUDA device.
+        generator: of the device, where the function draws from another one than torch's own. Each
+            replay draws new numbers from it.
     """
 
-    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
-        self._function, self._device = function, device
+    def __init__(
+        self,
+        function: Callable[[], object],
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._function, self._device, self._generator = function, device, generator
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
@@ -55,13 +62,15 @@ class CapturedCall:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        if self._generator is not None:
+            graph.register_generator_state(self._generator)
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._function()
         except RuntimeError as error:
             raise NotCapturable(
-                f"an iteration can't be captured in a CUDA graph ({error}): no objective "
-                "may read a tensor on the host; a plain function as an objective may. "
+                f"an iteration can't be captured in a CUDA graph ({error}): no objective and no "
+                "augment may read a tensor on the host; a plain function as an objective may. "
                 "SparseInverter(graph=False), or SMI_FAST_GRAPH=0 in the environment, runs "
                 "iterations one by one"
             ) from error

@@ -9,11 +9,12 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from smi_fast.jitter import random_jitter
 from smi_fast.parametrizations import Parametrization
-from smi_fast.schedules import Schedule, still_iterations
 from smi_fast.teacher import SparseViT
 from smi_fast.teacher.space import ImageSpace
+
+OPTIMIZERS = ("adam", "adamw")
+ADAMW_DECAY = 0.01  # of torch.optim.AdamW
 
 
 def check_weights(teacher: SparseViT) -> None:
@@ -33,19 +34,46 @@ def check_weights(teacher: SparseViT) -> None:
         )
 
 
-def check_numbers(iterations: int, lr: float, betas: tuple[float, float]) -> None:
-    """Check the numbers of the optimiser.
+def check_numbers(iterations: int, betas: tuple[float, float]) -> None:
+    """Check the numbers of the optimiser that don't depend on others.
 
     Raises:
         ValueError: one of them out of range, or no number.
     """
     if not isinstance(iterations, Integral) or iterations < 1:
         raise ValueError(f"expected 1 or more iterations, got {iterations!r}")
-    if not (isinstance(lr, Real) and math.isfinite(lr) and lr > 0):
-        raise ValueError(f"expected lr above 0, got {lr!r}")
     pair = betas if isinstance(betas, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in pair):
         raise ValueError(f"expected two betas in [0, 1), got {betas!r}")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """The value.
+
+    Raises:
+        ValueError: it isn't among those that are allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"expected {name} {' or '.join(allowed)}, got {value!r}")
+    return value
+
+
+def weight_decay_of(optimizer: str, weight_decay: float | None) -> float:
+    """The weight decay of an optimiser, 0 for "adam" and by default torch's for "adamw".
+
+    Raises:
+        ValueError: another optimiser, a weight decay of "adam", or one below 0 or not finite.
+    """
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    if weight_decay is None:
+        return ADAMW_DECAY if optimizer == "adamw" else 0.0
+    if not (isinstance(weight_decay, Real) and 0 <= weight_decay < math.inf):
+        raise ValueError(f"expected a finite weight_decay from 0, got {weight_decay!r}")
+    if optimizer == "adam":
+        raise ValueError(
+            f"expected optimizer='adamw' with a weight_decay, got 'adam' with {weight_decay!r}"
+        )
+    return float(weight_decay)
 
 
 def image_space(
@@ -79,51 +107,37 @@ def _per_channel(teacher: SparseViT, name: str, given: Sequence[float] | None) -
     return values.to(teacher.device, teacher.dtype)
 
 
-def check_targets(targets: Tensor | Sequence[int], teacher: SparseViT) -> Tensor:
-    """Targets as int64 [B] or probabilities [B, classes] on the teacher's device.
+def as_targets(
+    targets: Tensor | Sequence[int] | None, batch: int | None, teacher: SparseViT
+) -> tuple[Tensor | None, int]:
+    """Targets on the teacher's device, or None, and the number of images.
+
+    Whole numbers become int64, floating point numbers get the teacher's data type.
 
     Raises:
-        ValueError: another shape, type, range or device.
+        ValueError: no tensor with a row for each image, another device, or neither targets nor the
+            number of images.
     """
-    classes = teacher.num_classes
+    if (targets is None) == (batch is None):
+        got = "neither" if batch is None else "both"
+        raise ValueError(f"expected targets or batch, the number of images, got {got}")
+    if batch is not None:
+        if not isinstance(batch, Integral) or batch < 0:
+            raise ValueError(f"expected batch, the number of images, from 0, got {batch!r}")
+        return None, int(batch)
     try:
-        given = torch.as_tensor(targets)
+        given = torch.as_tensor(targets).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"expected targets as whole numbers [B] or probabilities [B, {classes}], "
-            f"got {targets!r}"
-        ) from None
+        given = torch.zeros(())
+    if given.dim() == 0:
+        raise ValueError(f"expected targets as a tensor with a row for each image, got {targets!r}")
     if isinstance(targets, Tensor) and targets.device != teacher.device:
         raise ValueError(
             f"expected targets on {teacher.device}, as the teacher, got {targets.device}"
         )
-    if classes == 0 and given.shape[1:] != (0,):
-        raise ValueError(
-            "the teacher has no classes (num_classes=0): pass torch.empty(B, 0) as targets of B "
-            "images, and objectives that read no targets"
-        )
-    if given.dim() == 1 and not given.is_floating_point() and given.dtype != torch.bool:
-        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:
-            raise ValueError(
-                f"expected targets in 0..{classes - 1}, got {int(given.min())}..{int(given.max())}"
-            )
-        return given.to(teacher.device, torch.int64)
-    if given.dim() == 2 and given.is_floating_point() and given.shape[1] == classes:
-        _check_probabilities(given)
-        return given.to(teacher.device, teacher.dtype)
-    raise ValueError(
-        f"expected targets as whole numbers [B] or probabilities [B, {classes}], "
-        f"got {given.dtype} {list(given.shape)}"
-    )
-
-
-def _check_probabilities(targets: Tensor) -> None:
-    """Refuse what no objective takes; a row needn't sum to 1, as it may want several classes."""
-    if not (targets.isfinite() & (targets >= 0)).all():
-        raise ValueError("expected targets as probabilities, got some below 0 or not finite")
-    if targets.shape[1] and not targets.any(dim=1).all():
-        row = int((~targets.any(dim=1)).nonzero()[0])
-        raise ValueError(f"expected targets above 0 in each image, image {row} has none")
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    dtype = torch.int64 if whole else teacher.dtype if given.is_floating_point() else given.dtype
+    return given.to(teacher.device, dtype), len(given)
 
 
 def first_parameters(
@@ -170,36 +184,3 @@ def check_generator(generator: torch.Generator | None) -> None:
         )
     if generator.device.type != "cpu":
         raise ValueError(f"expected a generator on the CPU, got one on {generator.device}")
-
-
-def jitter_table(
-    jitter: tuple[Tensor, Tensor] | None,
-    iterations: int,
-    teacher: SparseViT,
-    schedule: Schedule,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Shift int64 [T, 2] and flip bool [T] of each iteration; there is no jitter around stops.
-
-    Raises:
-        ValueError: a table of another shape or type.
-    """
-    if jitter is None:
-        jitter = random_jitter(iterations, teacher.image_size, generator)
-    pair = jitter if isinstance(jitter, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(table, Tensor) for table in pair):
-        raise ValueError(
-            "expected jitter as two tensors (shift, flip), or None for the default, "
-            f"got {jitter!r}; zeros for each mean no jitter"
-        )
-    shift, flip = jitter
-    if shift.shape != (iterations, 2) or shift.dtype != torch.int64:
-        raise ValueError(
-            f"expected shift int64 [{iterations}, 2], got {shift.dtype} {list(shift.shape)}"
-        )
-    if flip.shape != (iterations,) or flip.dtype != torch.bool:
-        raise ValueError(f"expected flip bool [{iterations}], got {flip.dtype} {list(flip.shape)}")
-    still = sorted(still_iterations(schedule))
-    shift, flip = shift.to(teacher.device, copy=True), flip.to(teacher.device, copy=True)
-    shift[still], flip[still] = 0, False
-    return shift, flip

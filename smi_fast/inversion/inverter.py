@@ -10,19 +10,32 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from smi_fast.augmentations import Augment
 from smi_fast.inversion.inputs import (
+    as_targets,
     check_generator,
     check_numbers,
-    check_targets,
     check_weights,
     first_parameters,
     image_space,
-    jitter_table,
+    one_of,
+    weight_decay_of,
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
-from smi_fast.inversion.state import InversionState, Settings
+from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.state import InversionState
+from smi_fast.inversion.view_inputs import (
+    check_augmented,
+    check_jitter,
+    check_views,
+    jitter_table,
+    on_device,
+)
+from smi_fast.inversion.views import parts
+from smi_fast.jitter import Jitter
+from smi_fast.learning_rate import Rates, rate_table
 from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
 from smi_fast.ops.grid import patch_mask
@@ -57,9 +70,23 @@ class SparseInverter:
         mean: of each channel, for normalised space; by default from the teacher's
             ``pretrained_cfg``.
         std: likewise.
-        iterations: iterations of the optimiser.
-        lr: learning rate of Adam.
+        iterations: T, iterations of the optimiser.
+        lr: learning rate: a number, a :class:`LearningRate` such as :class:`Cosine`, or one number
+            for each of T iterations. All are above 0.
         betas: decay rates of Adam.
+        optimizer: "adam"; or "adamw", with decoupled weight decay as in ``torch.optim.AdamW``.
+        weight_decay: of "adamw" only; by default torch's, 0.01.
+        jitter: how far images are shifted, and whether they are mirrored, in each iteration; by
+            default an eighth of each side, and half of the iterations mirrored. Around stops there
+            is none.
+        augment: what changes the images before the teacher sees them, a function ``(images,
+            progress, generator) -> images`` such as :class:`smi_fast.augmentations.GaussianNoise`;
+            see :data:`smi_fast.augmentations.Augment`. Pixel objectives read the images as they
+            are. By default none.
+        copies: R, views of each image in an iteration, each with a jitter and an augmentation of
+            its own. Objectives, gradients and importance are their mean.
+        max_batch: the most images that the teacher computes at once. A larger batch is split into
+            parts, with the same result up to rounding; by default it isn't.
         background: "frozen", a stopped patch no longer changes, as the paper says; or
             "regularized", it goes on receiving the gradient of pixel objectives and Adam's
             momentum, as the published code does.
@@ -73,7 +100,8 @@ class SparseInverter:
     Raises:
         ValueError: any of these out of range, with what was expected and what came; or a teacher in
             float16 or without weights.
-        TypeError: an objective, a schedule or a parametrization that isn't one.
+        TypeError: an objective, a schedule, a parametrization, a jitter or an augmentation that
+            isn't one.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
     """
@@ -89,8 +117,14 @@ class SparseInverter:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         iterations: int = 100,
-        lr: float = 0.2,
+        lr: Rates = 0.2,
         betas: tuple[float, float] = (0.5, 0.99),
+        optimizer: str = "adam",
+        weight_decay: float | None = None,
+        jitter: Jitter | None = None,
+        augment: Augment | None = None,
+        copies: int = 1,
+        max_batch: int | None = None,
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
@@ -98,28 +132,35 @@ class SparseInverter:
     ) -> None:
         sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
         check_weights(sparse)
-        check_numbers(iterations, lr, betas)
+        check_numbers(iterations, betas)
         terms = (CrossEntropy(),) if objectives is None else objectives
         parametrization = Fourier() if parametrization is None else parametrization
         if not isinstance(parametrization, Parametrization):
             raise TypeError(f"expected a parametrization, Fourier(), got {parametrization!r}")
         space = image_space(sparse, mean, std)
+        given = as_objectives(terms)
+        check_views(augment, copies, max_batch, given)
+        self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
+        self.final_mask = one_of("final_mask", final_mask, FINAL_MASKS)
+        counts = promised(self.schedule, sparse.num_patches)
+        self._check_schedule(max(counts, default=0), iterations)
         self.settings = Settings(
             teacher=sparse,
-            objectives=as_objectives(terms),
+            objectives=given,
             parametrization=parametrization.bind(space),
             space=space,
             iterations=iterations,
-            lr=lr,
+            jitter=check_jitter(jitter, iterations, tuple(counts)),
+            augment=augment,
+            copies=copies,
+            max_batch=max_batch,
+            lr=rate_table(lr, iterations, tuple(counts)).to(sparse.device),
             betas=(betas[0], betas[1]),
-            freeze_background=_one_of("background", background, BACKGROUNDS) == "frozen",
+            weight_decay=weight_decay_of(optimizer, weight_decay),
+            freeze_background=one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
             graph=graph and _graphs_allowed(),
         )
-        self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
-        self.final_mask = _one_of("final_mask", final_mask, FINAL_MASKS)
-        counts = promised(self.schedule, sparse.num_patches)
-        self._check_schedule(max(counts, default=0))
         self._counts = counts
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -133,8 +174,7 @@ class SparseInverter:
         """The wrapped teacher."""
         return self.settings.teacher
 
-    def _check_schedule(self, last: int) -> None:
-        iterations = self.settings.iterations
+    def _check_schedule(self, last: int, iterations: int) -> None:
         if last >= iterations:
             raise ValueError(
                 f"the stop at {last} is past the end of {iterations} iterations: "
@@ -148,10 +188,11 @@ class SparseInverter:
 
     def invert(
         self,
-        targets: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None = None,
         *,
+        batch: int | None = None,
         init: Tensor | None = None,
-        jitter: tuple[Tensor, Tensor] | None = None,
+        jitter: Jitter | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
         callback: Callback | None = None,
@@ -159,15 +200,18 @@ class SparseInverter:
         """Invert one batch. Ctrl-C ends it early and gives back what is done.
 
         Args:
-            targets: class indices [B], or probabilities [B, classes].
+            targets: what the objectives read, a row for each image: class indices [B] or
+                probabilities [B, classes] for :class:`CrossEntropy`; None where none reads them.
+            batch: B, the number of images, where there are no targets.
             init: first images [B, 3, H, W] in normalised space, (pixels - mean) / std; by default
                 the parametrization's own, of ``Pixels`` standard normal noise. Pixels in [0, 1] are
                 taken as they are too, because they may be meant.
-            jitter: shift int64 [T, 2] in pixels and flip bool [T] of each iteration; by default
-                uniform in an eighth of each side, and half of the iterations mirrored. Around stops
-                there is none, whatever is given.
-            generator: draws the default ``init`` and then ``jitter``, on the CPU; by default
-                torch's own.
+            jitter: in place of the inverter's: a :class:`Jitter`; or shift int64 [T, 2] in pixels
+                and flip bool [T] of each iteration, for each image [T, B, 2] and [T, B]. With more
+                copies than one, R is the second axis. Around stops there is none, whatever is
+                given.
+            generator: draws the default ``init``, then ``jitter``, what objectives ask for, and the
+                seed of ``augment``, on the CPU; by default torch's own.
             progress: show a progress bar, or a line per stop where stderr is no terminal.
             callback: called after each iteration with its number, the images in normalised space
                 and the kept patches. Copy them to hold on to them: they are the loop's own. What it
@@ -175,24 +219,25 @@ class SparseInverter:
                 exception, StopIteration too, leaves ``invert`` without a result.
 
         Raises:
-            ValueError: targets, init, jitter or generator of the wrong shape, type, range or
+            ValueError: targets, batch, init, jitter or generator of the wrong shape, type, range or
                 device; or no objective depends on the images.
             WrongSelection: the schedule answers something else than it promised.
             NonFiniteLoss: an objective or the gradient is infinite or not a number.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            return self._invert(targets, init, jitter, generator, progress, callback)
+            return self._invert(targets, batch, init, jitter, generator, progress, callback)
 
     def _invert(
         self,
-        targets: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None,
+        batch: int | None,
         init: Tensor | None,
-        jitter: tuple[Tensor, Tensor] | None,
+        jitter: Jitter | tuple[Tensor, Tensor] | None,
         generator: torch.Generator | None,
         progress: bool,
         callback: Callback | None,
     ) -> InversionResult:
-        state = self.start(targets, init, jitter, generator)
+        state = self.start(targets, init, jitter, generator, batch=batch)
         display = Progress(self.settings.iterations, progress)
         loop = Loop(state, frozenset(self._counts), display, callback)
         marks: list[tuple[int, int, float]] = []
@@ -216,29 +261,44 @@ class SparseInverter:
 
     def start(
         self,
-        targets: Tensor | Sequence[int],
+        targets: Tensor | Sequence[int] | None = None,
         init: Tensor | None = None,
-        jitter: tuple[Tensor, Tensor] | None = None,
+        jitter: Jitter | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
+        *,
+        batch: int | None = None,
     ) -> InversionState:
         """The state before the first iteration, from the same arguments as :meth:`invert`."""
         settings, teacher = self.settings, self.teacher
         teacher.refresh()
-        targets = check_targets(targets, teacher)
+        given, batch = as_targets(targets, batch, teacher)
         check_generator(generator)
-        batch = len(targets)
+        for objective in settings.objectives:
+            objective.check_targets(given, teacher)
         parameters = first_parameters(settings.parametrization, init, batch, generator)
-        shift, flip = jitter_table(jitter, settings.iterations, teacher, self.schedule, generator)
+        shift, flip = jitter_table(
+            settings.jitter if jitter is None else jitter,
+            settings.iterations,
+            batch,
+            settings.copies,
+            teacher,
+            self.schedule,
+            generator,
+        )
         for objective in settings.objectives:
             objective.begin(teacher, batch, generator)
-        return InversionState(
+        state = InversionState(
             settings=settings,
-            targets=targets,
+            targets=given,
             parameters=parameters,
             kept=teacher.every_patch(batch),
             shift=shift,
             flip=flip,
+            generator=None if settings.augment is None else on_device(generator, teacher.device),
         )
+        if settings.augment is not None and state.generator is not None:
+            check_augmented(settings.augment, state.images(), state.generator)
+        return state
 
     def _stop(self, state: InversionState, iteration: int, importance: Tensor) -> None:
         """Ask the schedule, and take its answer when that is what it promised."""
@@ -255,7 +315,8 @@ class SparseInverter:
             Phase(patches, end - first, stop - start)
             for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
-        logits = teacher(normalised, kept).logits
+        rows = parts(len(kept), self.settings.max_batch)
+        logits = torch.cat([teacher(normalised[row], kept[row]).logits for row in rows])
         images = self.settings.space.denormalize(normalised)
         shown = kept if self.final_mask == "kept" else self._reranked(images)
         return InversionResult(
@@ -277,74 +338,14 @@ class SparseInverter:
         teacher, remaining = self.teacher, getattr(self.schedule, "remaining")  # noqa: B009
         tokens = teacher.num_patches + teacher.num_prefix_tokens
         count = min(int(tokens * remaining), teacher.num_patches)
-        importance = teacher(images, importance=True).importance
-        assert importance is not None
-        patches: Tensor = importance.topk(count, dim=1).indices
-        return patches
+        found = []
+        for row in parts(len(images), self.settings.max_batch):
+            importance = teacher(images[row], importance=True).importance
+            assert importance is not None
+            found.append(importance.topk(count, dim=1).indices)
+        return torch.cat(found)
 
 
 def _graphs_allowed() -> bool:
     """What ``SMI_FAST_GRAPH`` says: 0 or 1, by default 1."""
-    return _one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"expected {name} {' or '.join(allowed)}, got {value!r}")
-    return value
-
-
-def invert(
-    teacher: nn.Module,
-    targets: Tensor | Sequence[int],
-    *,
-    objectives: Terms | None = None,
-    schedule: Schedule | None = None,
-    parametrization: Parametrization | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    iterations: int = 100,
-    lr: float = 0.2,
-    betas: tuple[float, float] = (0.5, 0.99),
-    background: str = "frozen",
-    final_mask: str = "kept",
-    backend: str = AUTO,
-    graph: bool = True,
-    init: Tensor | None = None,
-    jitter: tuple[Tensor, Tensor] | None = None,
-    generator: torch.Generator | None = None,
-    progress: bool = True,
-    callback: Callback | None = None,
-) -> InversionResult:
-    """Invert one batch: ``SparseInverter(teacher, ...).invert(targets, ...)``.
-
-    >>> result = invert(teacher, [7], iterations=10, schedule=Dense(), progress=False)
-    >>> result.confidence.shape
-    torch.Size([1])
-
-    The arguments up to ``graph`` are those of :class:`SparseInverter`, the others those of
-    :meth:`SparseInverter.invert`.
-    """
-    inverter = SparseInverter(
-        teacher,
-        objectives=objectives,
-        schedule=schedule,
-        parametrization=parametrization,
-        mean=mean,
-        std=std,
-        iterations=iterations,
-        lr=lr,
-        betas=betas,
-        background=background,
-        final_mask=final_mask,
-        backend=backend,
-        graph=graph,
-    )
-    return inverter.invert(
-        targets,
-        init=init,
-        jitter=jitter,
-        generator=generator,
-        progress=progress,
-        callback=callback,
-    )
+    return one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"

@@ -105,7 +105,7 @@ class Loop:
         due = settings.due(number)
         if due not in graphs:
             step = partial(self._state.step, number=number)
-            graphs[due] = CapturedCall(step, settings.teacher.device)
+            graphs[due] = CapturedCall(step, settings.teacher.device, self._state.generator)
         graphs[due]()
 
     def _settle(self, first: int, saved: list[Tensor]) -> Tensor | None:

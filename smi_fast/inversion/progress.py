@@ -46,7 +46,8 @@ class Progress:
         self._bar.close()
 
     def _words(self, state: InversionState, number: int) -> str:
-        name, value = state.settings.objectives[0].name, float(state.record[number, 0])
+        objectives = state.settings.objectives
+        name, value = objectives[0].name, float(state.record[number, -1 - len(objectives)])
         seconds = (time.perf_counter() - self._start) * self._iterations / (number + 1)
         rate = len(state.kept) / seconds if seconds else 0.0
         return f"{name} {value:.3f}, kept {state.kept.shape[1]}, {rate:.3g} images/s"

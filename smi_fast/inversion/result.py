@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -63,7 +64,7 @@ class InversionResult:
         kept: int64 [B, K], the patches that were inverted to the end.
         masks: bool [B, rows, columns], the patches that ``masked_images`` shows.
         masked_images: ``images`` with every other patch black.
-        targets: int64 [B] or probabilities [B, classes].
+        targets: as they were given, [B, ...] or None.
         logits: [B, classes], the logits of the teacher for ``kept`` alone, without jitter.
         history: for each objective its un-weighted value in each iteration.
         timing: the phases between stops.
@@ -76,7 +77,7 @@ class InversionResult:
     kept: Tensor
     masks: Tensor
     masked_images: Tensor
-    targets: Tensor
+    targets: Tensor | None
     logits: Tensor
     history: dict[str, list[float]]
     timing: tuple[Phase, ...]
@@ -86,8 +87,17 @@ class InversionResult:
 
     @property
     def confidence(self) -> Tensor:
-        """[B], probability that the teacher gives to the (most probable) target."""
-        labels = self.targets if self.targets.dim() == 1 else self.targets.argmax(1)
+        """[B], probability that the teacher gives to the (most probable) target.
+
+        Raises:
+            ValueError: the targets are neither classes [B] nor probabilities [B, classes].
+        """
+        targets = self.targets
+        one_each = targets is not None and targets.dtype == torch.int64 and targets.dim() == 1
+        if targets is None or not (one_each or targets.shape == self.logits.shape):
+            got = "none" if targets is None else f"{targets.dtype} {list(targets.shape)}"
+            raise ValueError(f"expected targets that are classes or probabilities, got {got}")
+        labels = targets if one_each else targets.argmax(1)
         return self.logits.softmax(1).gather(1, labels[:, None])[:, 0]
 
     @property

@@ -9,45 +9,11 @@ import torch
 from torch import Tensor
 
 from smi_fast import ops
+from smi_fast.augmentations import name_of
 from smi_fast.inversion.result import FinishedGroup
-from smi_fast.objectives import LossInputs, Objective, value_of
-from smi_fast.parametrizations import Parametrization
+from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.views import BatchInputs, evaluate
 from smi_fast.schedules import Selection
-from smi_fast.teacher import SparseViT
-from smi_fast.teacher.space import ImageSpace
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Settings:
-    """What an inversion is decided by, apart from its targets, its start and its schedule.
-
-    Attributes:
-        teacher: the network that is inverted.
-        objectives: terms of the loss.
-        parametrization: what the optimiser moves, bound to ``space``.
-        space: the space that images are normalised in.
-        iterations: T, iterations of a run.
-        lr: learning rate of Adam.
-        betas: decay rates of Adam.
-        freeze_background: whether the pixels of stopped patches no longer change.
-        backend: which implementation of the ops to use.
-        graph: whether iterations on CUDA are replayed from a CUDA graph.
-    """
-
-    teacher: SparseViT
-    objectives: tuple[Objective, ...]
-    parametrization: Parametrization
-    space: ImageSpace
-    iterations: int
-    lr: float
-    betas: tuple[float, float]
-    freeze_background: bool
-    backend: str
-    graph: bool
-
-    def due(self, number: int) -> tuple[bool, ...]:
-        """Which objectives are evaluated in an iteration."""
-        return tuple(number % objective.every == 0 for objective in self.objectives)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,11 +26,13 @@ class InversionState:
 
     Attributes:
         settings: what decides the inversion.
-        targets: int64 [B] or probabilities [B, classes].
+        targets: [B, ...], or None where no objective reads them.
         parameters: [B, C, ...], moved by the optimiser.
         kept: int64 [B, K], the patches that the teacher computes; :meth:`keep` replaces them.
-        shift: int64 [T, 2], in pixels, of each iteration.
-        flip: bool [T], of each iteration.
+        shift: int64 [T, 2], in pixels, of each iteration; [T, B, 2] for each image. With R copies
+            [T, R, 2] or [T, R, B, 2].
+        flip: bool, likewise without the last axis.
+        generator: on the device; draws what ``augment`` asks for. None without ``augment``.
         background: images [B, C, H, W] as they were at the last stop, where the parametrization
             can't freeze them itself.
         finished: groups of patches that a schedule took out, in the order of their stops.
@@ -72,15 +40,16 @@ class InversionState:
         exp_avg_sq: [B, C, ...], Adam's running mean of its square.
         iteration: int64 [1], iterations done.
         record: float64 [T, objectives + 1], in each iteration the un-weighted objectives and the
-            sum of the gradient.
+            sum of the gradient; with ``augment`` before them NaN where its images aren't finite.
     """
 
     settings: Settings
-    targets: Tensor
+    targets: Tensor | None
     parameters: Tensor
     kept: Tensor
     shift: Tensor
     flip: Tensor
+    generator: torch.Generator | None = None
     background: Tensor | None = field(init=False, default=None)
     finished: list[FinishedGroup] = field(init=False, default_factory=list)
     exp_avg: Tensor = field(init=False)
@@ -91,7 +60,10 @@ class InversionState:
     def __post_init__(self) -> None:
         self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.parameters) for _ in range(2))
         self.iteration = torch.zeros(1, dtype=torch.int64, device=self.parameters.device)
-        columns = len(self.settings.objectives) + 1
+        augment, objectives = self.settings.augment, self.settings.objectives
+        self._names = [] if augment is None else [f"augment {name_of(augment)}"]
+        self._names += [*(objective.name for objective in objectives), "gradient"]
+        columns = len(self._names)
         self.record = self.parameters.new_zeros(len(self.shift), columns, dtype=torch.float64)
         self._bounds = self.settings.parametrization.bounds()
 
@@ -150,60 +122,48 @@ class InversionState:
         """Record the objectives; return the parameters' gradient, and importance or None.
 
         Raises:
-            ValueError: no objective depends on the images, or one isn't a scalar.
+            ValueError: no objective depends on the images, one isn't a scalar, or ``augment``
+                returns other images than it may.
         """
-        settings, teacher = self.settings, self.settings.teacher
-        pairs = [*zip(settings.objectives, settings.due(number), strict=True)]
+        settings = self.settings
         parameters = self.parameters.detach().requires_grad_()
         images = self._images(parameters)
         shift, flip = (
             table.index_select(0, self.iteration)[0] for table in (self.shift, self.flip)
         )
-        taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
-        output = teacher(images, self.kept, jitter=(shift, flip), importance=score, taps=taps)
-        inputs = LossInputs(
-            images=images,
-            logits=output.logits,
+        inputs = BatchInputs(
             targets=self.targets,
             kept=self.kept,
             active=self.active,
-            teacher=teacher,
-            space=settings.space,
-            backend=settings.backend,
+            shift=shift,
+            flip=flip,
             iteration=number,
             iteration_tensor=self.iteration[0],
-            jitter=(shift, flip),
-            taps=output.taps,
+            generator=self.generator,
+            score=score,
         )
-        values = [
-            value_of(objective, inputs) if due else images.new_zeros(()) for objective, due in pairs
-        ]
-        # A weight of 1 is left out: it would cost a kernel forward and another backward.
-        loss = torch.stack(
-            [
-                value if objective.weight == 1 else objective.weight * value
-                for objective, value in zip(settings.objectives, values, strict=True)
-            ]
-        ).sum()
-        gradient = _gradient(loss, parameters)
-        if gradient is None:
+        seen = evaluate(images.detach(), inputs, settings)
+        if seen.gradient is None:
             # In an iteration without an evaluated objective the pixels only follow their momentum.
-            if all(due for _, due in pairs):
+            if all(settings.due(number)):
                 names = ", ".join(objective.name for objective in settings.objectives)
                 raise ValueError(
                     f"no objective depends on the images: the gradient of {names} was cut off, as "
                     "by .detach(), .item() or torch.no_grad()"
                 )
             gradient = torch.zeros_like(parameters)
+        else:
+            (gradient,) = torch.autograd.grad(images, parameters, seen.gradient)
         with torch.no_grad():
-            row = torch.stack([*values, gradient.sum()]).to(self.record.dtype)
-            self.record.index_copy_(0, self.iteration, row[None])
-        return gradient, output.importance
+            row = torch.stack([*seen.augmented, *seen.values, gradient.sum()])
+            self.record.index_copy_(0, self.iteration, row.to(self.record.dtype)[None])
+        return gradient, seen.importance
 
     def update(self, gradient: Tensor) -> None:
         """Move the parameters along their gradient."""
-        self.iteration.add_(1)
         settings = self.settings
+        lr = settings.lr.index_select(0, self.iteration)[0]
+        self.iteration.add_(1)
         tensors = (self.parameters, gradient, self.exp_avg, self.exp_avg_sq)
         pixelwise = settings.parametrization.pixelwise
         if not pixelwise:
@@ -212,8 +172,9 @@ class InversionState:
         ops.adam_clamp_(
             *tensors,
             step=self.iteration[0],
-            lr=settings.lr,
+            lr=lr,
             betas=settings.betas,
+            weight_decay=settings.weight_decay,
             low=low,
             high=high,
             active=self.active if pixelwise else None,
@@ -227,21 +188,23 @@ class InversionState:
 
     def save(self) -> list[Tensor]:
         """A copy of everything that an iteration changes, apart from the record."""
-        return [tensor.clone() for tensor in self._moving]
+        copies = [tensor.clone() for tensor in self._moving]
+        return copies if self.generator is None else [*copies, self.generator.get_state()]
 
     def restore(self, saved: list[Tensor]) -> None:
         """Go back to the state that :meth:`save` copied."""
-        for tensor, copy in zip(self._moving, saved, strict=True):
+        for tensor, copy in zip(self._moving, saved, strict=False):
             tensor.copy_(copy)
+        if self.generator is not None:
+            self.generator.set_state(saved[-1])
 
     def non_finite(self, iterations: slice) -> str | None:
-        """The first objective, or "gradient", that is not finite in one of the iterations.
+        """What is not finite in one of the iterations: augment, an objective, or "gradient".
 
         The host waits for the device here, as in :meth:`done` and :meth:`history`.
         """
-        names = [*(objective.name for objective in self.settings.objectives), "gradient"]
         for row in self.record[iterations].tolist():
-            for name, number in zip(names, row, strict=True):
+            for name, number in zip(self._names, row, strict=True):
                 if not math.isfinite(number):
                     return name
         return None
@@ -252,14 +215,6 @@ class InversionState:
 
     def history(self) -> dict[str, list[float]]:
         """The un-weighted value of each objective in each iteration done."""
-        *columns, _ = self.record[: self.done()].T.tolist()
-        names = (objective.name for objective in self.settings.objectives)
+        names = [objective.name for objective in self.settings.objectives]
+        columns = self.record[: self.done(), -1 - len(names) : -1].T.tolist()
         return dict(zip(names, columns, strict=True))
-
-
-def _gradient(loss: Tensor, parameters: Tensor) -> Tensor | None:
-    """Gradient of the loss, or None when it doesn't depend on the parameters."""
-    if not loss.requires_grad:
-        return None
-    (gradient,) = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return gradient

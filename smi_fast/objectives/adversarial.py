@@ -53,6 +53,7 @@ class AdversarialJS(Objective):
             raise ValueError(f"expected temperature above 0, got {temperature}")
         self.student, self.weight = student, weight
         self.temperature, self.bounded = temperature, bounded
+        self.separable = not bounded  # the mean over images is what is clamped
 
     def __repr__(self) -> str:
         return (

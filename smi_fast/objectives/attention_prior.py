@@ -48,6 +48,7 @@ class AttentionPrior(Objective):
     """
 
     name = "attention_prior"
+    separable = True
 
     def __init__(self, weight: float = 1.0, components: int = 5) -> None:
         if components < 1:
@@ -75,6 +76,7 @@ class AttentionPrior(Objective):
         names, distances = self.taps(teacher.depth), []
         for index, (name, mixture) in enumerate(zip(names, self._mixtures, strict=True)):
             attention = inputs.taps[name][:, :, teacher.num_prefix_tokens :]
+            mixture = inputs.rows_of(mixture)
             target = mixture.gather(2, inputs.kept[:, None].expand(-1, mixture.shape[1], -1))
             target = target / target.sum(2, keepdim=True)
             depth_weight = (teacher.depth - len(names) + index + 1) / teacher.depth

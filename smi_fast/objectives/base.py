@@ -25,29 +25,35 @@ class LossInputs:
     """What the objectives of one iteration may read.
 
     Attributes:
-        images: [B, C, H, W], normalised, not jittered.
+        images: [B, C, H, W], normalised, neither augmented nor jittered.
+        view: [B, C, H, W], the augmented images, which the teacher sees under jitter; None where
+            they are the images.
         logits: [B, classes], of the jittered images' kept patches.
-        targets: int64 [B], or probabilities [B, classes].
+        targets: of the images, [B, ...], such as class indices int64 [B]; or None.
         kept: int64 [B, K], the patches that the teacher computed, ascending.
         active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
         teacher: the network that is inverted.
         space: size and normalisation of the images.
         backend: which implementation of the ops to use.
+        first: index in the batch of the first of these images; above 0 where a batch is split.
         iteration: from 0, as a number of the host.
         iteration_tensor: int64 [], the same number on the images' device.
-        jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or None.
+        jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or [B, 2] and [B]; or
+            None.
         taps: the tensors that the objectives asked for, by name, see
             :mod:`smi_fast.teacher.taps`.
     """
 
     images: Tensor
+    view: Tensor | None = None
     logits: Tensor
-    targets: Tensor
+    targets: Tensor | None
     kept: Tensor
     active: Tensor | None
     teacher: SparseViT
     space: ImageSpace
     backend: str = AUTO
+    first: int = 0
     iteration: int = 0
     iteration_tensor: Tensor
     jitter: tuple[Tensor, Tensor] | None = None
@@ -55,8 +61,13 @@ class LossInputs:
 
     @cached_property
     def jittered(self) -> Tensor:
-        """[B, C, H, W], the whole images under jitter, computed at the first read."""
-        return self.images if self.jitter is None else jitter_images(self.images, *self.jitter)
+        """[B, C, H, W], the whole augmented images under jitter, computed at the first read."""
+        view = self.images if self.view is None else self.view
+        return view if self.jitter is None else jitter_images(view, *self.jitter)
+
+    def rows_of(self, drawn: Tensor) -> Tensor:
+        """The rows of these images, of a tensor with a row for each image of the whole batch."""
+        return drawn[self.first : self.first + len(self.images)]
 
 
 class Objective(ABC):
@@ -72,11 +83,15 @@ class Objective(ABC):
         weight: its factor.
         every: the loop calls the objective in iterations that are a multiple of it. In between the
             value is 0, without a gradient.
+        separable: whether the value is the mean over the images of the values of each image alone.
+            Only then can a batch be split (``max_batch``); what :meth:`begin` draws for each image
+            is then read by :meth:`LossInputs.rows_of`.
     """
 
     name: str
     weight: float
     every: int = 1
+    separable: bool = False
 
     def taps(self, depth: int) -> tuple[str, ...]:
         """Names of the taps that it reads from a teacher with ``depth`` blocks.
@@ -84,6 +99,20 @@ class Objective(ABC):
         See :mod:`smi_fast.teacher.taps`.
         """
         return ()
+
+    def check_targets(self, targets: Tensor | None, teacher: SparseViT) -> None:
+        """Check the targets, where the objective reads them.
+
+        The loop calls it before :meth:`begin`.
+
+        Args:
+            targets: [B, ...] on the teacher's device, int64 or of its data type; or None.
+            teacher: the network that is inverted.
+
+        Raises:
+            ValueError: the objective can't read these targets.
+        """
+        return None
 
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
         """Prepare for a batch: check the teacher, and draw random numbers.

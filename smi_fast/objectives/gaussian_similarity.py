@@ -41,6 +41,7 @@ class GaussianSimilarity(Objective):
     """
 
     name = "gaussian_similarity"
+    separable = True
 
     def __init__(
         self, blocks: Sequence[int] | None = None, rows: int = 64, weight: float = 1.0
@@ -68,22 +69,21 @@ class GaussianSimilarity(Objective):
                 :, :, inputs.teacher.num_prefix_tokens :, inputs.teacher.num_prefix_tokens :
             ].mean(1)
             if picked is None:
-                rows = self._pick(scores.shape[1], inputs.iteration_tensor)
+                rows = self._pick(scores.shape[1], inputs)
                 picked = rows[..., None].expand(-1, -1, scores.shape[2])
             entropies.append(gaussian_entropy(scores.gather(1, picked)))
         return -torch.stack(entropies).mean()
 
-    def _pick(self, kept: int, done: Tensor | None) -> Tensor:
-        """The patches int64 [B, rows] of the iteration ``done``, out of ``kept`` patches."""
+    def _pick(self, kept: int, inputs: LossInputs) -> Tensor:
+        """The patches int64 [B, rows] of an iteration, out of ``kept`` patches."""
         if self._rank is None:
             raise RuntimeError(
                 "begin() draws the order of patches: call it before the first iteration"
             )
         count = min(self.rows, kept)
-        order = self._rank[:, :kept].argsort(dim=1)
+        order = inputs.rows_of(self._rank)[:, :kept].argsort(dim=1)
         turn = torch.arange(count, device=order.device)
-        if done is not None:
-            turn = (turn + done * count) % kept
+        turn = (turn + inputs.iteration_tensor * count) % kept
         return order[:, turn]
 
 

@@ -34,6 +34,7 @@ class HeadSimilarity(Objective):
     """
 
     name = "head_similarity"
+    separable = True
 
     def __init__(self, blocks: Sequence[int] | None = None, weight: float = 1.0) -> None:
         self.blocks, self.weight = blocks, weight

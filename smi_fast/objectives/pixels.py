@@ -22,7 +22,10 @@ PUBLISHED_VALUES = 32 * 3 * 224 * 224
 
 @dataclass(frozen=True)
 class TotalVariation(Objective):
-    """Total variation of the whole batch, see :func:`smi_fast.ops.total_variation`.
+    """Mean of the images' total variations, or that of the whole batch as published.
+
+    See :func:`smi_fast.ops.total_variation`. The gradient of one image then doesn't depend on the
+    others; the norm of the whole batch grows with the root of its size.
 
     While the background is frozen, only differences with a pixel in an active patch count.
 
@@ -33,6 +36,8 @@ class TotalVariation(Objective):
         weight: factor; published for "l2" is 1e-4 (SMI, arXiv 2510.27186).
         norm: "l2", the sum of four Frobenius norms; or "l1", the sum of four mean absolute
             differences.
+        per_image: True for the mean of the images' total variations; False for that of the whole
+            batch, as in all published code.
 
     Raises:
         ValueError: another norm.
@@ -40,6 +45,7 @@ class TotalVariation(Objective):
 
     weight: float = 1e-4
     norm: str = "l2"
+    per_image: bool = True
 
     def __post_init__(self) -> None:
         if self.norm not in ("l1", "l2"):
@@ -49,12 +55,23 @@ class TotalVariation(Objective):
     def name(self) -> str:  # type: ignore[override]
         return "total_variation" if self.norm == "l2" else "total_variation_l1"
 
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        return self.per_image
+
     def __call__(self, inputs: LossInputs) -> Tensor:
+        images, active = inputs.images, inputs.active
+        if not self.per_image or len(images) == 1:
+            return self._of(images, active, inputs)
+        rows = [slice(i, i + 1) for i in range(len(images))]
+        each = [
+            self._of(images[row], None if active is None else active[row], inputs) for row in rows
+        ]
+        return torch.stack(each).mean() if each else images.sum()
+
+    def _of(self, images: Tensor, active: Tensor | None, inputs: LossInputs) -> Tensor:
         l1, l2 = ops.total_variation(
-            inputs.images,
-            inputs.active,
-            patch_size=inputs.teacher.patch_size,
-            backend=inputs.backend,
+            images, active, patch_size=inputs.teacher.patch_size, backend=inputs.backend
         )
         return l1 if self.norm == "l1" else l2
 
@@ -78,7 +95,11 @@ class L2Norm(Objective):
 
     weight: float = 1e-5
     name: str = "l2_norm"
-    per_image: bool = False
+    per_image: bool = True
+
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        return self.per_image
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         pixels = inputs.images

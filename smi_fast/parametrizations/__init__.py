@@ -3,5 +3,6 @@
 from smi_fast.parametrizations.base import Parametrization
 from smi_fast.parametrizations.fourier import Fourier
 from smi_fast.parametrizations.pixels import Pixels
+from smi_fast.parametrizations.pyramid import Pyramid
 
-__all__ = ["Fourier", "Parametrization", "Pixels"]
+__all__ = ["Fourier", "Parametrization", "Pixels", "Pyramid"]

@@ -20,7 +20,7 @@ from smi_fast.inversion import InversionState
 SPACE = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 # The published recipe, in numbers of its own.
 PUBLISHED = {
-    "objectives": (CrossEntropy(), TotalVariation(1e-4)),
+    "objectives": (CrossEntropy(), TotalVariation(1e-4, per_image=False)),
     "parametrization": Pixels(),
     "lr": 0.25,
     "betas": (0.5, 0.99),
@@ -31,7 +31,7 @@ EVERY_PIXEL_OBJECTIVE = (
     CrossEntropy(),
     TotalVariation(),
     TotalVariation(1e-3, "l1"),
-    L2Norm(),
+    L2Norm(per_image=False),
 )
 
 

@@ -1,4 +1,4 @@
-"""Parametrizations that the package doesn't have: neither moves pixels themselves."""
+"""Parametrizations that the package doesn't have, and what tests read of those that it has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from torch import Tensor
 
 from smi_fast import Parametrization
 from smi_fast.teacher.space import ImageSpace
+
+SIZES = [(64, 64), (112, 112), (224, 224), (384, 384), (33, 48), (48, 33), (7, 9)]
+
+
+def space(height: int, width: int, dtype: torch.dtype = torch.float64) -> ImageSpace:
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]], dtype=dtype)
+    return ImageSpace(3, height, width, mean, std)
+
+
+def logits_of_pixels(parametrization: Parametrization, parameters: Tensor) -> Tensor:
+    """u, of which the pixels in [0, 1] are the sigmoid."""
+    return parametrization.space.denormalize(parametrization.images(parameters)).logit()
 
 
 class Sigmoid(Parametrization):

@@ -41,7 +41,25 @@ def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
     captured = CapturedCall(fails, torch.device("cuda"))
     for _ in range(WARM_UP):
         captured()
-    with pytest.raises(NotCapturable, match=r"not permitted .* no objective may read") as caught:
+    with pytest.raises(
+        NotCapturable, match=r"not permitted .* no objective and no augment may read"
+    ) as caught:
         captured()
     assert "SparseInverter(graph=False)" in str(caught.value)
     assert "SMI_FAST_GRAPH=0" in str(caught.value)
+
+
+def test_a_graph_knows_the_generator_before_it_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, generator = MagicMock(), torch.Generator()
+    monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
+    for given in (None, generator):
+        captured = CapturedCall(lambda: None, torch.device("cuda"), given)
+        for _ in range(WARM_UP + 1):
+            captured()
+        graph = cuda.CUDAGraph.return_value
+        assert graph.register_generator_state.call_count == (given is not None)
+    names = [name for name, *_ in cuda.mock_calls]
+    registered = names.index("CUDAGraph().register_generator_state")
+    assert "graph" in names[registered:], "registered before the last capture begins"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import smi_fast
-from smi_fast.jitter import random_jitter
+from smi_fast.jitter import Jitter
 from smi_fast.objectives.targets import multi_targets, soft_targets
 from tests.helpers.teachers import make_teacher
 
@@ -45,7 +45,7 @@ def test_the_default_data_type_does_not_change_a_seed() -> None:
         return [
             result.images,
             result.kept,
-            *random_jitter(50, (64, 64), seeded),
+            *Jitter().draw(50, (64, 64), generator=seeded),
             soft_targets(labels, 10, generator=seeded),
             multi_targets(labels[:, None], 10),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ NAN, INF = float("nan"), float("inf")
         ({"mean": (0.5, NAN, 0.5)}, r"a finite mean, got \(0.5, nan, 0.5\)"),
         ({"std": (0.5, INF, 0.5)}, r"a finite std, got \(0.5, inf, 0.5\)"),
         ({"std": (0.5, NAN, 0.5)}, "a finite std"),
-        ({"lr": lambda t: 0.1}, "lr above 0, got <function"),
+        ({"lr": lambda t: 0.1}, "lr as a number, a LearningRate or 10 numbers, got <function"),
         ({"lr": NAN}, "lr above 0, got nan"),
         ({"iterations": 10.0}, "1 or more iterations, got 10.0"),
         ({"betas": 0.5}, r"two betas in \[0, 1\), got 0.5"),
@@ -57,14 +58,14 @@ NO_JITTER = (torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": "cat"}, r"targets as whole numbers \[B\] or probabilities .* got 'cat'"),
-        ({"targets": 3}, r"targets as whole numbers \[B\] .* got torch.int64 \[\]"),
-        ({"targets": -torch.ones(2, 5)}, "probabilities, got some below 0 or not finite"),
-        ({"targets": torch.full((2, 5), NAN)}, "probabilities, got some below 0 or not finite"),
-        ({"targets": torch.eye(5)[[1, 0]] * INF}, "probabilities, got some below 0 or not finite"),
+        ({"targets": "cat"}, r"targets as a tensor with a row for each image, got 'cat'"),
+        ({"targets": 3}, r"targets as a tensor with a row for each image, got 3"),
+        ({"targets": -torch.ones(2, 5)}, "probabilities for .*, got some below 0 or not finite"),
+        ({"targets": torch.full((2, 5), NAN)}, "probabilities for .*, got some below 0 or not"),
+        ({"targets": torch.eye(5)[[1, 0]] * INF}, "probabilities for .*, got some below 0 or not"),
         ({"targets": torch.diag(torch.tensor([1.0, 0, 1, 1, 1]))}, "in each image, image 1 has"),
         ({"init": np.zeros((2, 3, 32, 48))}, r"init as a tensor \[2, 3, 32, 48\], got ndarray"),
-        ({"jitter": False}, r"two tensors \(shift, flip\), or None .* got False; zeros for each"),
+        ({"jitter": False}, r"two tensors \(shift, flip\), or a Jitter, .* is none, got False"),
         ({"jitter": (*NO_JITTER, 1)}, r"two tensors \(shift, flip\)"),
         ({"jitter": ([[0, 0]] * 10, [False] * 10)}, r"two tensors \(shift, flip\)"),
         ({"generator": 0}, r"torch.Generator\(\).manual_seed\(seed\) or None, got 0"),
@@ -111,7 +112,9 @@ def test_several_classes_may_be_lists() -> None:
 
 def test_an_inverter_cannot_be_changed(teacher: VisionTransformer) -> None:
     inverter = make(teacher)
-    for name in ("lr", "iterations", "schedule", "teacher", "settings"):
+    options = inspect.signature(SparseInverter).parameters
+    assert {"teacher", "lr", "jitter", "max_batch"} <= set(options)
+    for name in (*options, "settings", "of_ones_own"):
         with pytest.raises(AttributeError, match=rf"can't be changed \({name}\): make another one"):
             setattr(inverter, name, 1)
     with pytest.raises(AttributeError):
@@ -133,9 +136,9 @@ def test_a_teacher_without_classes() -> None:
     inverter = SparseInverter(
         teacher, objectives=[TotalVariation()], schedule=Dense(), iterations=2, **SPACE
     )
-    with pytest.raises(ValueError, match=r"no classes .* pass torch.empty\(B, 0\) as targets"):
-        inverter.invert([0], progress=False)
-    assert inverter.invert(torch.empty(2, 0), progress=False).images.shape == (2, 3, 32, 48)
+    assert inverter.invert(batch=2, progress=False).images.shape == (2, 3, 32, 48)
+    with pytest.raises(ValueError, match=r"with classes for cross_entropy, got .*num_classes=0: "):
+        make(teacher).invert([0], progress=False)
 
 
 @pytest.mark.parametrize("wrap", [lambda teacher: teacher, SparseViT])

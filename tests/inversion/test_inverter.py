@@ -15,6 +15,7 @@ import smi_fast
 from smi_fast import (
     CrossEntropy,
     Dense,
+    Jitter,
     L2Norm,
     NonFiniteLoss,
     SparseInverter,
@@ -32,11 +33,16 @@ from tests.helpers.inversions import (
     make,
     pixels_of,
     run,
+    start,
 )
 
 
 def test_dense_run_is_the_plain_loop(teacher: VisionTransformer) -> None:
-    inverter = make(teacher, schedule=Dense(), objectives=[CrossEntropy(2.0), TotalVariation(0.1)])
+    inverter = make(
+        teacher,
+        schedule=Dense(),
+        objectives=[CrossEntropy(2.0), TotalVariation(0.1, per_image=False)],
+    )
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     shift, flip = torch.randint(-9, 10, (10, 2)), torch.rand(10) < 0.5
     result = inverter.invert(TARGETS, init=init, jitter=(shift, flip), progress=False)
@@ -115,6 +121,26 @@ def test_same_seed_same_bytes(teacher: VisionTransformer) -> None:
     assert not torch.equal(first.images, other.images)
 
 
+def test_jitter_of_each_image_is_that_of_each_image_alone(teacher: VisionTransformer) -> None:
+    jitter = Jitter(share=0.5, per_image=True).draw(10, (32, 48), batch=2)
+    init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    inverter = make(teacher, objectives=[CrossEntropy()], schedule=Dense())
+    together, _ = inverter.start(TARGETS, init, jitter).evaluate()
+    for i, target in enumerate(TARGETS):
+        own = tuple(table[:, i] for table in jitter)
+        alone, _ = inverter.start([target], init[i : i + 1], own).evaluate()
+        torch.testing.assert_close(together[i] * 2, alone[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_option_jitter_draws_the_table(teacher: VisionTransformer) -> None:
+    jitter = Jitter(share=(0.5, 0.25, 0.0), flip=False, per_image=True)
+    state = start(make(teacher, jitter=jitter))
+    assert state.shift.shape == (10, 2, 2) and state.flip.shape == (10, 2)
+    assert not state.shift[[2, 3, 5, 6]].any() and not state.flip.any()  # around stops
+    assert not state.shift[6:].any() and state.shift[:2].abs().max() > 8
+    assert torch.equal(start(make(teacher, jitter=Jitter())).shift, start(make(teacher)).shift)
+
+
 def test_no_jitter_around_stops(teacher: VisionTransformer) -> None:
     assert still_iterations(STOPS) == {2, 3, 5, 6}
     still = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.bool)
@@ -154,7 +180,11 @@ def test_soft_targets(teacher: VisionTransformer) -> None:
 
 def test_l2_norm_and_l1_variation_are_recorded(teacher: VisionTransformer) -> None:
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    objectives = [CrossEntropy(), L2Norm(), TotalVariation(0.1, "l1")]
+    objectives = [
+        CrossEntropy(),
+        L2Norm(per_image=False),
+        TotalVariation(0.1, "l1", per_image=False),
+    ]
     inverter = make(teacher, objectives=objectives, iterations=7)
     history = inverter.invert(TARGETS, init=init, progress=False).history
     assert history["l2_norm"][0] == pytest.approx(init.norm().item())
@@ -220,7 +250,8 @@ def test_invert_has_every_option_with_its_default() -> None:
     parts = (SparseInverter.__init__, SparseInverter.invert)
     of_parts = [inspect.signature(part).parameters for part in parts]
     expected = {name: each for part in of_parts for name, each in part.items() if name != "self"}
-    assert len(expected) == sum(map(len, of_parts)) - 2, "no name means two things"
+    # Only self, and jitter, which replaces the inverter's for one inversion, are in both.
+    assert len(expected) == sum(map(len, of_parts)) - 3, "no name means two things"
     given = inspect.signature(smi_fast.invert).parameters
     assert given == expected
     assert list(given)[:2] == ["teacher", "targets"]
@@ -241,7 +272,7 @@ def test_invert_forwards_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
             got.update(targets=targets, **options)
             return "result"
 
-    monkeypatch.setattr("smi_fast.inversion.inverter.SparseInverter", Recorder)
+    monkeypatch.setattr("smi_fast.inversion.functional.SparseInverter", Recorder)
     marks = {name: object() for name in inspect.signature(smi_fast.invert).parameters}
     teacher, targets = marks["teacher"], marks["targets"]
     options = {name: mark for name, mark in marks.items() if name not in ("teacher", "targets")}

@@ -46,12 +46,12 @@ def test_attention_prior(sparse: bool) -> None:
 
 
 def test_one_or_two_components_are_equally_likely() -> None:
-    """Of a single component the logarithm has the same curvature everywhere."""
+    """The logarithm of a single component has the same curvature everywhere."""
     mixtures = random_mixtures((800,), (12, 10), 2, torch.Generator().manual_seed(0)).double()
     broad = mixtures[mixtures.amin(1) > 1e-9].unflatten(1, (12, 10))
     curvature = broad.log().diff(2, dim=2).flatten(1)
     single = curvature.std(1) < 0.05 * curvature.mean(1).abs()
-    # Of two components more reach every patch, so that fewer than half of these are single.
+    # A mixture of two reaches every patch more often, so fewer than half of ``broad`` are single.
     assert len(broad) > 200 and 0.25 < single.double().mean() < 0.5
 
 

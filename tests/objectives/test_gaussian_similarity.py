@@ -34,14 +34,15 @@ def test_gaussian_similarity_goes_through_all_patches() -> None:
     objective = smi_fast.GaussianSimilarity(rows=4)
     objective.begin(teacher, 2, torch.Generator().manual_seed(0))
     for kept in (16, 12):
-        picks = torch.stack([objective._pick(kept, torch.tensor(i)) for i in range(kept)])
+        given = [loss_inputs(iteration=i) for i in range(kept)]
+        picks = torch.stack([objective._pick(kept, inputs) for inputs in given])
         for image in range(2):
             counts = picks[:, image].flatten().bincount(minlength=kept)
             assert (counts == 4).all()
             in_turn = picks[: kept // 4, image].flatten()
             assert len(in_turn.unique()) == kept, "no patch comes again before all others have"
         assert not torch.equal(picks[0, 0], picks[0, 1])
-    assert objective._pick(3, torch.tensor(1)).sort().values.tolist() == [[0, 1, 2]] * 2
+    assert objective._pick(3, loss_inputs(iteration=1)).sort().values.tolist() == [[0, 1, 2]] * 2
     scores = {f"attention.{i}.scores": torch.randn(2, 3, 5, 5, dtype=F64) for i in range(2)}
     rows = [x.mean(1)[:, 1:, 1:] for x in scores.values()]
     expected = -sum(map(published_gaussian, rows)) / 2

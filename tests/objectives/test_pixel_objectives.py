@@ -64,6 +64,8 @@ def test_variation_target() -> None:
 
 def test_norm_of_each_image() -> None:
     images = torch.randn(3, 3, 4, 4, dtype=F64)
-    value = smi_fast.L2Norm(per_image=True)(loss_inputs(images))
+    value = smi_fast.L2Norm()(loss_inputs(images))
     torch.testing.assert_close(value, sum(torch.norm(image) for image in images) / 3)
-    torch.testing.assert_close(smi_fast.L2Norm()(loss_inputs(images)), torch.norm(images))
+    torch.testing.assert_close(
+        smi_fast.L2Norm(per_image=False)(loss_inputs(images)), torch.norm(images)
+    )

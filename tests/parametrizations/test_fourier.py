@@ -8,17 +8,7 @@ import torch
 from smi_fast import CrossEntropy, Dense, Fourier, SparseInverter, StopSchedule, load_teacher
 from smi_fast.parametrizations.fourier import MARGIN
 from smi_fast.teacher.space import ImageSpace
-
-SIZES = [(64, 64), (112, 112), (224, 224), (384, 384), (33, 48), (48, 33), (7, 9)]
-
-
-def space(height: int, width: int, dtype: torch.dtype = torch.float64) -> ImageSpace:
-    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.3]], dtype=dtype)
-    return ImageSpace(3, height, width, mean, std)
-
-
-def logits_of_pixels(fourier: Fourier, parameters: torch.Tensor) -> torch.Tensor:
-    return fourier.space.denormalize(fourier.images(parameters)).logit()
+from tests.helpers.parametrizations import SIZES, logits_of_pixels, space
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -32,6 +22,41 @@ def test_contrast_is_that_of_the_parameters_at_every_size_and_decay(
     assert logits_of_pixels(fourier, parameters).square().mean().sqrt() == pytest.approx(
         0.3, rel=0.1
     )
+
+
+def contrast(side: int, decay: float, iterations: int) -> list[float]:
+    """Standard deviation of the pixels' change from grey at the start, then after iterations."""
+    fourier = Fourier(decay).bind(space(side, side))
+    parameters = fourier.initial(2, torch.Generator().manual_seed(0)).requires_grad_()
+    small = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    wanted = torch.nn.functional.interpolate(small, (side, side), mode="bicubic")
+    adam = torch.optim.Adam([parameters], lr=0.2, betas=(0.5, 0.99))
+    found = []
+    for _ in range(iterations + 1):
+        pixels = fourier.space.denormalize(fourier.images(parameters))
+        found.append((pixels - 0.5).square().mean().sqrt().item())
+        # A large loss, since Adam's epsilon would slow down tiny gradients.
+        adam.zero_grad()
+        (1e6 * (pixels - wanted).square().mean()).backward()
+        adam.step()
+    return found
+
+
+@pytest.mark.parametrize("decay", [0.7, 1.0, 1.25, 1.5])
+def test_the_start_and_the_first_iteration_have_the_same_contrast_at_every_size(
+    decay: float,
+) -> None:
+    # sigmoid's slope at 0 is 1/4: u starts with 0.02 and the learning rate is 0.2.
+    for side in (64, 112, 224, 384):
+        start, first = contrast(side, decay, 1)
+        # Few random low frequencies make up most of the start, so two images vary.
+        assert start == pytest.approx(0.02 / 4, rel=0.2)
+        assert first == pytest.approx(0.2 / 4, rel=0.1)
+
+
+def test_ten_iterations_of_the_default_move_contrast_alike_at_every_size() -> None:
+    small, large = contrast(64, Fourier().decay, 10)[-1], contrast(224, Fourier().decay, 10)[-1]
+    assert large == pytest.approx(small, rel=0.03)
 
 
 def test_equals_the_formula_of_its_docstring() -> None:

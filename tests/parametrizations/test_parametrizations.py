@@ -28,7 +28,7 @@ BOTH = pytest.mark.parametrize("kind", [Sigmoid, Linear])
 
 @BOTH
 def test_dense_run_is_adam_on_the_parameters(teacher: VisionTransformer, kind: Callable) -> None:
-    objectives = [CrossEntropy(2.0), TotalVariation(0.1)]
+    objectives = [CrossEntropy(2.0), TotalVariation(0.1, per_image=False)]
     options = {"schedule": Dense(), "objectives": objectives, "parametrization": kind()}
     inverter = make(teacher, **options)
     jitter = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.bool)

@@ -8,6 +8,7 @@ from tests.mutants.table import (
     objectives,
     ops,
     outer,
+    schedules,
     teacher,
     triton,
 )
@@ -19,6 +20,7 @@ MUTANTS = (
     *triton.MUTANTS,
     *engine.MUTANTS,
     *teacher.MUTANTS,
+    *schedules.MUTANTS,
     *inversion.MUTANTS,
     *objectives.MUTANTS,
     *outer.MUTANTS,

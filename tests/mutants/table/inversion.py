@@ -1,171 +1,24 @@
-"""Mutants of schedules/, parametrizations/ and inversion/."""
+"""Mutants of inversion/."""
 
 from tests.mutants.mutant import Mutant, of_file
 
-CHECK = "tests/schedules/test_check.py"
-STOPS = "tests/schedules/test_stops.py"
-COMPACT = "tests/schedules/test_compact.py"
 GROUPS = "tests/schedules/test_finished_groups.py"
 INVERTER = "tests/inversion/test_inverter.py"
+RATE = "tests/test_learning_rate.py"
 LOOP = "tests/inversion/test_loop.py"
-FOURIER = "tests/parametrizations/test_fourier.py"
+VIEWS = "tests/inversion/test_views.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
-BAD_ARGUMENTS = "tests/inversion/test_inputs.py::test_bad_arguments_are_refused"
 
 MUTANTS = (
-    *of_file(
-        "smi_fast/schedules/base.py",
-        CHECK,
-        Mutant(
-            "still-stop",
-            "for t in schedule.at for before in (0, 1))",
-            "for t in schedule.at for before in (1,))",
-            "The iteration of a stop is jittered.",
-            f"{INVERTER}::test_no_jitter_around_stops",
-        ),
-        Mutant(
-            "still-before",
-            "for t in schedule.at for before in (0, 1))",
-            "for t in schedule.at for before in (0,))",
-            "Importance is scored on jittered images.",
-            f"{INVERTER}::test_no_jitter_around_stops",
-        ),
-        Mutant(
-            "stops-first",
-            "min(stops, default=1) >= 1",
-            "min(stops, default=1) >= 0",
-            "A stop before the first iteration is taken, which nothing has scored.",
-            STOPS,
-        ),
-        Mutant(
-            "check-repeats",
-            "if bool((patches.diff(dim=1) <= 0).any()):",
-            "if bool((patches.diff(dim=1) < 0).any()):",
-            "A patch may be kept twice.",
-        ),
-        Mutant(
-            "check-negative",
-            "torch.where((patches >= 0) & (patches < total), patches, total)",
-            "torch.where(patches < total, patches, total)",
-            "A negative patch is an error of torch.",
-        ),
-        Mutant(
-            "check-finished",
-            "if bool((together.diff(dim=1) == 0).any()):",
-            "if False:",
-            "A patch may both stay and leave.",
-        ),
-        Mutant(
-            "check-count",
-            "if not fits or (count is not None and patches.shape[1] != count):",
-            "if not fits:",
-            "A schedule keeps another number of patches than it promised.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/schedules/stops.py",
-        STOPS,
-        Mutant(
-            "stops-rounding",
-            "return int(patches * (1.0 - share))",
-            "return round(patches * (1.0 - share))",
-            "Counts are not the published ones.",
-        ),
-        Mutant(
-            "stops-largest",
-            "importance.topk(count, dim=1).indices",
-            "importance.topk(count, dim=1, largest=False).indices",
-            "The least important patches stay.",
-        ),
-        Mutant(
-            "stops-order",
-            "stop.kept.gather(1, top).sort(dim=1).values",
-            "stop.kept.gather(1, top)",
-            "Kept patches are in the order of their importance.",
-        ),
-        Mutant(
-            "stops-compact",
-            "on_grid.view(batch, 1, rows, columns)",
-            "on_grid.view(batch, 1, columns, rows)",
-            "Neighbours on a grid that isn't square are those of another grid.",
-            COMPACT,
-        ),
-        Mutant(
-            "stops-compact-unused",
-            "importance = _averaged(stop) if self.compact else stop.importance",
-            "importance = stop.importance",
-            "compact is not read.",
-            COMPACT,
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/fourier.py",
-        FOURIER,
-        Mutant(
-            "fourier-variance",
-            "variance[0] = 1",
-            "variance[0] = 4",
-            "The contrast depends on the size of the image.",
-        ),
-        Mutant(
-            "fourier-even",
-            "if space.width % 2 == 0:",
-            "if space.width % 2 == 1:",
-            "The contrast depends on whether the width is even.",
-        ),
-        Mutant(
-            "fourier-lowest",
-            ".clamp(min=1 / max(space.height, space.width))",
-            ".clamp(min=1 / min(space.height, space.width))",
-            "The lowest frequency is that of the shorter side.",
-        ),
-        Mutant(
-            "fourier-start",
-            "return (noise * self.start).to(self._scale)",
-            "return noise.to(self._scale)",
-            "Images start with full contrast.",
-        ),
-        Mutant(
-            "fourier-colours",
-            'torch.einsum("ij,bjhw->bihw", self._colours, u)',
-            'torch.einsum("ji,bjhw->bihw", self._colours, u)',
-            "Colours are mixed by the transposed matrix.",
-        ),
-        Mutant(
-            "fourier-margin",
-            ".clamp(MARGIN, 1 - MARGIN).logit()",
-            ".logit()",
-            "A black pixel has infinite parameters.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/pixels.py",
-        f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
-        Mutant(
-            "pixels-copy",
-            "images.to(self.space.mean.dtype, copy=True)",
-            "images.to(self.space.mean.dtype)",
-            "The images of the caller change.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/base.py",
-        f"{PARAMETRIZATIONS}::test_binding_leaves_the_given_parametrization_as_it_was",
-        Mutant(
-            "parametrization-bind",
-            "bound = copy.copy(self)",
-            "bound = self",
-            "The parametrization of the caller changes.",
-        ),
-    ),
     *of_file(
         "smi_fast/inversion/state.py",
         LOOP,
         Mutant(
-            "state-save",
-            "return [tensor.clone() for tensor in self._moving]",
-            "return list(self._moving)",
-            "Going back goes nowhere.",
+            "state-rate",
+            "lr = settings.lr.index_select(0, self.iteration)[0]",
+            "lr = settings.lr[0]",
+            "Every iteration has the learning rate of the first.",
+            f"{RATE}::test_an_inversion_is_torchs_optimizer_with_a_schedule",
         ),
         Mutant(
             "state-moving",
@@ -202,13 +55,6 @@ MUTANTS = (
             GROUPS,
         ),
         Mutant(
-            "state-weight",
-            "value if objective.weight == 1 else objective.weight * value",
-            "value",
-            "Weights are not read.",
-            f"{INVERTER}::test_dense_run_is_the_plain_loop",
-        ),
-        Mutant(
             "state-step",
             "step=self.iteration[0],",
             "step=self.iteration[0] + 1,",
@@ -216,18 +62,70 @@ MUTANTS = (
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
         Mutant(
-            "state-due",
+            "state-save",
+            "copies = [tensor.clone() for tensor in self._moving]",
+            "copies = list(self._moving)",
+            "Going back goes nowhere.",
+        ),
+        Mutant(
+            "state-non-finite",
+            "row = torch.stack([*seen.augmented, *seen.values, gradient.sum()])",
+            "row = torch.stack([*seen.augmented, *seen.values, gradient.sum() * 0])",
+            "An infinite gradient is reported, but a huge one too.",
+            LOOP,
+            "a gradient times zero is NaN exactly where the gradient isn't finite",
+        ),
+        Mutant(
+            "state-generator",
+            "self.generator.set_state(saved[-1])",
+            "pass",
+            "A repeated iteration draws other numbers.",
+            f"{VIEWS}::test_going_back_also_takes_back_what_was_drawn",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/settings.py",
+        LOOP,
+        Mutant(
+            "settings-due",
             "number % objective.every == 0 for objective",
             "True for objective",
             "A graph serves iterations that evaluate other objectives.",
         ),
+    ),
+    *of_file(
+        "smi_fast/inversion/views.py",
+        VIEWS,
         Mutant(
-            "state-non-finite",
-            "row = torch.stack([*values, gradient.sum()])",
-            "row = torch.stack([*values, gradient.sum() * 0])",
-            "An infinite gradient is reported, but a huge one too.",
-            LOOP,
-            "a gradient times zero is NaN exactly where the gradient isn't finite",
+            "views-weight",
+            "value if objective.weight == 1 else objective.weight * value",
+            "value",
+            "Weights are not read.",
+            f"{INVERTER}::test_dense_run_is_the_plain_loop",
+        ),
+        Mutant(
+            "views-share",
+            "values = [value * (len(own) / batch) for value in values]",
+            "pass",
+            "The parts of a split batch weigh more than the whole.",
+        ),
+        Mutant(
+            "views-first",
+            "first=rows.start,",
+            "first=0,",
+            "Every part reads what was drawn for the first.",
+        ),
+        Mutant(
+            "views-through",
+            "gradient = through if gradient is None else gradient + through",
+            "gradient = through",
+            "With augment the pixel objectives have no gradient.",
+        ),
+        Mutant(
+            "views-copy",
+            "jitter = inputs.shift[index], inputs.flip[index]",
+            "jitter = inputs.shift[0], inputs.flip[0]",
+            "All copies have the jitter of the first.",
         ),
     ),
     *of_file(
@@ -277,7 +175,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/inversion/inputs.py",
+        "smi_fast/inversion/view_inputs.py",
         f"{INVERTER}::test_no_jitter_around_stops",
         Mutant(
             "inputs-flip",
@@ -291,13 +189,10 @@ MUTANTS = (
             "shift, flip = shift.to(teacher.device), flip.to(teacher.device)",
             "The jitter of the caller changes.",
         ),
-        Mutant(
-            "inputs-range",
-            "if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < classes:",
-            "if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= classes:",
-            "The class after the last is taken.",
-            BAD_ARGUMENTS,
-        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/inputs.py",
+        f"{INVERTER}::test_no_jitter_around_stops",
         Mutant(
             "inputs-std",
             'if name == "std" and (values <= 0).any():',
@@ -339,8 +234,8 @@ MUTANTS = (
         ),
         Mutant(
             "inverter-logits",
-            "logits = teacher(normalised, kept).logits",
-            "logits = teacher(normalised).logits",
+            "teacher(normalised[row], kept[row]).logits",
+            "teacher(normalised[row]).logits",
             "The logits are those of every patch.",
             f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
         ),
@@ -350,8 +245,8 @@ MUTANTS = (
         f"{INVERTER}::test_soft_targets",
         Mutant(
             "result-confidence",
-            "self.targets if self.targets.dim() == 1 else self.targets.argmax(1)",
-            "self.targets if self.targets.dim() == 1 else self.targets.argmin(1)",
+            "targets if one_each else targets.argmax(1)",
+            "targets if one_each else targets.argmin(1)",
             "Confidence with soft targets is that of another class.",
         ),
     ),

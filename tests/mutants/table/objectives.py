@@ -99,14 +99,21 @@ MUTANTS = (
             "Cross-entropy grows with the batch.",
             "tests/inversion/test_inverter.py::test_dense_run_is_the_plain_loop",
         ),
+        Mutant(
+            "targets-range",
+            "not 0 <= int(targets.min()) <= int(targets.max()) < classes:",
+            "not 0 <= int(targets.min()) <= int(targets.max()) <= classes:",
+            "The class after the last is taken.",
+            "tests/inversion/test_inputs.py::test_bad_arguments_are_refused",
+        ),
     ),
     *of_file(
         "smi_fast/objectives/gaussian_similarity.py",
         f"{OBJECTIVES}/test_gaussian_similarity.py",
         Mutant(
             "gaussian-turn",
-            "turn = (turn + done * count) % kept",
-            "turn = (turn + done) % kept",
+            "turn = (turn + inputs.iteration_tensor * count) % kept",
+            "turn = (turn + inputs.iteration_tensor) % kept",
             "An iteration takes the patches of the last one again.",
         ),
         Mutant(
@@ -172,8 +179,8 @@ MUTANTS = (
         ),
         Mutant(
             "variation-active",
-            "inputs.images,\n            inputs.active,",
-            "inputs.images,\n            None,",
+            "images, active, patch_size=inputs.teacher.patch_size",
+            "images, None, patch_size=inputs.teacher.patch_size",
             "Frozen pixels count in total variation.",
             "tests/inversion/test_inverter.py tests/objectives",
         ),

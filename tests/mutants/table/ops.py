@@ -237,8 +237,8 @@ MUTANTS = (
         "tests/test_jitter.py",
         Mutant(
             "jitter-direction",
-            "device=images.device) - shift[1]) % width",
-            "device=images.device) + shift[1]) % width",
+            "device=images.device) - right) % width",
+            "device=images.device) + right) % width",
             "Columns move the other way.",
         ),
         Mutant(
@@ -255,9 +255,15 @@ MUTANTS = (
         ),
         Mutant(
             "jitter-half",
-            "dtype=torch.float32) < 0.5",
-            "dtype=torch.float32) < 0.75",
+            "return shift, chance < 0.5",
+            "return shift, chance < 0.75",
             "Three quarters of the iterations are mirrored.",
+        ),
+        Mutant(
+            "jitter-same-phases",
+            "inner = stops if self.starts is None else",
+            "inner = stops if self.starts is not None else",
+            "The shares of phases and the starts of one's own are confused.",
         ),
     ),
 )

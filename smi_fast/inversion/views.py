@@ -1,0 +1,205 @@
+"""What an iteration sees of the images: copies with a view each, in parts that fit into memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smi_fast.augmentations import apply
+from smi_fast.inversion.settings import Settings
+from smi_fast.objectives import LossInputs, value_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchInputs:
+    """What an iteration reads besides the images, for the whole batch.
+
+    Attributes:
+        targets: [B, ...] or None.
+        kept: int64 [B, K], the patches that the teacher computes.
+        active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
+        shift: int64 [2] in pixels, or [B, 2] for each image; with R copies [R, 2] or [R, B, 2].
+        flip: bool, likewise without the last axis.
+        iteration: from 0, as a number of the host.
+        iteration_tensor: int64 [], the same number on the images' device.
+        generator: on the images' device, for ``augment``.
+        score: whether to score the importance of kept patches.
+    """
+
+    targets: Tensor | None
+    kept: Tensor
+    active: Tensor | None
+    shift: Tensor
+    flip: Tensor
+    iteration: int
+    iteration_tensor: Tensor
+    generator: torch.Generator | None
+    score: bool
+
+
+class Evaluation(NamedTuple):
+    """What an iteration finds.
+
+    Attributes:
+        values: the un-weighted objectives.
+        gradient: [B, C, H, W], of the images; None when no objective depends on them.
+        importance: [B, K], or None.
+        augmented: 0, or NaN where ``augment`` returned what isn't finite; empty without it.
+    """
+
+    values: list[Tensor]
+    gradient: Tensor | None
+    importance: Tensor | None
+    augmented: list[Tensor]
+
+
+def evaluate(images: Tensor, inputs: BatchInputs, settings: Settings) -> Evaluation:
+    """Evaluate the objectives; all that is returned is the mean over the copies of each image.
+
+    Args:
+        images: [B, C, H, W], normalised, without gradient.
+        inputs: what else the iteration reads.
+        settings: of the inversion.
+
+    Raises:
+        ValueError: an objective isn't a scalar, or ``augment`` returns other images than it may.
+    """
+    copies = [_copy(images, inputs, settings, index) for index in range(settings.copies)]
+    return Evaluation(
+        [_mean(values) for values in zip(*(copy.values for copy in copies), strict=True)],
+        _joined(_mean, [copy.gradient for copy in copies]),
+        _joined(_mean, [copy.importance for copy in copies]),
+        [_mean(flags) for flags in zip(*(copy.augmented for copy in copies), strict=True)],
+    )
+
+
+def parts(batch: int, most: int | None) -> list[slice]:
+    """Slices of a batch, as few and as equal as can be, of at most ``most`` images each."""
+    count = 1 if most is None else max(1, math.ceil(batch / most))
+    return [slice(*ends) for ends in pairwise(batch * i // count for i in range(count + 1))]
+
+
+def _copy(images: Tensor, inputs: BatchInputs, settings: Settings, index: int) -> Evaluation:
+    """Evaluate one copy of each image, with a jitter and an augmentation of its own."""
+    jitter = inputs.shift, inputs.flip
+    if settings.copies > 1:
+        jitter = inputs.shift[index], inputs.flip[index]
+    slices = parts(len(images), settings.max_batch)
+    if settings.augment is None:
+        found = [_part(rows, images, None, jitter, inputs, settings) for rows in slices]
+        gradient = _joined(torch.cat, [part.gradient for part in found])
+        return Evaluation(_sums(found), gradient, _importance(found), [])
+    assert inputs.generator is not None
+    whole = images.detach().requires_grad_()
+    progress = inputs.iteration_tensor.to(torch.float32) / settings.iterations
+    seen = apply(settings.augment, whole, progress, inputs.generator)
+    found = [_part(rows, images, seen.detach(), jitter, inputs, settings) for rows in slices]
+    gradient = _joined(torch.cat, [part.gradient for part in found])
+    of_seen = _joined(torch.cat, [part.of_seen for part in found])
+    if of_seen is not None:
+        # The parts end at the augmented images, so that augment is differentiated once.
+        (through,) = torch.autograd.grad(seen, whole, of_seen)
+        gradient = through if gradient is None else gradient + through
+    return Evaluation(_sums(found), gradient, _importance(found), [(seen.detach() * 0).sum()])
+
+
+class _Part(NamedTuple):
+    """What a part of a copy contributes to the batch.
+
+    Attributes:
+        values: the un-weighted objectives, times the part's share of the batch.
+        gradient: [b, C, H, W], of the part's images, or None.
+        of_seen: [b, C, H, W], of its augmented images, or None.
+        importance: [b, K], or None.
+    """
+
+    values: list[Tensor]
+    gradient: Tensor | None
+    of_seen: Tensor | None
+    importance: Tensor | None
+
+
+def _part(
+    rows: slice,
+    images: Tensor,
+    seen: Tensor | None,
+    jitter: tuple[Tensor, Tensor],
+    inputs: BatchInputs,
+    settings: Settings,
+) -> _Part:
+    teacher, batch = settings.teacher, len(images)
+    own = images[rows].requires_grad_()
+    view = own if seen is None else seen[rows].requires_grad_()
+    shift, flip = jitter
+    if shift.dim() == 2:
+        shift, flip = shift[rows], flip[rows]
+    pairs = [*zip(settings.objectives, settings.due(inputs.iteration), strict=True)]
+    taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
+    kept = inputs.kept[rows]
+    output = teacher(view, kept, jitter=(shift, flip), importance=inputs.score, taps=taps)
+    given = LossInputs(
+        images=own,
+        view=view,
+        logits=output.logits,
+        targets=None if inputs.targets is None else inputs.targets[rows],
+        kept=kept,
+        active=None if inputs.active is None else inputs.active[rows],
+        teacher=teacher,
+        space=settings.space,
+        backend=settings.backend,
+        first=rows.start,
+        iteration=inputs.iteration,
+        iteration_tensor=inputs.iteration_tensor,
+        jitter=(shift, flip),
+        taps=output.taps,
+    )
+    values = [value_of(objective, given) if due else own.new_zeros(()) for objective, due in pairs]
+    if len(own) < batch:
+        values = [value * (len(own) / batch) for value in values]
+    # A weight of 1 is left out: it would cost a kernel forward and another backward.
+    loss = torch.stack(
+        [
+            value if objective.weight == 1 else objective.weight * value
+            for objective, value in zip(settings.objectives, values, strict=True)
+        ]
+    ).sum()
+    gradient, of_seen = _gradients(loss, own, None if seen is None else view)
+    return _Part([value.detach() for value in values], gradient, of_seen, output.importance)
+
+
+def _gradients(
+    loss: Tensor, own: Tensor, view: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the images, and of their augmented view; None where the loss doesn't depend."""
+    if not loss.requires_grad:
+        return None, None
+    leaves = [own] if view is None else [own, view]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return found[0], None if view is None else found[1]
+
+
+def _sums(found: list[_Part]) -> list[Tensor]:
+    return [reduce(torch.add, values) for values in zip(*(p.values for p in found), strict=True)]
+
+
+def _importance(found: list[_Part]) -> Tensor | None:
+    return _joined(torch.cat, [part.importance for part in found])
+
+
+def _joined(join: Callable[[list[Tensor]], Tensor], tensors: list[Tensor | None]) -> Tensor | None:
+    """One tensor of several, or None where there are none."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    if len(there) < len(tensors):
+        return None
+    return there[0] if len(there) == 1 else join(there)
+
+
+def _mean(copies: Sequence[Tensor]) -> Tensor:
+    return copies[0] if len(copies) == 1 else torch.stack([*copies]).mean(0)

@@ -1,0 +1,185 @@
+"""Mutants of schedules/, parametrizations/ and learning_rate.py."""
+
+from tests.mutants.mutant import Mutant, of_file
+
+CHECK = "tests/schedules/test_check.py"
+STOPS = "tests/schedules/test_stops.py"
+COMPACT = "tests/schedules/test_compact.py"
+INVERTER = "tests/inversion/test_inverter.py"
+RATE = "tests/test_learning_rate.py"
+FOURIER = "tests/parametrizations/test_fourier.py"
+PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
+
+MUTANTS = (
+    *of_file(
+        "smi_fast/schedules/base.py",
+        CHECK,
+        Mutant(
+            "still-stop",
+            "for t in schedule.at for before in (0, 1))",
+            "for t in schedule.at for before in (1,))",
+            "The iteration of a stop is jittered.",
+            f"{INVERTER}::test_no_jitter_around_stops",
+        ),
+        Mutant(
+            "still-before",
+            "for t in schedule.at for before in (0, 1))",
+            "for t in schedule.at for before in (0,))",
+            "Importance is scored on jittered images.",
+            f"{INVERTER}::test_no_jitter_around_stops",
+        ),
+        Mutant(
+            "stops-first",
+            "min(stops, default=1) >= 1",
+            "min(stops, default=1) >= 0",
+            "A stop before the first iteration is taken, which nothing has scored.",
+            STOPS,
+        ),
+        Mutant(
+            "check-repeats",
+            "if bool((patches.diff(dim=1) <= 0).any()):",
+            "if bool((patches.diff(dim=1) < 0).any()):",
+            "A patch may be kept twice.",
+        ),
+        Mutant(
+            "check-negative",
+            "torch.where((patches >= 0) & (patches < total), patches, total)",
+            "torch.where(patches < total, patches, total)",
+            "A negative patch is an error of torch.",
+        ),
+        Mutant(
+            "check-finished",
+            "if bool((together.diff(dim=1) == 0).any()):",
+            "if False:",
+            "A patch may both stay and leave.",
+        ),
+        Mutant(
+            "check-count",
+            "if not fits or (count is not None and patches.shape[1] != count):",
+            "if not fits:",
+            "A schedule keeps another number of patches than it promised.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/stops.py",
+        STOPS,
+        Mutant(
+            "stops-rounding",
+            "return int(patches * (1.0 - share))",
+            "return round(patches * (1.0 - share))",
+            "Counts are not the published ones.",
+        ),
+        Mutant(
+            "stops-largest",
+            "importance.topk(count, dim=1).indices",
+            "importance.topk(count, dim=1, largest=False).indices",
+            "The least important patches stay.",
+        ),
+        Mutant(
+            "stops-order",
+            "stop.kept.gather(1, top).sort(dim=1).values",
+            "stop.kept.gather(1, top)",
+            "Kept patches are in the order of their importance.",
+        ),
+        Mutant(
+            "stops-compact",
+            "on_grid.view(batch, 1, rows, columns)",
+            "on_grid.view(batch, 1, columns, rows)",
+            "Neighbours on a grid that isn't square are those of another grid.",
+            COMPACT,
+        ),
+        Mutant(
+            "stops-compact-unused",
+            "importance = _averaged(stop) if self.compact else stop.importance",
+            "importance = stop.importance",
+            "compact is not read.",
+            COMPACT,
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/fourier.py",
+        FOURIER,
+        Mutant(
+            "fourier-variance",
+            "variance[0] = 1",
+            "variance[0] = 4",
+            "The contrast depends on the size of the image.",
+        ),
+        Mutant(
+            "fourier-even",
+            "if space.width % 2 == 0:",
+            "if space.width % 2 == 1:",
+            "The contrast depends on whether the width is even.",
+        ),
+        Mutant(
+            "fourier-lowest",
+            ".clamp(min=1 / max(space.height, space.width))",
+            ".clamp(min=1 / min(space.height, space.width))",
+            "The lowest frequency is that of the shorter side.",
+        ),
+        Mutant(
+            "fourier-start",
+            "return (noise * self.start).to(self._scale)",
+            "return noise.to(self._scale)",
+            "Images start with full contrast.",
+        ),
+        Mutant(
+            "fourier-colours",
+            'torch.einsum("ij,bjhw->bihw", self._colours, u)',
+            'torch.einsum("ji,bjhw->bihw", self._colours, u)',
+            "Colours are mixed by the transposed matrix.",
+        ),
+        Mutant(
+            "fourier-margin",
+            ".clamp(MARGIN, 1 - MARGIN).logit()",
+            ".logit()",
+            "A black pixel has infinite parameters.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/pyramid.py",
+        "tests/parametrizations/test_pyramid.py",
+        Mutant(
+            "pyramid-variances",
+            "rows / len(sides) ** 0.5",
+            "rows / len(sides)",
+            "The contrast depends on the number of levels.",
+        ),
+        Mutant(
+            "pyramid-order",
+            "F.pad(full, (smaller, 0))",
+            "F.pad(full, (0, smaller))",
+            "A given image goes into the smallest levels.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/pixels.py",
+        f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
+        Mutant(
+            "pixels-copy",
+            "images.to(self.space.mean.dtype, copy=True)",
+            "images.to(self.space.mean.dtype)",
+            "The images of the caller change.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/base.py",
+        f"{PARAMETRIZATIONS}::test_binding_leaves_the_given_parametrization_as_it_was",
+        Mutant(
+            "parametrization-bind",
+            "bound = copy.copy(self)",
+            "bound = self",
+            "The parametrization of the caller changes.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/learning_rate.py",
+        RATE,
+        Mutant(
+            "rate-restart",
+            "cycles = self.restarts + 1",
+            "cycles = 1",
+            "The cosine never starts again.",
+        ),
+    ),
+)
