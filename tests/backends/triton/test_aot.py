@@ -41,7 +41,7 @@ class Budget:
 BUDGET = {
     "_gather_patches_fwd": Budget(48, stores=True),
     "_gather_patches_bwd": Budget(24, loads=True),
-    "_gather_sigmoid_patches_fwd": Budget(48, stores=True),
+    "_gather_sigmoid_patches_fwd": Budget(40, stores=True),
     "_gather_sigmoid_patches_bwd": Budget(16, loads=True),
     "_total_variation_fwd": Budget(32, loads=True),
     "_total_variation_finish": Budget(32),
