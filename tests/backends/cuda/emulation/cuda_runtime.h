@@ -118,5 +118,5 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
-using std::exp2f, std::expf, std::log2f;
+using std::exp2f, std::log2f;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
