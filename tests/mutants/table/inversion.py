@@ -9,7 +9,36 @@ LOOP = "tests/inversion/test_loop.py"
 VIEWS = "tests/inversion/test_views.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
 
+REBIRTH = "tests/inversion/test_rebirth_loop.py"
+
 MUTANTS = (
+    *of_file(
+        "smi_fast/inversion/sparse_images.py",
+        REBIRTH,
+        Mutant(
+            "sparse-order",
+            "return torch.stack(tensors, dim=1).flatten(0, 1)",
+            "return torch.stack(tensors).flatten(0, 1)",
+            "An image has the label of another trajectory.",
+        ),
+        Mutant(
+            "sparse-canvas",
+            "canvases=to_images(cells, images.shape[1], grid),",
+            "canvases=images,",
+            "Finished patches of a canvas drift after they left.",
+            f"{REBIRTH}::test_works_with",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        REBIRTH,
+        Mutant(
+            "state-finished-logits",
+            "return FinishedGroup(self.done(), patches, pixels, self.logits(images, patches))",
+            "return FinishedGroup(self.done(), patches, pixels, self.logits(images, self.kept))",
+            "The logits of a finished image are those of all patches that were left.",
+        ),
+    ),
     *of_file(
         "smi_fast/inversion/state.py",
         LOOP,
