@@ -331,7 +331,6 @@ class SparseInverter:
             images,
             kept,
             patch_mask(shown, *teacher.grid),
-            images * teacher.pixel_mask(shown),
             state.targets,
             logits,
             state.history(),

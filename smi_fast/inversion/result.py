@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smi_fast.inversion.background import Background, over
 from smi_fast.inversion.sparse_images import SparseImages, collect, to_patches
 
 
@@ -66,8 +67,8 @@ class InversionResult:
     Attributes:
         images: [B, 3, H, W] in [0, 1], background included.
         kept: int64 [B, K], the patches that were inverted to the end.
-        masks: bool [B, rows, columns], the patches that ``masked_images`` shows.
-        masked_images: ``images`` with every other patch black.
+        masks: bool [B, rows, columns], the patches that :meth:`over` shows: ``kept``, or those of
+            the published re-ranked mask.
         targets: as they were given, [B, ...] or None.
         logits: [B, classes], the logits of the teacher for ``kept`` alone, without jitter.
         history: for each objective its un-weighted value in each iteration.
@@ -80,7 +81,6 @@ class InversionResult:
     images: Tensor
     kept: Tensor
     masks: Tensor
-    masked_images: Tensor
     targets: Tensor | None
     logits: Tensor
     history: dict[str, list[float]]
@@ -88,6 +88,25 @@ class InversionResult:
     iterations: int
     interrupted: bool = False
     finished: tuple[FinishedGroup, ...] = ()
+
+    def over(self, background: Background = "mean") -> Tensor:
+        """The patches of ``masks`` over a background.
+
+        >>> result = invert(teacher, [7], iterations=10, progress=False)
+        >>> result.over("mean").shape
+        torch.Size([1, 3, 64, 64])
+
+        Args:
+            background: "mean", the mean colour of each image's own kept patches; "blurred", these
+                patches blurred over a patch's side; "black"; or a colour (r, g, b) in [0, 1].
+
+        Returns:
+            pixels [B, 3, H, W] in [0, 1].
+
+        Raises:
+            ValueError: no background.
+        """
+        return over(self.images, self.masks, background)
 
     def sparse_images(self) -> SparseImages:
         """All sparse images: the groups that left at stops, and the patches kept to the end.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from smi_fast.inversion.background import Background, over
 from smi_fast.ops.grid import patch_mask
 
 if TYPE_CHECKING:
@@ -46,6 +47,17 @@ class SparseImages:
     def masks(self) -> Tensor:
         """bool [S, rows, columns], the patches of each image."""
         return patch_mask(self.kept, *self.grid)
+
+    def over(self, background: Background = "mean") -> Tensor:
+        """Pixels [S, C, H, W] in [0, 1]: the patches of each image over a background.
+
+        Args:
+            background: as of :meth:`InversionResult.over <smi_fast.InversionResult.over>`.
+
+        Raises:
+            ValueError: no background.
+        """
+        return over(self.canvases[self.trajectory], self.masks, background)
 
 
 def collect(

@@ -68,6 +68,7 @@ def test_is_what_was_published(
         torch.testing.assert_close(
             blackened(found.canvases, group), blackened(pixels, group), rtol=0, atol=1e-12
         )
+        assert torch.equal(found.over("black")[k::V], blackened(found.canvases, group))
         alone = SparseViT(teacher)(images[age - 1], group).logits
         torch.testing.assert_close(found.logits[k::V], alone, rtol=0, atol=1e-9)
         stays = (active[:, :, None] != group[:, None]).all(2)

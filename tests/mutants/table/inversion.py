@@ -279,4 +279,20 @@ MUTANTS = (
             "Confidence with soft targets is that of another class.",
         ),
     ),
+    *of_file(
+        "smi_fast/inversion/background.py",
+        "tests/inversion/test_background.py",
+        Mutant(
+            "background-mean",
+            "return mean\n",
+            "return mean.mean(0, keepdim=True)\n",
+            "The mean colour is that of the batch.",
+        ),
+        Mutant(
+            "background-blur",
+            "shown = (pixels * inside)",
+            "shown = (pixels * (inside | True))",
+            "The background shows pixels of stopped patches.",
+        ),
+    ),
 )
