@@ -109,11 +109,13 @@ def to_patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Images [B, C, H, W] as patches [B, rows·columns, C·P·P]."""
     rows, columns = grid
     cells = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
-    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    patches: Tensor = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return patches
 
 
 def to_images(patches: Tensor, channels: int, grid: tuple[int, int]) -> Tensor:
     """Patches [B, rows·columns, C·P·P] as images [B, C, H, W]."""
     side = round((patches.shape[2] / channels) ** 0.5)
     cells = patches.unflatten(2, (channels, side, side)).unflatten(1, grid)
-    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    images: Tensor = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return images
