@@ -78,8 +78,8 @@ MUTANTS = (
         ),
         Mutant(
             "state-finished",
-            "self.settings.space.denormalize(self.images()),",
-            "self.images(),",
+            "            settings.space.denormalize(images),",
+            "            images,",
             "Finished patches are normalised.",
             GROUPS,
         ),
