@@ -33,6 +33,13 @@ MUTANTS = (
         "smi_fast/inversion/state.py",
         REBIRTH,
         Mutant(
+            "state-logits",
+            "teacher(images[row], kept[row]).logits",
+            "teacher(images[row]).logits",
+            "The logits are those of every patch.",
+            f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
+        ),
+        Mutant(
             "state-finished-logits",
             "return FinishedGroup(self.done(), patches, pixels, self.logits(images, patches))",
             "return FinishedGroup(self.done(), patches, pixels, self.logits(images, self.kept))",
@@ -260,13 +267,6 @@ MUTANTS = (
             "if last > iterations:",
             "A stop after the last iteration is taken and never comes.",
             "tests/inversion/test_inputs.py::test_bad_options_are_refused",
-        ),
-        Mutant(
-            "inverter-logits",
-            "teacher(normalised[row], kept[row]).logits",
-            "teacher(normalised[row]).logits",
-            "The logits are those of every patch.",
-            f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
         ),
     ),
     *of_file(
