@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     for label, image, masked in zip(
-        options.classes, result.images, result.masked_images, strict=True
+        options.classes, result.images, result.over("mean"), strict=True
     ):
         save_image([image, masked], options.out / f"class_{label}.png")
     for label, confidence in zip(options.classes, result.confidence.tolist(), strict=True):

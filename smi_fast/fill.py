@@ -114,7 +114,7 @@ def fill(
             for record in _records(result, wanted, names[start : start + batch_size])
         ]
         loss = {"stops": list(inverter.schedule.at), "history": result.history}
-        pool.add(result.images, result.masked_images, result.masks, records, loss)
+        pool.add(result.images, result.over("black"), result.masks, records, loss)
         draw_loss(pool)
 
 

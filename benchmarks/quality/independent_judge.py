@@ -87,7 +87,7 @@ def verdicts(judge: nn.Module, wanted: Tensor, results: list[InversionResult]) -
     """
     wanted = wanted.repeat(len(results))
     whole = judge(normalise(torch.cat([result.images for result in results])))
-    masked = judge(normalise(torch.cat([result.masked_images for result in results])))
+    masked = judge(normalise(torch.cat([result.over("black") for result in results])))
     teacher = torch.cat([result.logits for result in results])
     logits = {"judge": whole, "judge_of_kept_patches": masked, "teacher": teacher}
     confidence = whole.softmax(1).gather(1, wanted[:, None]).mean().item()

@@ -194,11 +194,12 @@ class SMI:
         if self.student is not None:
             self.student.train()
         whole = len(prune_ratio) == 1 and prune_ratio[0] == 0
-        self.data_pool.add(result.images if whole else result.masked_images)
+        masked = result.over("black")
+        self.data_pool.add(result.images if whole else masked)
         self.data_iter = DataIter(self._loader())
         return {
             "synthetic": result.images,
-            "masked_synthetic": result.masked_images,
+            "masked_synthetic": masked,
             "targets": targets.cpu().numpy(),
         }
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smi_fast.inversion.background import Background, over
+from smi_fast.inversion.sparse_images import SparseImages, collect, to_patches
+
 
 class NonFiniteLoss(ArithmeticError):
     """An objective, or the gradient, became infinite or not a number.
@@ -45,11 +48,13 @@ class FinishedGroup:
         iteration: iterations that the patches received.
         patches: int64 [B, F], ascending.
         pixels: [B, F, C·P·P] in [0, 1], in the order of :func:`smi_fast.ops.gather_patches`.
+        logits: [B, classes], the logits of the teacher for these patches alone, without jitter.
     """
 
     iteration: int
     patches: Tensor
     pixels: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +67,8 @@ class InversionResult:
     Attributes:
         images: [B, 3, H, W] in [0, 1], background included.
         kept: int64 [B, K], the patches that were inverted to the end.
-        masks: bool [B, rows, columns], the patches that ``masked_images`` shows.
-        masked_images: ``images`` with every other patch black.
+        masks: bool [B, rows, columns], the patches that :meth:`over` shows: ``kept``, or those of
+            the published re-ranked mask.
         targets: as they were given, [B, ...] or None.
         logits: [B, classes], the logits of the teacher for ``kept`` alone, without jitter.
         history: for each objective its un-weighted value in each iteration.
@@ -76,7 +81,6 @@ class InversionResult:
     images: Tensor
     kept: Tensor
     masks: Tensor
-    masked_images: Tensor
     targets: Tensor | None
     logits: Tensor
     history: dict[str, list[float]]
@@ -84,6 +88,43 @@ class InversionResult:
     iterations: int
     interrupted: bool = False
     finished: tuple[FinishedGroup, ...] = ()
+
+    def over(self, background: Background = "mean") -> Tensor:
+        """The patches of ``masks`` over a background.
+
+        >>> result = invert(teacher, [7], iterations=10, progress=False)
+        >>> result.over("mean").shape
+        torch.Size([1, 3, 64, 64])
+
+        Args:
+            background: "mean", the mean colour of each image's own kept patches; "blurred", these
+                patches blurred over a patch's side; "black"; or a colour (r, g, b) in [0, 1].
+
+        Returns:
+            pixels [B, 3, H, W] in [0, 1].
+
+        Raises:
+            ValueError: no background.
+        """
+        return over(self.images, self.masks, background)
+
+    def sparse_images(self) -> SparseImages:
+        """All sparse images: the groups that left at stops, and the patches kept to the end.
+
+        >>> result = invert(teacher, [7], iterations=8, schedule=PatchRebirth(v=4), progress=False)
+        >>> found = result.sparse_images()
+        >>> found.pixels.shape, found.trajectory.tolist(), found.age.tolist()
+        (torch.Size([4, 16, 192]), [0, 0, 0, 0], [2, 4, 6, 8])
+
+        Raises:
+            ValueError: the groups have different numbers of patches, as those of a run that was
+                interrupted before its last stop.
+        """
+        grid = (self.masks.shape[1], self.masks.shape[2])
+        cells = to_patches(self.images, grid)
+        pixels = cells.gather(1, self.kept[..., None].expand(-1, -1, cells.shape[2]))
+        last = FinishedGroup(self.iterations, self.kept, pixels, self.logits)
+        return collect((*self.finished, last), self.images, grid, self.targets)
 
     @property
     def confidence(self) -> Tensor:

@@ -59,7 +59,7 @@ class Pool:
 
     >>> result = invert(teacher, [7], iterations=3, schedule=Dense(), progress=False)
     >>> pool = Pool.create(folder / "pool", {"teacher": "fashion-canvas"})
-    >>> pool.add(result.images, result.masked_images, result.masks, [{"label": 7}])
+    >>> pool.add(result.images, result.over(), result.masks, [{"label": 7}])
     >>> pool.records[0]["label"], pool.records[0]["image"]
     (7, 'images/000000.png')
 

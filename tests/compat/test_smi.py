@@ -60,11 +60,11 @@ def test_draws_and_returns_what_the_published_loop_does(
     )
     expected = inverter.invert(targets, init=init, jitter=(shift, flip), progress=False)
     assert torch.equal(made["synthetic"], expected.images)
-    assert torch.equal(made["masked_synthetic"], expected.masked_images)
+    assert torch.equal(made["masked_synthetic"], expected.over("black"))
     tokens = 17 if prune_it == [-1] else int(17 * 0.7 * 0.7)
     assert (expected.masks.flatten(1).sum(1) == min(tokens, 16)).all()
 
-    shown = expected.images if prune_it == [-1] else expected.masked_images
+    shown = expected.images if prune_it == [-1] else expected.over("black")
     saved = np.stack([np.asarray(Image.open(tmp_path / f"0-{i}.png")) for i in range(3)])
     assert np.array_equal(saved, (shown * 255).byte().permute(0, 2, 3, 1).numpy())
 

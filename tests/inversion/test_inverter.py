@@ -99,8 +99,8 @@ def test_result_shows_kept_patches_and_is_in_range(teacher: VisionTransformer) -
     result = run(teacher)
     mask = pixels_of(result.kept)
     assert torch.equal(result.masks, mask[:, 0, ::8, ::8])
-    assert torch.equal(result.masked_images[mask], result.images[mask])
-    assert not result.masked_images[~mask].any()
+    assert torch.equal(result.over("black")[mask], result.images[mask])
+    assert not result.over("black")[~mask].any()
     assert 0 <= result.images.min() < result.images.max() <= 1
     normalised = (result.images - torch.tensor(SPACE["mean"])[:, None, None].double()) / (
         torch.tensor(SPACE["std"])[:, None, None].double()

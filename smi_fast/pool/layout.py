@@ -1,0 +1,48 @@
+"""Where the files of a pool lie."""
+
+from __future__ import annotations
+
+FORMAT = "smi_fast pool 2"
+SETTINGS = "settings.json"
+METADATA = "metadata.jsonl"
+CLASSES = "classes.txt"
+CARD = "README.md"
+LOCK = ".lock"
+UNFINISHED = "unfinished"
+CONTACT_SHEET = "report/contact_sheet.png"
+LOSS = "report/loss.json"
+LOSS_CURVES = "report/loss.png"
+SECONDS = "report/seconds.jsonl"
+# The folder of each of an image's files, by the entry of its record that names the file. Hugging
+# Face's imagefolder knows a column of files by the ending of these names.
+FOLDERS = {"file_name": "images", "masked_file_name": "masked", "mask_file_name": "masks"}
+
+
+def class_folder(label: int) -> str:
+    """The folder of a class: its index, never its name, from which loaders may guess a split.
+
+    >>> class_folder(207)
+    '0207'
+    """
+    return f"{label:04}"
+
+
+def picture_name(index: int) -> str:
+    """The file of an image in its folder.
+
+    >>> picture_name(12)
+    '000012.png'
+    """
+    return f"{index:06}.png"
+
+
+def files_of(index: int, label: int) -> dict[str, str]:
+    """The files of an image, relative to the pool, by the entries of its record.
+
+    >>> files_of(12, 207)["masked_file_name"]
+    'masked/0207/000012.png'
+    """
+    return {
+        key: f"{folder}/{class_folder(label)}/{picture_name(index)}"
+        for key, folder in FOLDERS.items()
+    }
