@@ -120,8 +120,8 @@ def _gather_sigmoid_patches() -> Iterator[OpCall]:
         yield OpCall(label, "gather_sigmoid_patches", arguments)
         grad = torch.randn(*kept.shape, 3 * size**2)
         for layout, values in {"dense": grad, **_layouts(grad)}.items():
-            arguments = (values, field, kept, *jitter, std, frozen, size)
-            yield OpCall(f"{label}-{layout}", "gather_sigmoid_patches_backward", arguments)
+            inputs = (values, field, kept, *jitter, std, frozen, size)
+            yield OpCall(f"{label}-{layout}", "gather_sigmoid_patches_backward", inputs)
 
     shared = torch.tensor([5, -3]).expand(2, 2), torch.tensor(True).expand(2)
     each = torch.tensor([[123, -77], [-9, 4]]), torch.tensor([True, False])
@@ -137,7 +137,7 @@ def _gather_sigmoid_patches() -> Iterator[OpCall]:
         yield from pair(f"{label}-frozen", field, kept, jitter, size, background, frozen)
     field, background = 3 * torch.randn(2, 2, 3, 24, 40)
     kept, frozen = random_kept(2, 5, 15), torch.rand(2, 3, 5) < 0.5
-    moved = tuple(strided(values) for values in each)
+    moved = strided(each[0]), strided(each[1])
     for (layout, values), old in zip(
         _layouts(field).items(), _layouts(background).values(), strict=True
     ):

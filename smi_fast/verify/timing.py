@@ -72,10 +72,9 @@ def _deit_calls(batch: int) -> Iterator[OpCall]:
     for count in KEPT:
         kept = random_kept(batch, count, KEPT[0])
         active = kept if count < KEPT[0] else None
-        still = (None, None)
-        if active is not None:
-            rows = SIDE // PATCH
-            still = images, ~patch_mask(kept, rows, rows)
+        rows = SIDE // PATCH
+        frozen = None if active is None else ~patch_mask(kept, rows, rows)
+        still = None if frozen is None else images, frozen
         patches = torch.randn(batch, count, 3 * PATCH**2)
         qkv = torch.randn(batch, count + 1, 3, HEADS, WIDTH)
         back = (kept, *jitter, PATCH, SIDE, SIDE)
