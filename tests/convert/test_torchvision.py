@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,7 +36,11 @@ def own_head() -> Any:
     return model
 
 
-@pytest.mark.parametrize("make_model", [make, without_head, own_head])
+def wide_eps() -> Any:
+    return make(norm_layer=partial(nn.LayerNorm, eps=1e-2))
+
+
+@pytest.mark.parametrize("make_model", [make, without_head, own_head, wide_eps])
 def test_it_computes_the_same(make_model: Any) -> None:
     model, images = make_model(), torch.randn(3, 3, 32, 32)
     expected = model(images)
@@ -43,6 +49,18 @@ def test_it_computes_the_same(make_model: Any) -> None:
     sparse = SparseViT(converted)
     assert relative_error(sparse(images).logits, expected) < 1e-5
     assert sparse.num_classes == getattr(converted.head, "out_features", 0)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = make().train()
+    model.encoder.ln.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    converted = from_torchvision(model)
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.zero_()
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def with_stem() -> Any:
