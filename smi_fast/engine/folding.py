@@ -15,11 +15,13 @@ _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _IDLE_OR_SCALE = (nn.Identity, LayerScale)
 
 
-def foldable(block: Block) -> bool:
+def foldable(block: nn.Module) -> bool:
     """Whether a block has nothing but linear layers, LayerNorm, GELU and maybe LayerScale.
 
     Subclasses don't count as these, because their own forward would be ignored.
     """
+    if type(block) is not Block:
+        return False
     attention, mlp = block.attn, block.mlp
     norms = (block.norm1, block.norm2)
     if type(mlp) is not Mlp or getattr(attention, "gate", None) is not None:
