@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -39,7 +41,7 @@ class Parametrization(ABC):
 
     @abstractmethod
     def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        """The first parameters, contiguous [B, C, ...], of the space's data type and device.
+        """The first parameters, real [B, C, ...] of three or more axes, on the space's device.
 
         Args:
             batch: B.
@@ -48,10 +50,10 @@ class Parametrization(ABC):
 
     @abstractmethod
     def images(self, parameters: Tensor) -> Tensor:
-        """Images [B, C, H, W] in normalised space, differentiable."""
+        """Images [B, C, H, W] in normalised space, differentiable; of the space's data type."""
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        """Parameters whose images are these [B, C, H, W]; a new tensor.
+        """Parameters whose images are these [B, C, H, W].
 
         Raises:
             ValueError: the parametrization can't be inverted.
@@ -59,6 +61,29 @@ class Parametrization(ABC):
         raise ValueError(f"{type(self).__name__} can't start from given images: leave init out")
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Least and greatest value [C] of the parameters of each channel; without limit here."""
+        """Least and greatest value [C] of the parameters of each channel, on the space's device.
+
+        Without limit here.
+        """
         limit = torch.full_like(self.space.mean, torch.inf)
         return -limit, limit
+
+
+def parameters_like(space: ImageSpace) -> Tensor:
+    """An empty tensor of the data type and device of parameters that don't lose small moves.
+
+    bfloat16 images come from float32: half precision has neither the transforms nor the digits that
+    the moments of Adam need.
+    """
+    dtype = torch.promote_types(space.mean.dtype, torch.float32)
+    return torch.empty(0, dtype=dtype, device=space.mean.device)
+
+
+def check_start(start: float) -> None:
+    """Check the standard deviation at the start.
+
+    Raises:
+        ValueError: it isn't a finite number above 0.
+    """
+    if not (isinstance(start, Real) and 0 < start < math.inf):
+        raise ValueError(f"expected start above 0, got {start!r}")

@@ -29,7 +29,7 @@ class Pixels(Parametrization):
         return parameters
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        return images.to(self.space.mean.dtype, copy=True).contiguous()
+        return images.to(self.space.mean.dtype)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         return self.space.low, self.space.high
