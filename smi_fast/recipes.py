@@ -91,11 +91,12 @@ class Recipe:
         (200, 0.2)
 
         Args:
-            **changes: further arguments, or other values than the recipe's. Other iterations also
-                move the stops of the recipe's schedule.
+            **changes: further arguments, or other values than the recipe's. The stop of
+                :func:`clear` moves with other iterations; those of :func:`smi` stay where they are
+                published.
 
         Raises:
-            ValueError: too few iterations for the recipe's schedule.
+            ValueError: too few iterations for the stop of :func:`clear`, or no whole number.
         """
         names = (
             "objectives",
