@@ -162,5 +162,5 @@ def _linear(start: float, end: float, progress: Tensor) -> Tensor:
 def _check(augmentation: object, *names: str) -> None:
     for name in names:
         value = getattr(augmentation, name)
-        if not (isinstance(value, Real) and 0 <= value < math.inf):
+        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
             raise ValueError(f"expected {name} from 0, got {value!r}")

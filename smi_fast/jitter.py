@@ -48,7 +48,7 @@ class Jitter:
 
     def __post_init__(self) -> None:
         shares = _numbers(self.share)
-        if not shares or not all(isinstance(s, Real) and 0 <= s <= 1 for s in shares):
+        if not shares or not all(isinstance(s, Real) and 0 <= float(s) <= 1 for s in shares):
             raise ValueError(
                 "expected share, the largest shift over the side of the image, in [0, 1], "
                 f"got {self.share!r}"
@@ -58,7 +58,7 @@ class Jitter:
         if self.starts is None:
             return
         starts = _numbers(self.starts)
-        inside = all(isinstance(s, Real) and 0 < s < 1 for s in starts)
+        inside = all(isinstance(s, Real) and 0 < float(s) < 1 for s in starts)
         if not inside or len(starts) + 1 != len(shares) or list(starts) != sorted(set(starts)):
             raise ValueError(
                 "expected starts in (0, 1), ascending, one for each share but the first, "
