@@ -21,7 +21,18 @@ class Parametrization(ABC):
     """What the optimiser moves: one real tensor of parameters, from which images are computed.
 
     A class of your own implements :meth:`initial` and :meth:`images`; both may read ``self.space``.
-    Neither may read a tensor on the host, so that a step can be captured in a CUDA graph.
+    Neither may read a tensor on the host, so that an iteration can be captured in a CUDA graph.
+
+    >>> class Blocks(Parametrization):
+    ...     def initial(self, batch, generator):
+    ...         space = self.space
+    ...         shape = (batch, space.channels, space.height // 4, space.width // 4)
+    ...         return torch.randn(shape, generator=generator).to(space.mean) / 50
+    ...     def images(self, parameters):
+    ...         u = torch.nn.functional.interpolate(parameters, scale_factor=4.0)
+    ...         return self.space.normalize(torch.sigmoid(u))
+    >>> invert(teacher, [7], parametrization=Blocks(), iterations=10, progress=False).images.shape
+    torch.Size([1, 3, 64, 64])
 
     Attributes:
         space: of the images; set by :meth:`bind`.

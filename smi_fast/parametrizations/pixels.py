@@ -14,6 +14,9 @@ from smi_fast.parametrizations.base import Parametrization
 class Pixels(Parametrization):
     """Normalised pixels that start as standard normal noise and are clamped after each iteration.
 
+    >>> result = invert(teacher, [7], parametrization=Pixels(), lr=0.25, iterations=10,
+    ...                 progress=False)
+
     Source: the published loop of SMI (arXiv 2510.27186), as in DeepInversion (arXiv 1912.08795).
     """
 
