@@ -51,6 +51,7 @@ _NAMES = {
 _MODULES = {
     "augmentations": "augmentations",
     "compat": "compat",
+    "importance": "importance",
     "ops": "ops",
     "recipes": "recipes",
     "taps": "teacher.taps",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.augmentations import apply
+from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
 from smi_fast.objectives import LossInputs, value_of
 
@@ -142,8 +143,11 @@ def _part(
         shift, flip = shift[rows], flip[rows]
     pairs = [*zip(settings.objectives, settings.due(inputs.iteration), strict=True)]
     taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
+    scored = settings.importance.taps(teacher.depth) if inputs.score else ()
     kept = inputs.kept[rows]
-    output = teacher(view, kept, jitter=(shift, flip), importance=inputs.score, taps=taps)
+    output = teacher(
+        view, kept, jitter=(shift, flip), importance=inputs.score, taps={*taps, *scored}
+    )
     given = LossInputs(
         images=own,
         view=view,
@@ -170,19 +174,31 @@ def _part(
             for objective, value in zip(settings.objectives, values, strict=True)
         ]
     ).sum()
-    gradient, of_seen = _gradients(loss, own, None if seen is None else view)
-    return _Part([value.detach() for value in values], gradient, of_seen, output.importance)
+    leaves = [own] if seen is None else [own, view]
+    read = {name: output.taps[name] for name in scored}
+    differentiated = read if settings.importance.differentiates else {}
+    found = _gradients(loss, [*leaves, *differentiated.values()])
+    importance = None
+    if output.importance is not None:
+        given_scores = ScoreInputs(
+            view=view.detach(),
+            kept=kept,
+            attention=output.importance,
+            teacher=teacher,
+            taps=read,
+            gradients=dict(zip(differentiated, found[len(leaves) :], strict=True)),
+            first=rows.start,
+        )
+        importance = score(settings.importance, given_scores)
+    of_seen = None if seen is None else found[1]
+    return _Part([value.detach() for value in values], found[0], of_seen, importance)
 
 
-def _gradients(
-    loss: Tensor, own: Tensor, view: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the images, and of their augmented view; None where the loss doesn't depend."""
+def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of the loss for tensors; None where it doesn't depend on one."""
     if not loss.requires_grad:
-        return None, None
-    leaves = [own] if view is None else [own, view]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return found[0], None if view is None else found[1]
+        return [None] * len(tensors)
+    return [*torch.autograd.grad(loss, tensors, allow_unused=True)]
 
 
 def _sums(found: list[_Part]) -> list[Tensor]:
