@@ -16,6 +16,7 @@ from smi_fast.augmentations import apply
 from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
 from smi_fast.objectives import LossInputs, value_of
+from smi_fast.teacher import SparseOutput
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,23 +176,36 @@ def _part(
         ]
     ).sum()
     leaves = [own] if seen is None else [own, view]
-    read = {name: output.taps[name] for name in scored}
-    differentiated = read if settings.importance.differentiates else {}
-    found = _gradients(loss, [*leaves, *differentiated.values()])
+    of_taps = [output.taps[name] for name in scored if settings.importance.differentiates]
+    found = _gradients(loss, [*leaves, *of_taps])
     importance = None
     if output.importance is not None:
-        given_scores = ScoreInputs(
-            view=view.detach(),
-            kept=kept,
-            attention=output.importance,
-            teacher=teacher,
-            taps=read,
-            gradients=dict(zip(differentiated, found[len(leaves) :], strict=True)),
-            first=rows.start,
-        )
-        importance = score(settings.importance, given_scores)
+        gradients = dict(zip(scored, found[len(leaves) :], strict=False))
+        importance = _score(rows.start, view, kept, output, gradients, settings)
     of_seen = None if seen is None else found[1]
     return _Part([value.detach() for value in values], found[0], of_seen, importance)
+
+
+def _score(
+    first: int,
+    view: Tensor,
+    kept: Tensor,
+    output: SparseOutput,
+    gradients: dict[str, Tensor | None],
+    settings: Settings,
+) -> Tensor:
+    """The importance [b, K] of a part's kept patches."""
+    assert output.importance is not None
+    inputs = ScoreInputs(
+        view=view.detach(),
+        kept=kept,
+        attention=output.importance,
+        teacher=settings.teacher,
+        taps=output.taps,
+        gradients=gradients,
+        first=first,
+    )
+    return score(settings.importance, inputs)
 
 
 def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:

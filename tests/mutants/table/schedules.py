@@ -15,6 +15,16 @@ IMPORTANCE = "tests/inversion/test_importance.py"
 
 MUTANTS = (
     *of_file(
+        "smi_fast/ops/grid.py",
+        COMPACT,
+        Mutant(
+            "grid-neighbours",
+            "on_grid.view(-1, 1, *grid)",
+            "on_grid.view(-1, 1, *grid[::-1])",
+            "Neighbours on a grid that isn't square are those of another grid.",
+        ),
+    ),
+    *of_file(
         "smi_fast/importance.py",
         IMPORTANCE,
         Mutant(
@@ -37,8 +47,8 @@ MUTANTS = (
         ),
         Mutant(
             "importance-gradient-sign",
-            ".sum(-1).abs()",
-            ".sum(-1)",
+            ":].sum(-1).abs()",
+            ":].sum(-1)",
             "A token that holds the loss down is the least important.",
         ),
     ),
@@ -111,13 +121,6 @@ MUTANTS = (
             "stop.kept.gather(1, top).sort(dim=1).values",
             "stop.kept.gather(1, top)",
             "Kept patches are in the order of their importance.",
-        ),
-        Mutant(
-            "stops-compact",
-            "on_grid.view(batch, 1, rows, columns)",
-            "on_grid.view(batch, 1, columns, rows)",
-            "Neighbours on a grid that isn't square are those of another grid.",
-            COMPACT,
         ),
         Mutant(
             "stops-compact-unused",
