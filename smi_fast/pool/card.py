@@ -20,7 +20,7 @@ labels are what was asked for: no person has looked at them.
 | | |
 |---|---|
 | `images/` | whole images, in one folder for each class that has some |
-| `masked/` | the same images, with stopped patches in place of which there is {background} |
+| `masked/` | their kept patches, over {background} |
 | `masks/` | one pixel for each patch: 255 kept, 0 stopped |
 | `{metadata}` | a line for each image: its files, class, kept patches and provenance |
 | `{classes}` | the folder of each of the {count} classes, by index |
