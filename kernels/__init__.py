@@ -8,6 +8,7 @@ from .adam_clamp import adam_clamp_
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
 from .gather_attention import gather_attention, gather_attention_backward
 from .gather_patches import gather_patches, gather_patches_backward
+from .gather_sigmoid_patches import gather_sigmoid_patches, gather_sigmoid_patches_backward
 from .total_variation import total_variation, total_variation_backward
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "gather_attention_backward",
     "gather_patches",
     "gather_patches_backward",
+    "gather_sigmoid_patches",
+    "gather_sigmoid_patches_backward",
     "total_variation",
     "total_variation_backward",
 ]

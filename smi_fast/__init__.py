@@ -36,7 +36,15 @@ _NAMES = {
         "collect_statistics",
     ),
     "parametrizations": ("Fourier", "Parametrization", "Pixels", "Pyramid"),
-    "schedules": ("Dense", "Schedule", "Selection", "Stop", "StopSchedule", "WrongSelection"),
+    "schedules": (
+        "Dense",
+        "PatchRebirth",
+        "Schedule",
+        "Selection",
+        "Stop",
+        "StopSchedule",
+        "WrongSelection",
+    ),
     "teacher": ("SparseOutput", "SparseViT", "UnsupportedTeacher"),
     "zoo": ("load_cnn", "load_teacher"),
 }

@@ -78,6 +78,21 @@ def gather_patches(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
     return [("", (images, kept, *jitter, size)), ("_backward", backward)]
 
 
+def gather_sigmoid_patches(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
+    field, kept, size = draw(on_patches())
+    field = field.clamp(-30, 30)  # beyond, slopes leave the range of float32
+    batch, channels, height, width = field.shape
+    jitter = torch.randint(-99, 100, (batch, 2)), torch.rand(batch) < 0.5
+    mean, std = torch.rand(channels), torch.rand(channels) + 0.2
+    background, frozen = None, None
+    if draw(st.booleans()):
+        background = laid_out(draw, torch.randn(field.shape))
+        frozen = torch.rand(batch, height // size, width // size) < 0.5
+    grad = laid_out(draw, torch.randn(*kept.shape, channels * size**2))
+    forward = (field, kept, *jitter, mean, std, background, frozen, size)
+    return [("", forward), ("_backward", (grad, field, kept, *jitter, std, frozen, size))]
+
+
 def gather_attention(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
     batch, heads = draw(st.integers(0, 3)), draw(st.integers(1, 3))
     tokens, width = draw(st.integers(1, 80)), draw(st.integers(1, 80))
@@ -125,6 +140,7 @@ def adam_clamp(draw: Draw) -> list[tuple[str, tuple[Any, ...]]]:
 
 OPS = {
     "gather_patches": gather_patches,
+    "gather_sigmoid_patches": gather_sigmoid_patches,
     "gather_attention": gather_attention,
     "total_variation": total_variation,
     "batch_norm_matching": batch_norm_matching,

@@ -44,6 +44,7 @@ WITH_EXAMPLES = [
     "smi_fast.pool.Pool",
     "smi_fast.recipes.Recipe",
     "smi_fast.schedules.Dense",
+    "smi_fast.schedules.PatchRebirth",
     "smi_fast.schedules.StopSchedule",
     "smi_fast.teacher.SparseViT",
     "smi_fast.zoo.load_cnn",

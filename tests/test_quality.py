@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.quality import factors, recognition
+from benchmarks.quality import factors, other_teachers, recognition
 from benchmarks.quality.images import Contender, Images, Run, images_of, make
 from benchmarks.quality.time_to_quality import DENSE, OURS, levels, phases_of, shortest
 from benchmarks.quality.verdicts import load_judges, over_mean, verdict, within_class
@@ -143,3 +144,20 @@ def test_both_studies_have_runs_of_their_own() -> None:
     for runs in ([*recognition.runs()], [*factors.runs()]):
         assert len({run.path() for run in runs}) == len(runs)
     assert not set(recognition.SEEDS) & set(factors.SEEDS)
+
+
+def test_another_teacher_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def run(training: other_teachers.Training) -> VisionTransformer:
+        made.append(VisionTransformer(**training.config))
+        return made[-1]
+
+    monkeypatch.setattr(other_teachers.Training, "run", run)
+    first, again = (
+        other_teachers.trained(other_teachers.QUICK, folder / "a.teacher") for _ in range(2)
+    )
+    assert len(made) == 1
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(SparseViT(first)(images).logits, SparseViT(again)(images).logits)
+    assert not first.training and not any(p.requires_grad for p in first.parameters())

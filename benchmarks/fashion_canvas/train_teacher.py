@@ -191,10 +191,12 @@ def train_cnn(cnn: nn.Module, steps: int, seed: int) -> nn.Module:
     return cnn.eval().requires_grad_(False)
 
 
-def train_vit(steps: int, cnn: nn.Module, seed: int) -> VisionTransformer:
+def train_vit(
+    steps: int, cnn: nn.Module, seed: int, config: dict[str, int] = CONFIG
+) -> VisionTransformer:
     """Train the ViT on the labels and on a CNN's probabilities."""
-    stream, model, report = CanvasStream(seed), VisionTransformer(**CONFIG), Report("vit", steps)
-    model.pos_embed.data.copy_(sine_positions(CONFIG["embed_dim"]))
+    stream, model, report = CanvasStream(seed), VisionTransformer(**config), Report("vit", steps)
+    model.pos_embed.data.copy_(sine_positions(config["embed_dim"]))
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.03, betas=(0.9, 0.98))
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):

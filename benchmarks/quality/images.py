@@ -30,6 +30,11 @@ FOLDER = Path(".benchmarks") / "images"
 SAVE_EVERY = 200
 
 
+def folder() -> Path:
+    """Where images are kept."""
+    return Path(os.environ.get("QUALITY_IMAGES", FOLDER))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """A way to make images.
@@ -67,7 +72,7 @@ class Run:
         name = re.sub(r"\W+", "-", self.name)
         length = self.iterations if kind == "safetensors" else self.contender.longest
         file = f"{name}-{self.per_class}-{length}-{self.seed}.{kind}"
-        return Path(os.environ.get("QUALITY_IMAGES", FOLDER)) / file
+        return folder() / file
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,48 @@ Tensor gather_patches_backward(const Tensor& grad_any, const Tensor& kept_any, c
   return images;
 }
 
+const bool* flags(const Optional& tensor) {
+  return tensor ? tensor->const_data_ptr<bool>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor> gather_sigmoid_patches(const Tensor& field_any, const Tensor& kept_any,
+                                                  const Tensor& shift, const Tensor& flip,
+                                                  const Tensor& mean_any, const Tensor& std_any,
+                                                  const Optional& background_any,
+                                                  const Optional& frozen_any, int64_t patch_size) {
+  const DeviceGuard guard(field_any.get_device_index());
+  const Tensor field = ready(field_any), kept = ready(kept_any);
+  const Tensor mean = ready(mean_any), std = ready(std_any);
+  const Optional background = ready(background_any), frozen = ready(frozen_any);
+  const ImageShape shape = image_shape(field, kept, patch_size);
+  const int64_t length = shape.channels * patch_size * patch_size;
+  Tensor patches = new_empty(field, {shape.images, shape.kept, length});
+  Tensor positions = new_empty(kept, {shape.images, shape.kept});
+  STD_CUDA_CHECK(launch_gather_sigmoid_patches_fwd(
+      type_of(field), field.const_data_ptr(), indices(kept), jitter_of(shift, flip),
+      mean.const_data_ptr(), std.const_data_ptr(),
+      background ? background->const_data_ptr() : nullptr, flags(frozen),
+      patches.mutable_data_ptr(), positions.mutable_data_ptr<int64_t>(), shape,
+      current_stream(field)));
+  return {patches, positions};
+}
+
+Tensor gather_sigmoid_patches_backward(const Tensor& grad_any, const Tensor& field_any,
+                                       const Tensor& kept_any, const Tensor& shift,
+                                       const Tensor& flip, const Tensor& std_any,
+                                       const Optional& frozen_any, int64_t patch_size) {
+  const DeviceGuard guard(grad_any.get_device_index());
+  const Tensor grad = ready(grad_any), field = ready(field_any), kept = ready(kept_any);
+  const Tensor std = ready(std_any);
+  const Optional frozen = ready(frozen_any);
+  Tensor result = torch::stable::empty_like(field);
+  STD_CUDA_CHECK(launch_gather_sigmoid_patches_bwd(
+      type_of(grad), grad.const_data_ptr(), field.const_data_ptr(), indices(kept),
+      jitter_of(shift, flip), std.const_data_ptr(), flags(frozen), result.mutable_data_ptr(),
+      image_shape(field, kept, patch_size), current_stream(grad)));
+  return result;
+}
+
 AttentionShape attention_shape(const Tensor& qkv, const Optional& token_index, bool backward) {
   const AttentionShape shape{qkv.size(0), qkv.size(1),
                              token_index ? token_index->size(1) : qkv.size(1), qkv.size(3),
@@ -268,6 +310,8 @@ void adam_clamp_(Tensor images_any, const Tensor& grad_any, Tensor exp_avg_any,
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CUDA, m) {
   m.impl("gather_patches", TORCH_BOX(&gather_patches));
   m.impl("gather_patches_backward", TORCH_BOX(&gather_patches_backward));
+  m.impl("gather_sigmoid_patches", TORCH_BOX(&gather_sigmoid_patches));
+  m.impl("gather_sigmoid_patches_backward", TORCH_BOX(&gather_sigmoid_patches_backward));
   m.impl("gather_attention", TORCH_BOX(&gather_attention));
   m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward));
   m.impl("total_variation", TORCH_BOX(&total_variation));

@@ -68,6 +68,25 @@ cudaError_t launch_gather_patches_bwd(int64_t element_bytes, const void* grad,  
                                       void* grad_images,  // [B, C, H, W]
                                       ImageShape shape, cudaStream_t stream);
 
+// The images are (sigmoid(field) - mean) / std, and `background` in frozen patches. A patch outside
+// the grid reads as NaN at position -1, and its gradient is dropped.
+cudaError_t launch_gather_sigmoid_patches_fwd(Type type, const void* field,     // [B, C, H, W]
+                                              const int64_t* kept,              // [B, K]
+                                              Jitter jitter, const void* mean,  // [C]
+                                              const void* std,                  // [C]
+                                              const void* background,  // [B, C, H, W] or null
+                                              const bool* frozen,      // [B, H/P, W/P] or null
+                                              void* patches,           // [B, K, C*P*P]
+                                              int64_t* positions,      // [B, K]
+                                              ImageShape shape, cudaStream_t stream);
+cudaError_t launch_gather_sigmoid_patches_bwd(Type type, const void* grad,     // [B, K, C*P*P]
+                                              const void* field,               // [B, C, H, W]
+                                              const int64_t* kept,             // [B, K]
+                                              Jitter jitter, const void* std,  // [C]
+                                              const bool* frozen,  // [B, H/P, W/P] or null
+                                              void* grad_field,    // [B, C, H, W]
+                                              ImageShape shape, cudaStream_t stream);
+
 // A patch outside the grid counts as not active. B*C*H < 2^31.
 constexpr int64_t kVariationBlocks = 1024, kVariationSums = 12;
 cudaError_t launch_total_variation_fwd(Type type, const void* images,  // [B, C, H, W]

@@ -3,6 +3,7 @@
 from smi_fast.inversion.functional import invert
 from smi_fast.inversion.inverter import SparseInverter
 from smi_fast.inversion.result import FinishedGroup, InversionResult, NonFiniteLoss, Phase
+from smi_fast.inversion.sparse_images import SparseImages
 from smi_fast.inversion.state import InversionState
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "InversionState",
     "NonFiniteLoss",
     "Phase",
+    "SparseImages",
     "SparseInverter",
     "invert",
 ]

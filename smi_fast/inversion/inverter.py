@@ -40,7 +40,7 @@ from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
 from smi_fast.ops.grid import patch_mask
 from smi_fast.parametrizations import Fourier, Parametrization
-from smi_fast.schedules import Schedule, Stop, StopSchedule, check, promised
+from smi_fast.schedules import Schedule, Stop, StopSchedule, bound, check, promised
 from smi_fast.teacher import SparseViT
 
 BACKGROUNDS = ("frozen", "regularized")
@@ -64,8 +64,9 @@ class SparseInverter:
         teacher: a timm ``VisionTransformer``, or a :class:`SparseViT` that wraps one.
         objectives: terms of the loss, or functions ``(images, logits) -> scalar``; by default
             cross-entropy.
-        schedule: when patches stop; by default once, after a tenth of the iterations, when 47 % of
-            them stay: ``StopSchedule.once(iterations)``.
+        schedule: when patches stop, or leave as finished images (:class:`PatchRebirth`); by default
+            they stop once, after a tenth of the iterations, when 47 % of them stay:
+            ``StopSchedule.once(iterations)``.
         parametrization: what the optimiser moves; by default a Fourier series.
         mean: of each channel, for normalised space; by default from the teacher's
             ``pretrained_cfg``.
@@ -140,7 +141,8 @@ class SparseInverter:
         space = image_space(sparse, mean, std)
         given = as_objectives(terms)
         check_views(augment, copies, max_batch, given)
-        self.schedule: Schedule = StopSchedule.once(iterations) if schedule is None else schedule
+        stops = StopSchedule.once(iterations) if schedule is None else bound(schedule, iterations)
+        self.schedule: Schedule = stops
         self.final_mask = one_of("final_mask", final_mask, FINAL_MASKS)
         counts = promised(self.schedule, sparse.num_patches)
         self._check_schedule(max(counts, default=0), iterations)
@@ -210,8 +212,9 @@ class SparseInverter:
                 and flip bool [T] of each iteration, for each image [T, B, 2] and [T, B]. With more
                 copies than one, R is the second axis. Around stops there is none, whatever is
                 given.
-            generator: draws the default ``init``, then ``jitter``, what objectives ask for, and the
-                seed of ``augment``, on the CPU; by default torch's own.
+            generator: draws the default ``init``, then ``jitter``, what objectives ask for, the
+                seed of ``augment``, and what a schedule draws at its stops, on the CPU; by default
+                torch's own.
             progress: show a progress bar, or a line per stop where stderr is no terminal.
             callback: called after each iteration with its number, the images in normalised space
                 and the kept patches. Copy them to hold on to them: they are the loop's own. What it
@@ -246,7 +249,7 @@ class SparseInverter:
             for first, end in pairwise((0, *self._counts, self.settings.iterations)):
                 if first in self._counts:
                     assert importance is not None
-                    self._stop(state, first, importance)
+                    self._stop(state, first, importance, generator)
                 marks.append((state.kept.shape[1], first, time.perf_counter()))
                 importance = loop.run(range(first, end))
                 display.end_phase(state)
@@ -300,9 +303,15 @@ class SparseInverter:
             check_augmented(settings.augment, state.images(), state.generator)
         return state
 
-    def _stop(self, state: InversionState, iteration: int, importance: Tensor) -> None:
+    def _stop(
+        self,
+        state: InversionState,
+        iteration: int,
+        importance: Tensor,
+        generator: torch.Generator | None,
+    ) -> None:
         """Ask the schedule, and take its answer when that is what it promised."""
-        stop = Stop(iteration, state.kept, importance, self.teacher.grid)
+        stop = Stop(iteration, state.kept, importance, self.teacher.grid, generator)
         state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))
 
     @torch.no_grad()
@@ -315,8 +324,7 @@ class SparseInverter:
             Phase(patches, end - first, stop - start)
             for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
-        rows = parts(len(kept), self.settings.max_batch)
-        logits = torch.cat([teacher(normalised[row], kept[row]).logits for row in rows])
+        logits = state.logits(normalised, kept)
         images = self.settings.space.denormalize(normalised)
         shown = kept if self.final_mask == "kept" else self._reranked(images)
         return InversionResult(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.background import Background, over
+from smi_fast.inversion.sparse_images import SparseImages, collect, to_patches
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -47,11 +48,13 @@ class FinishedGroup:
         iteration: iterations that the patches received.
         patches: int64 [B, F], ascending.
         pixels: [B, F, C·P·P] in [0, 1], in the order of :func:`smi_fast.ops.gather_patches`.
+        logits: [B, classes], the logits of the teacher for these patches alone, without jitter.
     """
 
     iteration: int
     patches: Tensor
     pixels: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +107,24 @@ class InversionResult:
             ValueError: no background.
         """
         return over(self.images, self.masks, background)
+
+    def sparse_images(self) -> SparseImages:
+        """All sparse images: the groups that left at stops, and the patches kept to the end.
+
+        >>> result = invert(teacher, [7], iterations=8, schedule=PatchRebirth(v=4), progress=False)
+        >>> found = result.sparse_images()
+        >>> found.pixels.shape, found.trajectory.tolist(), found.age.tolist()
+        (torch.Size([4, 16, 192]), [0, 0, 0, 0], [2, 4, 6, 8])
+
+        Raises:
+            ValueError: the groups have different numbers of patches, as those of a run that was
+                interrupted before its last stop.
+        """
+        grid = (self.masks.shape[1], self.masks.shape[2])
+        cells = to_patches(self.images, grid)
+        pixels = cells.gather(1, self.kept[..., None].expand(-1, -1, cells.shape[2]))
+        last = FinishedGroup(self.iterations, self.kept, pixels, self.logits)
+        return collect((*self.finished, last), self.images, grid, self.targets)
 
     @property
     def confidence(self) -> Tensor:

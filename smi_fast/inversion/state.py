@@ -12,7 +12,7 @@ from smi_fast import ops
 from smi_fast.augmentations import name_of
 from smi_fast.inversion.result import FinishedGroup
 from smi_fast.inversion.settings import Settings
-from smi_fast.inversion.views import BatchInputs, evaluate
+from smi_fast.inversion.views import BatchInputs, evaluate, parts
 from smi_fast.schedules import Selection
 
 
@@ -95,13 +95,19 @@ class InversionState:
         self.kept = selection.kept
 
     def _finish(self, patches: Tensor) -> FinishedGroup:
+        settings, images = self.settings, self.images()
         pixels, _ = ops.gather_patches(
-            self.settings.space.denormalize(self.images()),
+            settings.space.denormalize(images),
             patches,
-            patch_size=self.settings.teacher.patch_size,
-            backend=self.settings.backend,
+            patch_size=settings.teacher.patch_size,
+            backend=settings.backend,
         )
-        return FinishedGroup(self.done(), patches, pixels)
+        return FinishedGroup(self.done(), patches, pixels, self.logits(images, patches))
+
+    def logits(self, images: Tensor, kept: Tensor) -> Tensor:
+        """The logits [B, classes] of the patches ``kept`` alone, without jitter."""
+        teacher, rows = self.settings.teacher, parts(len(kept), self.settings.max_batch)
+        return torch.cat([teacher(images[row], kept[row]).logits for row in rows])
 
     def step(self, *, score: bool = False, number: int = 0) -> Tensor | None:
         """Take one iteration.

@@ -8,6 +8,7 @@ from smi_fast.ops.adam_clamp import adam_clamp_
 from smi_fast.ops.batch_norm_matching import batch_norm_matching
 from smi_fast.ops.gather_attention import gather_attention
 from smi_fast.ops.gather_patches import gather_patches
+from smi_fast.ops.gather_sigmoid_patches import gather_sigmoid_patches
 from smi_fast.ops.total_variation import total_variation
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "batch_norm_matching",
     "gather_attention",
     "gather_patches",
+    "gather_sigmoid_patches",
     "total_variation",
 ]

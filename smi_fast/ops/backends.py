@@ -20,6 +20,7 @@ from smi_fast.ops.limits import AttentionSize, too_large_for_cuda
 
 OPS = (
     "gather_patches",
+    "gather_sigmoid_patches",
     "gather_attention",
     "total_variation",
     "batch_norm_matching",
@@ -130,6 +131,7 @@ BACKENDS = (
 # What auto prefers on a GPU, and why. Not measured: expected from the kernels' design.
 ON_GPU = {
     "gather_patches": ("cuda", "copies little, so its shorter launch counts"),
+    "gather_sigmoid_patches": ("cuda", "works on few pixels, so its shorter launch counts"),
     "gather_attention": ("cuda", "pads K to a multiple of 16, Triton to a power of two"),
     "total_variation": ("triton", "loads 16 bytes at a time, CUDA one pixel"),
     "batch_norm_matching": ("triton", "loads 16 bytes at a time and sums without float64"),

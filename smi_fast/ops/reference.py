@@ -53,6 +53,53 @@ def gather_patches_backward(
     return images.view(len(grad), channels, height, width)
 
 
+def _spread(frozen: Tensor, patch_size: int) -> Tensor:
+    """A mask bool [B, 1, H, W] of pixels, from that of patches [B, rows, columns]."""
+    return frozen.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
+
+
+def gather_sigmoid_patches(
+    field: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    background: Tensor | None,
+    frozen: Tensor | None,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`smi_fast.ops.gather_sigmoid_patches`."""
+    images = (torch.sigmoid(field) - mean[:, None, None]) / std[:, None, None]
+    if frozen is not None and background is not None:
+        images = torch.where(_spread(frozen, patch_size), background, images)
+    return gather_patches(images, kept, shift, flip, patch_size)
+
+
+def gather_sigmoid_patches_backward(
+    grad: Tensor,
+    field: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    std: Tensor,
+    frozen: Tensor | None,
+    patch_size: int,
+) -> Tensor:
+    """Gradient [B, C, H, W] of the field: that of the images times the sigmoid's slope over std."""
+    height, width = field.shape[-2:]
+    images = gather_patches_backward(grad, kept, shift, flip, patch_size, height, width)
+    # 1 - sigmoid(field) would lose its digits where a pixel is nearly white.
+    slope = torch.sigmoid(field) * torch.sigmoid(-field)
+    gradient = images * slope / std[:, None, None]
+    if frozen is not None:
+        gradient = gradient.masked_fill(_spread(frozen, patch_size), 0)
+    # Where no window lies it is zero even if the field isn't finite.
+    windows = torch.ones_like(grad)
+    covered = gather_patches_backward(windows, kept, shift, flip, patch_size, height, width)
+    return gradient.masked_fill(covered == 0, 0)
+
+
 def _rows(qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None) -> Tensor:
     """The chosen rows of qkv [B, N, 3, H, D] as [3, B, H, K, D]; zeros from ``lengths`` on."""
     if token_index is not None:

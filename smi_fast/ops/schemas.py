@@ -28,6 +28,14 @@ _SCHEMAS = {
         "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, int patch_size, int height,"
         " int width) -> Tensor"
     ),
+    "gather_sigmoid_patches": (
+        "(Tensor field, Tensor kept, Tensor shift, Tensor flip, Tensor mean, Tensor std,"
+        " Tensor? background, Tensor? frozen, int patch_size) -> (Tensor, Tensor)"
+    ),
+    "gather_sigmoid_patches_backward": (
+        "(Tensor grad, Tensor field, Tensor kept, Tensor shift, Tensor flip, Tensor std,"
+        " Tensor? frozen, int patch_size) -> Tensor"
+    ),
     "gather_attention": (
         "(Tensor qkv, Tensor? token_index, Tensor? lengths, bool importance) -> (Tensor, Tensor)"
     ),
@@ -103,6 +111,38 @@ def _(
     width: int,
 ) -> Tensor:
     return grad.new_empty(len(grad), grad.shape[2] // patch_size**2, height, width)
+
+
+@_fake("gather_sigmoid_patches")
+def _(
+    field: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    background: Tensor | None,
+    frozen: Tensor | None,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    batch, count = kept.shape
+    return field.new_empty(batch, count, field.shape[1] * patch_size**2), kept.new_empty(
+        batch, count
+    )
+
+
+@_fake("gather_sigmoid_patches_backward")
+def _(
+    grad: Tensor,
+    field: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    std: Tensor,
+    frozen: Tensor | None,
+    patch_size: int,
+) -> Tensor:
+    return field.new_empty(field.shape)
 
 
 @_fake("gather_attention")

@@ -5,20 +5,24 @@ from smi_fast.schedules.base import (
     Selection,
     Stop,
     WrongSelection,
+    bound,
     check,
     promised,
     still_iterations,
 )
 from smi_fast.schedules.dense import Dense
+from smi_fast.schedules.rebirth import PatchRebirth
 from smi_fast.schedules.stops import StopSchedule
 
 __all__ = [
     "Dense",
+    "PatchRebirth",
     "Schedule",
     "Selection",
     "Stop",
     "StopSchedule",
     "WrongSelection",
+    "bound",
     "check",
     "promised",
     "still_iterations",

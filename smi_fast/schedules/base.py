@@ -20,12 +20,15 @@ class Stop:
         kept: int64 [B, K], the patches kept until now, ascending.
         importance: [B, K], score of each of them, from the iteration before, without jitter.
         grid: patches per side, (rows, columns).
+        generator: of the run, on the CPU, for a schedule that draws random numbers; None for
+            torch's own.
     """
 
     iteration: int
     kept: Tensor
     importance: Tensor
     grid: tuple[int, int]
+    generator: torch.Generator | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,9 @@ class Selection:
 class Schedule(Protocol):
     """Decides at which iterations patches stop, and which of them stay.
 
-    The loop asks :meth:`select` once at each stop and checks the answer with :func:`check`.
+    The loop asks :meth:`select` once at each stop and checks the answer with :func:`check`. A
+    schedule whose stops depend on the length of the run has a method ``bind(iterations)`` too: it
+    returns the schedule of that run, which the loop takes in its place.
     """
 
     @property
@@ -81,6 +86,21 @@ def check_stops(at: Iterable[int]) -> tuple[int, ...]:
 def ascend(stops: Sequence[int]) -> bool:
     """Whether the iterations of stops ascend from 1 or later."""
     return list(stops) == sorted(set(stops)) and min(stops, default=1) >= 1
+
+
+def bound(schedule: Schedule, iterations: int) -> Schedule:
+    """The schedule of a run of T iterations: what its ``bind`` returns, where it has one.
+
+    >>> bound(StopSchedule((5,), (0.5,)), 100).at, bound(PatchRebirth(v=2), 100).at
+    ((5,), (50,))
+
+    Raises:
+        ValueError: there is no such schedule for so few iterations.
+    """
+    if isinstance(schedule, type) or not hasattr(schedule, "bind"):
+        return schedule
+    of_run: Schedule = schedule.bind(iterations)
+    return of_run
 
 
 def promised(schedule: Schedule, patches: int) -> dict[int, int]:

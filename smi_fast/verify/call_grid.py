@@ -25,6 +25,7 @@ def op_calls() -> list[OpCall]:
         torch.manual_seed(0)
         return [
             *_gather_patches(),
+            *_gather_sigmoid_patches(),
             *_gather_attention(),
             *_total_variation(),
             *_batch_norm_matching(),
@@ -102,6 +103,54 @@ def _gather_patches() -> Iterator[OpCall]:
     empty = torch.zeros(0, 5, dtype=torch.int64)
     yield from pair("no-images", images[:0], empty, (shift[:0], flip[:0]), 8)
     yield from pair("no-patches", images, kept[:, :0], (shift, flip), 8)
+
+
+def _gather_sigmoid_patches() -> Iterator[OpCall]:
+    def pair(
+        label: str,
+        field: Tensor,
+        kept: Tensor,
+        jitter: tuple[Tensor, Tensor],
+        size: int,
+        background: Tensor | None,
+        frozen: Tensor | None,
+    ) -> Iterator[OpCall]:
+        mean, std = torch.rand(3), torch.rand(3) + 0.2
+        arguments = (field, kept, *jitter, mean, std, background, frozen, size)
+        yield OpCall(label, "gather_sigmoid_patches", arguments)
+        grad = torch.randn(*kept.shape, 3 * size**2)
+        for layout, values in {"dense": grad, **_layouts(grad)}.items():
+            inputs = (values, field, kept, *jitter, std, frozen, size)
+            yield OpCall(f"{label}-{layout}", "gather_sigmoid_patches_backward", inputs)
+
+    shared = torch.tensor([5, -3]).expand(2, 2), torch.tensor(True).expand(2)
+    each = torch.tensor([[123, -77], [-9, 4]]), torch.tensor([True, False])
+    for size, (rows, columns), count, jitter in (
+        *((7, (3, 5), 6, each), (8, (6, 2), 12, shared), (14, (2, 3), 4, each)),
+        *((16, (3, 4), 5, shared), (32, (1, 1), 1, each), (5, (2, 9), 7, shared)),
+    ):
+        field = 3 * torch.randn(2, 3, rows * size, columns * size)
+        kept = random_kept(2, count, rows * columns)
+        label = f"{size}-{rows}x{columns}-{count}"
+        yield from pair(label, field, kept, jitter, size, None, None)
+        background, frozen = torch.randn(field.shape), torch.rand(2, rows, columns) < 0.5
+        yield from pair(f"{label}-frozen", field, kept, jitter, size, background, frozen)
+    field, background = 3 * torch.randn(2, 2, 3, 24, 40)
+    kept, frozen = random_kept(2, 5, 15), torch.rand(2, 3, 5) < 0.5
+    moved = strided(each[0]), strided(each[1])
+    for (layout, values), old in zip(
+        _layouts(field).items(), _layouts(background).values(), strict=True
+    ):
+        yield from pair(layout, values, strided(kept), moved, 8, old, strided(frozen))
+    # Pixels that are nearly black or white, where e^x or e^-x overflows; and infinite and NaN ones.
+    far = 40 * field
+    far[0, 0, :2] = torch.tensor([300.0, -300.0])[:, None]
+    yield from pair("far", far, kept, shared, 8, background, frozen)
+    far = far.clone()
+    far[1, 1, ::3] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0]).repeat(10)
+    yield from pair("not-a-number", far, kept, shared, 8, background, frozen)
+    yield from pair("no-images", field[:0], kept[:0], (each[0][:0], each[1][:0]), 8, None, None)
+    yield from pair("no-patches", field, kept[:, :0], each, 8, background, frozen)
 
 
 def _gather_attention() -> Iterator[OpCall]:

@@ -19,6 +19,7 @@ from smi_fast import recipes
 from smi_fast.inversion import SparseInverter
 from smi_fast.inversion.cuda_graph import CapturedCall
 from smi_fast.ops import backends, reference
+from smi_fast.ops.grid import patch_mask
 from smi_fast.schedules import Dense, Selection
 from smi_fast.verify import isolation
 from smi_fast.verify.cases import OpCall, random_kept
@@ -66,11 +67,14 @@ def _deit_calls(batch: int) -> Iterator[OpCall]:
     images = torch.rand(batch, 3, SIDE, SIDE)
     jitter = torch.tensor([5, -9]).expand(batch, 2), torch.tensor(True).expand(batch)
     bounds, channel = (-torch.ones(3), torch.ones(3)), torch.rand(4, 64) + 0.5
-    one, sums = torch.ones(()), torch.ones(3, 4)
+    one, sums, space = torch.ones(()), torch.ones(3, 4), (torch.rand(3), torch.rand(3) + 0.5)
     features = torch.randn(batch, 64, 56, 56)
     for count in KEPT:
         kept = random_kept(batch, count, KEPT[0])
         active = kept if count < KEPT[0] else None
+        rows = SIDE // PATCH
+        frozen = None if active is None else ~patch_mask(kept, rows, rows)
+        still = None if frozen is None else images, frozen
         patches = torch.randn(batch, count, 3 * PATCH**2)
         qkv = torch.randn(batch, count + 1, 3, HEADS, WIDTH)
         back = (kept, *jitter, PATCH, SIDE, SIDE)
@@ -79,6 +83,10 @@ def _deit_calls(batch: int) -> Iterator[OpCall]:
         calls: dict[str, tuple[Any, ...]] = {
             "gather_patches": (images, kept, *jitter, PATCH),
             "gather_patches_backward": (patches, *back),
+            "gather_sigmoid_patches": (images, kept, *jitter, *space, *still, PATCH),
+            "gather_sigmoid_patches_backward": (
+                *(patches, images, kept, *jitter, space[1], still[1], PATCH),
+            ),
             "gather_attention": (qkv, None, None, False),
             "gather_attention_backward": (qkv[:, :, 0].flatten(2), qkv, None, None),
             "total_variation": (images, active, PATCH),

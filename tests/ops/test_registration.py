@@ -16,10 +16,15 @@ def op_samples() -> dict[str, tuple]:
     images, kept = torch.randn(2, 3, 8, 12), random_kept(2, 4, 6)
     qkv, rows = torch.randn(2, 6, 3, 2, 4), random_kept(2, 4, 6)
     channels = [torch.rand(3) for _ in range(4)]
+    frozen = torch.rand(2, 2, 3) < 0.5
     one, jitter = torch.ones(()), (SHIFT.expand(2, 2), FLIP.expand(2))
     return {
         "gather_patches": (images, kept, *jitter, 4),
         "gather_patches_backward": (torch.randn(2, 4, 48), kept, *jitter, 4, 8, 12),
+        "gather_sigmoid_patches": (images, kept, *jitter, *channels[:2], images, frozen, 4),
+        "gather_sigmoid_patches_backward": (
+            *(torch.randn(2, 4, 48), images, kept, *jitter, channels[0], frozen, 4),
+        ),
         "gather_attention": (qkv, rows, torch.tensor([4, 2]), True),
         "gather_attention_backward": (torch.randn(2, 4, 8), qkv, rows, None),
         "total_variation": (images, kept, 4),
@@ -51,11 +56,15 @@ def test_compiles_into_one_graph() -> None:
 
     def step(images: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         patches, _ = ops.gather_patches(images, kept, SHIFT, FLIP, patch_size=4)
+        windows, _ = ops.gather_sigmoid_patches(
+            *(images, kept, SHIFT, FLIP), mean=torch.zeros(3), std=torch.ones(3), patch_size=4
+        )
         out, importance = ops.gather_attention(qkv, importance=True)
         l1, l2 = ops.total_variation(images, kept, patch_size=4)
         y, loss = ops.batch_norm_matching(images, *(torch.ones(3) for _ in range(4)))
         terms = (
             patches.square().sum(),
+            windows.square().sum(),
             out.square().sum(),
             importance.sum(),
             l1,

@@ -80,6 +80,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     rows, channels = random_kept(3, 140, 150), torch.rand(4, 3) + 0.5
     state = [torch.rand_like(images) for _ in range(3)]
     on_patches = {"patch_size": 16, "backend": "cpp"}
+    frozen = torch.rand(3, 14, 14) < 0.5
 
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
@@ -88,9 +89,13 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
         out, importance = ops.gather_attention(
             leaves[1], rows, lengths, importance=True, backend="cpp"
         )
+        space = {"mean": channels[0], "std": channels[1], "background": images, "frozen": frozen}
+        windows, _ = ops.gather_sigmoid_patches(
+            *(leaves[0], kept, (5, -9), True), **space, **on_patches
+        )
         parts = [ops.total_variation(leaves[0], k, **on_patches) for k in (None, kept)]
         y, loss = ops.batch_norm_matching(leaves[0], *channels, backend="cpp")
-        terms = [patches, out, y, loss, *parts[0], *parts[1]]
+        terms = [patches, windows, out, y, loss, *parts[0], *parts[1]]
         grads = torch.autograd.grad(sum(t.square().sum() for t in terms), leaves)
         changed = [t.clone() for t in (images, *state)]
         rates = {"step": 2, "lr": 0.1, "betas": (0.5, 0.99)}
@@ -120,12 +125,13 @@ def test_every_element_of_a_result_is_written() -> None:
         torch.use_deterministic_algorithms(False)
     for call, before, after in zip(chosen, plain, poisoned, strict=True):
         for a, b in zip(before, after, strict=True):
-            assert torch.equal(a, b), call
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=str(call))
 
 
 # What each op calls the indices that it is given.
 NAMES = {
     "gather_patches": "kept",
+    "gather_sigmoid_patches": "kept",
     "total_variation": "active",
     "adam_clamp_": "active",
     "gather_attention": "token_index",
@@ -133,9 +139,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("bad", [-1, 12, 2**40])
-@pytest.mark.parametrize(
-    "op", ["gather_patches", "total_variation", "adam_clamp_", "gather_attention"]
-)
+@pytest.mark.parametrize("op", NAMES)
 def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, bad: int) -> None:
     kept = torch.tensor([[0, 1, 2], [3, bad, 5]])
     images, qkv = torch.randn(2, 3, 12, 16), torch.randn(2, 12, 3, 2, 8)
@@ -146,11 +150,15 @@ def test_patches_out_of_range_are_refused_before_anything_is_written(op: str, ba
     rates = (torch.tensor(1), torch.tensor(0.1, dtype=torch.float64), 0.5, 0.99, 0.0)
     grads = {
         "gather_patches": (torch.zeros(2, 3, 48), kept, shift, flip, 4, 12, 16),
+        "gather_sigmoid_patches": (
+            *(torch.zeros(2, 3, 48), images, kept, shift, flip, bounds[1], None, 4),
+        ),
         "total_variation": (torch.ones(()), torch.ones(()), images, kept, 4, torch.ones(3, 4)),
         "gather_attention": (torch.zeros(2, 3, 16), qkv, kept, None),
     }
     forward = {
         "gather_patches": (images, kept, shift, flip, 4),
+        "gather_sigmoid_patches": (images, kept, shift, flip, *bounds, None, None, 4),
         "total_variation": (images, kept, 4),
         "gather_attention": (qkv, kept, None, True),
         "adam_clamp_": (images, *state[:3], *rates, *bounds, kept, 4),

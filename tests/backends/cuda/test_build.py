@@ -39,6 +39,8 @@ WIDTHS = (32, 64, 80, 128)
 REGISTERS = {
     "gather_patches_fwd": 40,
     "gather_patches_bwd": 40,
+    "gather_sigmoid_patches_fwd": 48,
+    "gather_sigmoid_patches_bwd": 48,
     "mark_patches": 24,
     "total_variation_fwd": 64,
     "total_variation_bwd": 64,
@@ -248,6 +250,10 @@ adam = torch.tensor(1), one.double(), 0.5, 0.9, 0.0
 calls = {
     "gather_patches": (images, *jitter),
     "gather_patches_backward": (torch.ones(1, 1, 48), *jitter, 8, 8),
+    "gather_sigmoid_patches": (images, *jitter[:3], channel, channel, None, None, 4),
+    "gather_sigmoid_patches_backward": (
+        torch.ones(1, 1, 48), images, *jitter[:3], channel, None, 4
+    ),
     "gather_attention": (qkv, None, None, False),
     "gather_attention_backward": (torch.ones(1, 4, 8), qkv, None, None),
     "total_variation": (images, None, 1),
@@ -268,7 +274,7 @@ def test_without_a_gpu_it_loads_and_a_launch_says_what_is_missing(installed: Pat
     done = run(installed, LAUNCH)
     assert done.returncode == 0, done.stderr[-4000:]
     said = done.stdout.splitlines()
-    assert len(said) == 9
+    assert len(said) == 11
     for line in said:
         assert re.search(r"CUDA error: (CUDA driver version is insufficient|no CUDA-capable)", line)
 

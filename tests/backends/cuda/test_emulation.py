@@ -16,13 +16,13 @@ import torch
 from smi_fast.ops import reference
 from smi_fast.ops.limits import most_tokens
 from smi_fast.verify.call_grid import FLOATS
-from smi_fast.verify.cases import OpCall, WrongResult
+from smi_fast.verify.cases import EXACT, OpCall, WrongResult
 from tests.backends.cuda.emulation import build, check
 from tests.backends.cuda.emulation.backend import Emulated
 from tests.backends.cuda.emulation.build import Fault
 from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS, Factor, ScaledResults
 
-PATCHES = [c for c in check.selection(elements=10_000) if c.op.startswith("gather_patches")]
+PATCHES = [c for c in check.selection(elements=10_000) if c.op in EXACT]
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 

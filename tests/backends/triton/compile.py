@@ -107,6 +107,13 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         if op == "gather_patches_backward":
             patches = torch.empty(2, count, 3 * PATCH**2, dtype=dtype)
             yield patches, kept, *jitter, PATCH, SIDE, SIDE
+        for still in (None, torch.zeros(2, SIDE // PATCH, SIDE // PATCH, dtype=torch.bool)):
+            background = None if still is None else x
+            if op == "gather_sigmoid_patches":
+                yield x, kept, *jitter, channel, channel, background, still, PATCH
+            if op == "gather_sigmoid_patches_backward":
+                patches = torch.empty(2, count, 3 * PATCH**2, dtype=dtype)
+                yield patches, x, kept, *jitter, channel, still, PATCH
         for some in (None, kept):
             if op == "total_variation":
                 yield x, some, PATCH

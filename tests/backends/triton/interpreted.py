@@ -190,6 +190,14 @@ def traffic(op: str) -> tuple[int, int]:
     cases = {
         "gather_patches": (2 * patch, (x, kept, *jitter, size)),
         "gather_patches_backward": (patch + image, (patches, kept, *jitter, size, 224, 224)),
+        "gather_sigmoid_patches": (
+            2 * patch,
+            (x, kept, *jitter, channel, channel, None, None, size),
+        ),
+        "gather_sigmoid_patches_backward": (
+            2 * patch + image,
+            (patches, x, kept, *jitter, channel, None, size),
+        ),
         "total_variation": (image // 3, (x[:, :1], None, 1)),
         "total_variation_backward": (2 * image // 3, (one, one, x[:, :1], None, 1, sums)),
         "batch_norm_matching": (2 * image, (x, *[channel] * 4, 1e-5)),

@@ -41,6 +41,8 @@ class Budget:
 BUDGET = {
     "_gather_patches_fwd": Budget(48, stores=True),
     "_gather_patches_bwd": Budget(24, loads=True),
+    "_gather_sigmoid_patches_fwd": Budget(40, stores=True),
+    "_gather_sigmoid_patches_bwd": Budget(16, loads=True),
     "_total_variation_fwd": Budget(32, loads=True),
     "_total_variation_finish": Budget(32),
     "_total_variation_bwd": Budget(16, loads=True, stores=True),
@@ -57,6 +59,8 @@ ACTIVATIONS = ("batch_norm_matching", "batch_norm_matching_backward")
 PIXELS = (
     "gather_patches",
     "gather_patches_backward",
+    "gather_sigmoid_patches",
+    "gather_sigmoid_patches_backward",
     "total_variation",
     "total_variation_backward",
     "adam_clamp_",

@@ -71,6 +71,8 @@ def test_same_bytes_again(interpreted: Run) -> None:
     [
         "gather_patches",
         "gather_patches_backward",
+        "gather_sigmoid_patches",
+        "gather_sigmoid_patches_backward",
         "total_variation",
         "total_variation_backward",
         "batch_norm_matching",

@@ -70,7 +70,39 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "csrc/cpu/gather_patches.cpp",
+        "csrc/cpu/gather_sigmoid_patches.cpp",
+        f"{BUDGET} gather_sigmoid_patches",
+        Mutant(
+            "cpp-sigmoid-patches-mirrored-background",
+            "window.flip ? run.x + run.count - x - pixels : x - run.x",
+            "x - run.x",
+            "A mirrored window shows its frozen pixels on the wrong side.",
+        ),
+        Mutant(
+            "cpp-sigmoid-patches-frozen-gradient",
+            "std::fill_n(out + start, pixels, T{0});",
+            "std::fill_n(out + start, 0, T{0});",
+            "Frozen pixels have a gradient.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/gather_sigmoid_patches_kernel.h",
+        f"{BUDGET} gather_sigmoid_patches",
+        Mutant(
+            "cpp-sigmoid-patches-overflow",
+            "return exp_of_negative<T>(x < T{0} ? x : -x);",
+            "return exp_of_negative<T>(x);",
+            "Pixels that are nearly white are not.",
+        ),
+        Mutant(
+            "cpp-sigmoid-patches-last-vector",
+            "if (i == count) return;",
+            "return;",
+            "The pixels after the last whole vector keep the values of the field.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/patch_windows.h",
         f"{BUDGET} gather_patches",
         Mutant(
             "cpp-patches-landing-cell",
@@ -104,7 +136,7 @@ MUTANTS = (
         ),
         Mutant(
             "cpp-patches-rest-of-row",
-            "std::fill(row + written, row + width, T{0});",
+            "std::fill(row + written, row + width_, T{0});",
             "",
             "Pixels to the right of the last window have no gradient at all.",
             f"{CPP}::test_every_element_of_a_result_is_written",

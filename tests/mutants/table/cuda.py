@@ -66,7 +66,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "csrc/cuda/gather_patches.cu",
+        "csrc/cuda/patch_window.cuh",
         f"{BUDGET} gather_patches",
         Mutant(
             "cuda-patches-rounding",
@@ -93,12 +93,39 @@ MUTANTS = (
             "The patch after the last is read as the first.",
             OUTSIDE,
         ),
+    ),
+    *of_file(
+        "csrc/cuda/gather_patches.cu",
+        f"{BUDGET} gather_patches",
         Mutant(
             "cuda-patches-zero",
             "const cudaError_t error = cudaMemsetAsync(grad_images, 0, elements * element_bytes, "
             "stream);",
             "const cudaError_t error = cudaMemsetAsync(grad_images, 0, 0, stream);",
             "Patches that aren't kept have a gradient of whatever was in memory.",
+        ),
+    ),
+    *of_file(
+        "csrc/cuda/gather_sigmoid_patches.cu",
+        f"{BUDGET} gather_sigmoid_patches",
+        Mutant(
+            "cuda-sigmoid-patches-frozen-of-each",
+            "if (frozen) frozen += image * patches_of(shape);\n"
+            "  for (int i = threadIdx.x; i < elements; i += kPatchThreads) {\n    float value",
+            "for (int i = threadIdx.x; i < elements; i += kPatchThreads) {\n    float value",
+            "Every image freezes the patches of the first.",
+        ),
+        Mutant(
+            "cuda-sigmoid-patches-overflow",
+            "expf(-fabsf(to_float(field[pixel])))",
+            "expf(-to_float(field[pixel]))",
+            "A pixel that is nearly black has a NaN as its gradient.",
+        ),
+        Mutant(
+            "cuda-sigmoid-patches-deviation",
+            "* to_float(std[place.channel]));",
+            "* to_float(std[0]));",
+            "Every channel takes the deviation of the first.",
         ),
     ),
     *of_file(

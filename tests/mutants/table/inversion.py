@@ -9,7 +9,43 @@ LOOP = "tests/inversion/test_loop.py"
 VIEWS = "tests/inversion/test_views.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
 
+REBIRTH = "tests/inversion/test_rebirth_loop.py"
+
 MUTANTS = (
+    *of_file(
+        "smi_fast/inversion/sparse_images.py",
+        REBIRTH,
+        Mutant(
+            "sparse-order",
+            "return torch.stack(tensors, dim=1).flatten(0, 1)",
+            "return torch.stack(tensors).flatten(0, 1)",
+            "An image has the label of another trajectory.",
+        ),
+        Mutant(
+            "sparse-canvas",
+            "canvases=to_images(cells, images.shape[1], grid),",
+            "canvases=images,",
+            "Finished patches of a canvas drift after they left.",
+            f"{REBIRTH}::test_works_with",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        REBIRTH,
+        Mutant(
+            "state-logits",
+            "teacher(images[row], kept[row]).logits",
+            "teacher(images[row]).logits",
+            "The logits are those of every patch.",
+            f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
+        ),
+        Mutant(
+            "state-finished-logits",
+            "return FinishedGroup(self.done(), patches, pixels, self.logits(images, patches))",
+            "return FinishedGroup(self.done(), patches, pixels, self.logits(images, self.kept))",
+            "The logits of a finished image are those of all patches that were left.",
+        ),
+    ),
     *of_file(
         "smi_fast/inversion/state.py",
         LOOP,
@@ -49,8 +85,8 @@ MUTANTS = (
         ),
         Mutant(
             "state-finished",
-            "self.settings.space.denormalize(self.images()),",
-            "self.images(),",
+            "            settings.space.denormalize(images),",
+            "            images,",
             "Finished patches are normalised.",
             GROUPS,
         ),
@@ -231,13 +267,6 @@ MUTANTS = (
             "if last > iterations:",
             "A stop after the last iteration is taken and never comes.",
             "tests/inversion/test_inputs.py::test_bad_options_are_refused",
-        ),
-        Mutant(
-            "inverter-logits",
-            "teacher(normalised[row], kept[row]).logits",
-            "teacher(normalised[row]).logits",
-            "The logits are those of every patch.",
-            f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
         ),
     ),
     *of_file(

@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant, of_file
 
 CHECK = "tests/schedules/test_check.py"
 STOPS = "tests/schedules/test_stops.py"
+REBIRTH = "tests/schedules/test_rebirth.py"
 COMPACT = "tests/schedules/test_compact.py"
 INVERTER = "tests/inversion/test_inverter.py"
 RATE = "tests/test_learning_rate.py"
@@ -134,6 +135,34 @@ MUTANTS = (
             ".clamp(MARGIN, 1 - MARGIN).logit()",
             ".logit()",
             "A black pixel has infinite parameters.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/rebirth.py",
+        REBIRTH,
+        Mutant(
+            "rebirth-least",
+            "argsort(dim=1, descending=True, stable=True)",
+            "argsort(dim=1, descending=False, stable=True)",
+            "The least important patches leave first.",
+        ),
+        Mutant(
+            "rebirth-stops",
+            "k * (iterations // self.v) for k",
+            "k * iterations // self.v for k",
+            "Stops are not the published ones where v doesn't divide T.",
+        ),
+        Mutant(
+            "rebirth-remainder",
+            "order[:, size : groups * size]",
+            "order[:, -(groups - 1) * size :]",
+            "Patches of the middle of the order are dropped instead of the last.",
+        ),
+        Mutant(
+            "rebirth-generator",
+            "torch.rand(stop.kept.shape, generator=stop.generator, dtype",
+            "torch.rand(stop.kept.shape, dtype",
+            "The same seed gives another random order.",
         ),
     ),
     *of_file(

@@ -86,6 +86,28 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "kernels/gather_sigmoid_patches.py",
+        f"{TRITON} gather_sigmoid_patches",
+        Mutant(
+            "triton-sigmoid-patches-frozen-cell",
+            "(y // P)[:, None] * COLUMNS + (x // P)[None, :]\n        still",
+            "(row * COLUMNS + column)\n        still",
+            "A window is frozen as a whole, as the patch is that it lands on.",
+        ),
+        Mutant(
+            "triton-sigmoid-patches-zero",
+            "moves = mask & (found > 0)[None, :, None]",
+            "moves = mask",
+            "Patches that aren't kept have the gradient of another one.",
+        ),
+        Mutant(
+            "triton-sigmoid-patches-overflow",
+            "tl.exp(-tl.abs(u))",
+            "tl.exp(-u)",
+            "A pixel that is nearly black has a NaN as its gradient.",
+        ),
+    ),
+    *of_file(
         "kernels/total_variation.py",
         f"{TRITON} total_variation",
         Mutant(

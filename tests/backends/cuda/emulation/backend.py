@@ -73,6 +73,48 @@ class Emulated:
         self.kernels.gather_patches_bwd(grad.element_size(), *inputs, _at(images), shape, 0)
         return images
 
+    def gather_sigmoid_patches(
+        self,
+        field: Tensor,
+        kept: Tensor,
+        shift: Tensor,
+        flip: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        background: Tensor | None,
+        frozen: Tensor | None,
+        patch_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        patches = _poisoned((*kept.shape, field.shape[1] * patch_size**2), field)
+        positions = _poisoned(kept.shape, kept)
+        shape = self._image_shape(field, kept, patch_size)
+        inputs = (_at(field), _at(kept), self._jitter(shift, flip), _at(mean), _at(std))
+        still = (_at(background), _at(frozen))
+        outputs = (_at(patches), _at(positions))
+        self.kernels.gather_sigmoid_patches_fwd(
+            self._type(field), *inputs, *still, *outputs, shape, 0
+        )
+        return patches, positions
+
+    def gather_sigmoid_patches_backward(
+        self,
+        grad: Tensor,
+        field: Tensor,
+        kept: Tensor,
+        shift: Tensor,
+        flip: Tensor,
+        std: Tensor,
+        frozen: Tensor | None,
+        patch_size: int,
+    ) -> Tensor:
+        result = _poisoned(field.shape, field)
+        shape = self._image_shape(field, kept, patch_size)
+        inputs = (_at(grad), _at(field), _at(kept), self._jitter(shift, flip), _at(std))
+        self.kernels.gather_sigmoid_patches_bwd(
+            self._type(grad), *inputs, _at(frozen), _at(result), shape, 0
+        )
+        return result
+
     def gather_attention(
         self, qkv: Tensor, token_index: Tensor | None, lengths: Tensor | None, importance: bool
     ) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,16 @@ def check_missing_patches(backend: Emulated) -> None:
     assert torch.equal(patches[:, :1], reference.gather_patches(images, kept[:, :1], *jitter)[0])
     gradient = backend.gather_patches_backward(torch.ones_like(patches), kept, *jitter, 8, 8)
     assert gradient.sum() == 3 * 16
+    space, frozen = (torch.zeros(3), torch.full((3,), 0.25)), torch.zeros(1, 2, 2).bool()
+    patches, positions = backend.gather_sigmoid_patches(
+        *(images, kept, *jitter[:2], *space, images, frozen, 4),
+    )
+    assert patches[0, 1:].isnan().all() and positions[0, 1:].tolist() == [-1, -1]
+    assert patches[0, 0].isfinite().all()
+    gradient = backend.gather_sigmoid_patches_backward(
+        *(torch.ones_like(patches), torch.zeros_like(images), kept, *jitter[:2], space[1], None, 4),
+    )
+    assert gradient.sum() == 3 * 16  # a slope of 1/4 over a deviation of 1/4
     sums = [backend.total_variation(images, active, 4) for active in (kept, kept[:, :1])]
     assert torch.equal(*sums)
     grads = torch.tensor(0.7), torch.tensor(-1.3)

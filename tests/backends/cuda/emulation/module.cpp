@@ -63,6 +63,8 @@ PYBIND11_MODULE(emulated, module) {
   module.attr("NORM_SPLITS") = kNormSplits;
   module.def("gather_patches_fwd", python(launch_gather_patches_fwd));
   module.def("gather_patches_bwd", python(launch_gather_patches_bwd));
+  module.def("gather_sigmoid_patches_fwd", python(launch_gather_sigmoid_patches_fwd));
+  module.def("gather_sigmoid_patches_bwd", python(launch_gather_sigmoid_patches_bwd));
   module.def("total_variation_fwd", python(launch_total_variation_fwd));
   module.def("total_variation_bwd", python(launch_total_variation_bwd));
   module.def("batch_norm_matching_fwd", python(launch_batch_norm_matching_fwd));
