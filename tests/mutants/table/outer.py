@@ -6,10 +6,36 @@ POOL = "tests/pool/test_pool.py"
 COMPAT = "tests/compat/test_smi.py"
 DRAWS = f"{COMPAT}::test_draws_and_returns_what_the_published_loop_does"
 FILL = "tests/test_fill.py"
+CONVERT = "tests/convert/test_torchvision.py"
 BUDGET = "tests/verify/test_budget.py"
 CORRECTNESS = "tests/verify/test_correctness.py::test_wrong_kernel_is_seen"
 
 MUTANTS = (
+    *of_file(
+        "smi_fast/convert/build.py",
+        CONVERT,
+        Mutant(
+            "convert-proof",
+            "if not apart <= TOLERANCE:  # not finite counts as different",
+            "if False:",
+            "A model with another activation is converted.",
+            f"{CONVERT}::test_what_is_refused",
+        ),
+        Mutant(
+            "convert-eps",
+            "norm_layer=partial(LayerNorm, eps=eps),",
+            "norm_layer=LayerNorm,",
+            "LayerNorm has timm's eps and not the model's.",
+            f"{CONVERT}::test_it_computes_the_same",
+        ),
+        Mutant(
+            "convert-shares",
+            "weight.detach().clone() for",
+            "weight.detach() for",
+            "A change of the conversion changes the model.",
+            f"{CONVERT}::test_the_model_stays_as_it_was",
+        ),
+    ),
     *of_file(
         "smi_fast/pool/pool.py",
         POOL,
