@@ -255,7 +255,7 @@ class Pool:
             for name, picture in pictures.items():
                 self._write(name, partial(picture.save, format="PNG"))
             if loss_line is not None:
-                self._write(LOSS, lambda file: file.write(loss_line))
+                self._write_bytes(LOSS, loss_line)
             if seconds is not None:
                 with self._explained(SECONDS):
                     metadata.append(self.path / SECONDS, time_line)
@@ -318,6 +318,9 @@ class Pool:
         with self._explained(name):
             write_atomically(self.path / name, write)
 
+    def _write_bytes(self, name: str, content: bytes) -> None:
+        self._write(name, lambda file: file.write(content))
+
     @contextmanager
     def _opening(self) -> Iterator[None]:
         """Hold the lock from here on, unless the body fails."""
@@ -363,7 +366,7 @@ class Pool:
                     "--overwrite"
                 )
         content = json.dumps(settings, indent=2, allow_nan=False) + "\n"
-        self._write(SETTINGS, lambda file: file.write(content.encode()))
+        self._write_bytes(SETTINGS, content.encode())
         self._describe(settings, anew=True)
         self._settle()
 
@@ -373,7 +376,7 @@ class Pool:
         folders = "".join(f"{class_folder(label, count)}\n" for label in range(count))
         for name, content in ((CLASSES, folders), (CARD, card(settings))):
             if anew or not (self.path / name).exists():
-                self._write(name, lambda file, text=content: file.write(text.encode()))
+                self._write_bytes(name, content.encode())
 
     def _check_settings(self, old: Settings, settings: Settings) -> None:
         new = json.loads(json.dumps(settings))
