@@ -7,9 +7,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-import torch.nn.functional as F
-from torch import Tensor
-
+from smi_fast.ops.grid import neighbourhood_mean
 from smi_fast.schedules.base import Selection, Stop, ascend, check_stops
 
 
@@ -113,7 +111,9 @@ class StopSchedule:
     def select(self, stop: Stop) -> Selection:
         share = self.drop[self.at.index(stop.iteration)]
         count = _staying(stop.kept.shape[1], share)
-        importance = _averaged(stop) if self.compact else stop.importance
+        importance = stop.importance
+        if self.compact:
+            importance = neighbourhood_mean(importance, stop.kept, stop.grid)
         top = importance.topk(count, dim=1).indices
         return Selection(stop.kept.gather(1, top).sort(dim=1).values)
 
@@ -126,13 +126,3 @@ def _check_length(iterations: int) -> None:
 def _staying(patches: int, share: float) -> int:
     # The published expression, so that rounding agrees: int(10 * (1 - 0.3)) is 7, not 6.
     return int(patches * (1.0 - share))
-
-
-def _averaged(stop: Stop) -> Tensor:
-    """Importance [B, K] averaged over the 3 x 3 neighbourhood of each kept patch."""
-    batch, (rows, columns) = len(stop.kept), stop.grid
-    on_grid = stop.importance.new_zeros(batch, rows * columns).scatter(
-        1, stop.kept, stop.importance
-    )
-    averaged = F.avg_pool2d(on_grid.view(batch, 1, rows, columns), 3, stride=1, padding=1)
-    return averaged.flatten(1).gather(1, stop.kept)

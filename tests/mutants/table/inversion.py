@@ -298,8 +298,8 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/inversion/background.py",
-        "tests/inversion/test_background.py",
+        "smi_fast/background.py",
+        "tests/test_background.py",
         Mutant(
             "background-mean",
             "return mean\n",
