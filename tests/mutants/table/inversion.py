@@ -16,7 +16,7 @@ MUTANTS = (
         "smi_fast/inversion/inputs.py",
         PARAMETRIZATIONS,
         Mutant(
-            "inputs-copy",
+            "inputs-start",
             "parameters.detach().clone(memory_format=torch.contiguous_format)",
             "parameters.detach().contiguous()",
             "The images of the caller change.",
