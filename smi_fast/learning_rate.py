@@ -85,10 +85,6 @@ class Cosine:
 
     def rates(self, iterations: int, stops: tuple[int, ...]) -> list[float]:
         cycles = self.restarts + 1
-        if cycles > iterations:
-            raise ValueError(
-                f"expected fewer restarts than {iterations} iterations, got {self.restarts}"
-            )
         starts = [round(cycle * iterations / cycles) for cycle in range(cycles + 1)]
         return [rate for start, end in pairwise(starts) for rate in self._cycle(end - start)]
 

@@ -90,7 +90,6 @@ class Wrong:
         ("fast", "lr as a number, a LearningRate or 3 numbers, got 'fast'"),
         (None, "lr as a number, a LearningRate or 3 numbers, got None"),
         (Cosine, "lr as a number, a LearningRate or 3 numbers, got <class"),
-        (Cosine(0.1, restarts=3), "fewer restarts than 3 iterations, got 3"),
         ([0.1, 0.2], r"a learning rate for each of 3 iterations, got \[2\] of them"),
         (torch.ones(3, 1), r"each of 3 iterations, got \[3, 1\] of them"),
         (Wrong(), r"each of 3 iterations, got \[4\] of them"),
