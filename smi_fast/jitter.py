@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Jitter:
 
     def __post_init__(self) -> None:
         shares = _numbers(self.share)
-        if not shares or not all(isinstance(s, (int, float)) and 0 <= s <= 1 for s in shares):
+        if not shares or not all(isinstance(s, Real) and 0 <= float(s) <= 1 for s in shares):
             raise ValueError(
                 "expected share, the largest shift over the side of the image, in [0, 1], "
                 f"got {self.share!r}"
@@ -57,7 +58,7 @@ class Jitter:
         if self.starts is None:
             return
         starts = _numbers(self.starts)
-        inside = all(isinstance(s, (int, float)) and 0 < s < 1 for s in starts)
+        inside = all(isinstance(s, Real) and 0 < float(s) < 1 for s in starts)
         if not inside or len(starts) + 1 != len(shares) or list(starts) != sorted(set(starts)):
             raise ValueError(
                 "expected starts in (0, 1), ascending, one for each share but the first, "
@@ -122,7 +123,7 @@ class Jitter:
 
 
 def _numbers(given: object) -> tuple[Any, ...]:
-    if isinstance(given, (int, float)):
+    if isinstance(given, Real):
         return (given,)
     return tuple(given) if isinstance(given, Sequence) else ()
 

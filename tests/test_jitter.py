@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +61,14 @@ def test_a_share_for_each_phase() -> None:
         shift, _ = jitter.draw(1000, (32, 32), stops=(250, 750))
         phases = shift.abs().split([250, 500, 250])
         assert [int(phase.max()) for phase in phases] == [0, 16, 8]
+
+
+def test_numbers_may_be_numpys() -> None:
+    assert Jitter(np.float32(0.25)).phases(3, ()) == [(0.25, 3)]
+    assert Jitter((np.float32(0.25), 0.5), starts=(np.float64(0.5),)).phases(4, ()) == [
+        (0.25, 2),
+        (0.5, 2),
+    ]
 
 
 def test_one_share_draws_the_same_with_and_without_stops() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 from smi_fast.ops.grid import neighbourhood_mean
 from smi_fast.schedules.base import Selection, Stop, ascend, check_stops
@@ -54,8 +54,9 @@ class StopSchedule:
         """The published stops at the same fractions of a run of another length than 4000.
 
         Raises:
-            ValueError: too few iterations to keep the stops apart.
+            ValueError: iterations that are no whole number, or too few to keep the stops apart.
         """
+        _check_length(iterations)
         published = cls()
 
         def scaled(length: int) -> list[int]:
@@ -83,10 +84,11 @@ class StopSchedule:
                 iteration.
 
         Raises:
-            ValueError: a share out of range, or a run of less than two iterations.
+            ValueError: a share out of range, or iterations that are no whole number from 2.
         """
-        if not (0 < keep <= 1 and 0 < at < 1):
-            raise ValueError(f"expected keep in (0, 1] and at in (0, 1), got {keep} and {at}")
+        _check_length(iterations)
+        if not (isinstance(keep, Real) and 0 < keep <= 1 and isinstance(at, Real) and 0 < at < 1):
+            raise ValueError(f"expected keep in (0, 1] and at in (0, 1), got {keep!r} and {at!r}")
         stop = max(1, round(at * iterations))
         if stop >= iterations:
             raise ValueError(f"expected iterations after the stop at {stop}, got {iterations}")
@@ -114,6 +116,11 @@ class StopSchedule:
             importance = neighbourhood_mean(importance, stop.kept, stop.grid)
         top = importance.topk(count, dim=1).indices
         return Selection(stop.kept.gather(1, top).sort(dim=1).values)
+
+
+def _check_length(iterations: int) -> None:
+    if not isinstance(iterations, Integral):
+        raise ValueError(f"expected iterations as a whole number, got {iterations!r}")
 
 
 def _staying(patches: int, share: float) -> int:

@@ -215,16 +215,6 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/parametrizations/pixels.py",
-        f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
-        Mutant(
-            "pixels-copy",
-            "images.to(self.space.mean.dtype, copy=True)",
-            "images.to(self.space.mean.dtype)",
-            "The images of the caller change.",
-        ),
-    ),
-    *of_file(
         "smi_fast/parametrizations/base.py",
         f"{PARAMETRIZATIONS}::test_binding_leaves_the_given_parametrization_as_it_was",
         Mutant(
