@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from smi_fast import Cosine, CrossEntropy, Fourier, Jitter
 from smi_fast.augmentations import GaussianNoise
 from smi_fast.inversion.settings import Settings
+from smi_fast.pool import Pool, PoolError
 from smi_fast.provenance import describe
 from smi_fast.zoo import fingerprint
 from tests.helpers.inversions import make
+from tests.helpers.pools import NAMES
 
 
 def test_every_option_is_described(teacher: VisionTransformer) -> None:
@@ -54,6 +57,15 @@ def test_another_option_is_told_apart(
     one = describe(make(teacher, **before))
     other = describe(make(teacher, **{**before, **change}))
     assert {key for key in one if one[key] != other[key]} == keys
+
+
+def test_a_pool_of_another_parametrization_is_not_resumed(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    Pool.create(tmp_path, describe(make(teacher)), NAMES).close()
+    message = r'resumed: it was made with parametrization = "Pixels\(\)", .*Fourier\(decay=1.5'
+    with pytest.raises(PoolError, match=message):
+        Pool.resume(tmp_path, describe(make(teacher, parametrization=Fourier())), NAMES)
 
 
 def test_objects_have_the_same_words_in_every_process(teacher: VisionTransformer) -> None:

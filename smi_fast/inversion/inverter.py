@@ -270,6 +270,8 @@ class SparseInverter:
             display.close()
         return self._result(state, marks, interrupted)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def start(
         self,
         targets: Tensor | Sequence[int] | None = None,

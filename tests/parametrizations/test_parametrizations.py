@@ -20,6 +20,7 @@ from smi_fast import (
     Selection,
     TotalVariation,
 )
+from smi_fast.augmentations import GaussianNoise
 from smi_fast.teacher.space import ImageSpace
 from tests.helpers.host_guard import HostGuard
 from tests.helpers.inversions import (
@@ -276,6 +277,17 @@ def test_what_the_loop_cannot_optimise_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(teacher, parametrization=parametrization).start(TARGETS)
+
+
+def test_a_start_needs_no_gradients_around_it(teacher: VisionTransformer) -> None:
+    inverter = make(teacher, parametrization=Fourier(), augment=GaussianNoise())
+    with torch.no_grad():
+        state = start(inverter)
+    with torch.inference_mode():
+        other = start(inverter)
+    state.step()
+    other.step()
+    assert torch.equal(state.images(), other.images())
 
 
 def test_a_parametrization_must_say_its_start_and_its_images() -> None:
