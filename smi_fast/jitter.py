@@ -38,7 +38,8 @@ class Jitter:
             (0, 1); by default at the schedule's stops.
 
     Raises:
-        ValueError: a share or a start out of range, or not one start for each share but the first.
+        ValueError: a share or a start out of range, not one start for each share but the first, or
+            flip or per_image that is neither True nor False.
     """
 
     share: float | tuple[float, ...] = 1 / JITTER_SHARE
@@ -53,6 +54,9 @@ class Jitter:
                 "expected share, the largest shift over the side of the image, in [0, 1], "
                 f"got {self.share!r}"
             )
+        for name in ("flip", "per_image"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"expected {name} True or False, got {getattr(self, name)!r}")
         if isinstance(self.share, Sequence):
             object.__setattr__(self, "share", shares)
         if self.starts is None:

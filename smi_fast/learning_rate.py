@@ -150,6 +150,8 @@ def rate_table(lr: Rates, iterations: int, stops: tuple[int, ...]) -> Tensor:
     if isinstance(lr, LearningRate) and not isinstance(lr, type):
         values = lr.rates(iterations, stops)
     try:
+        if isinstance(values, Tensor) and values.is_complex():
+            raise TypeError
         table = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(

@@ -90,6 +90,8 @@ def test_one_share_draws_the_same_with_and_without_stops() -> None:
         ({"share": (0.1, 0.2), "starts": (1.0,)}, r"starts in \(0, 1\), .* got \(1.0,\)"),
         ({"share": (0.1, 0.2), "starts": (0.2, 0.4)}, r"got \(0.2, 0.4\) for 2 shares"),
         ({"share": (0.1, 0.2, 0.3), "starts": (0.4, 0.2)}, r"ascending, .* got \(0.4, 0.2\)"),
+        ({"flip": "no"}, "flip True or False, got 'no'"),
+        ({"per_image": None}, "per_image True or False, got None"),
         ({"share": 0.1, "starts": (0.2,)}, r"got \(0.2,\) for 1 shares"),
     ],
 )

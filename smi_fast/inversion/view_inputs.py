@@ -135,10 +135,12 @@ def jitter_table(
         raise ValueError(
             f"expected flip bool {list(shift.shape[:-1])}, got {flip.dtype} {list(flip.shape)}"
         )
-    if bool((shift.cpu().abs() > torch.tensor(teacher.image_size)).any()):
+    side = torch.tensor(teacher.image_size)
+    # Not of the absolute value, which the least int64 doesn't have.
+    if bool(((shift.cpu() > side) | (shift.cpu() < -side)).any()):
         raise ValueError(
             f"expected shifts by at most the image, {list(teacher.image_size)} pixels, "
-            f"got one of {int(shift.abs().max())}"
+            f"got some from {int(shift.min())} to {int(shift.max())}"
         )
     still = sorted(still_iterations(schedule))
     shift, flip = shift.to(teacher.device, copy=True), flip.to(teacher.device, copy=True)

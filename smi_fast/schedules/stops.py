@@ -26,8 +26,8 @@ class StopSchedule:
             which stopped patches count as 0, so that patches stay which belong together.
 
     Raises:
-        ValueError: stops that aren't whole numbers or don't ascend from 1, shares out of range, or
-            not one share per stop.
+        ValueError: stops that aren't whole numbers or don't ascend from 1, shares out of range, not
+            one share per stop, or compact that is neither True nor False.
     """
 
     at: tuple[int, ...] = (50, 100, 200, 300)
@@ -48,6 +48,8 @@ class StopSchedule:
             )
         if not all(isinstance(share, Real) and 0 <= share < 1 for share in drop):
             raise ValueError(f"expected shares to drop in [0, 1), got {drop}")
+        if self.compact not in (True, False):
+            raise ValueError(f"expected compact True or False, got {self.compact!r}")
 
     @classmethod
     def scaled(cls, iterations: int, *, compact: bool = False) -> StopSchedule:
