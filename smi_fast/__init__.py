@@ -52,6 +52,7 @@ _NAMES = {
 _MODULES = {
     "augmentations": "augmentations",
     "compat": "compat",
+    "importance": "importance",
     "ops": "ops",
     "recipes": "recipes",
     "taps": "teacher.taps",

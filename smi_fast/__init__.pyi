@@ -2,6 +2,7 @@
 
 from smi_fast import augmentations as augmentations
 from smi_fast import compat as compat
+from smi_fast import importance as importance
 from smi_fast import ops as ops
 from smi_fast import recipes as recipes
 from smi_fast.convert import from_huggingface as from_huggingface

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from smi_fast.parametrizations.base import Parametrization
+from smi_fast.parametrizations.base import Parametrization, check_start, parameters_like
 from smi_fast.teacher.space import ImageSpace
 
 # Pixels are kept this far from black and white when a given image is turned into parameters.
@@ -18,7 +19,7 @@ MARGIN = 1e-3
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fourier(Parametrization):
     """Pixels are ``sigmoid(u)``, where u is the inverse Fourier transform of scaled parameters.
 
@@ -58,17 +59,16 @@ class Fourier(Parametrization):
     _colours: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise ValueError(f"expected decay 0 or above, got {self.decay}")
-        if not (math.isfinite(self.start) and self.start > 0):
-            raise ValueError(f"expected start above 0, got {self.start}")
+        if not (isinstance(self.decay, Real) and 0 <= self.decay < math.inf):
+            raise ValueError(f"expected decay 0 or above, got {self.decay!r}")
+        check_start(self.start)
 
     def bind(self, space: ImageSpace) -> Fourier:
         if self.colour and space.channels != 3:
             raise ValueError(f"expected images of 3 channels with colour, got {space.channels}")
         bound = super().bind(space)
-        bound._scale = _frequency_scale(space, self.decay)
-        bound._colours = _colours(space) if self.colour else None
+        object.__setattr__(bound, "_scale", _frequency_scale(space, self.decay))
+        object.__setattr__(bound, "_colours", _colours(space) if self.colour else None)
         return bound
 
     def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
@@ -79,16 +79,18 @@ class Fourier(Parametrization):
     def images(self, parameters: Tensor) -> Tensor:
         space = self.space
         spectrum = torch.view_as_complex(parameters) * self._scale
+        if not len(parameters):  # the transform takes no empty batch
+            return spectrum.real[..., :1, :1].expand(-1, -1, space.height, space.width)
         u = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", self._colours, u)
-        return space.normalize(torch.sigmoid(u))
+        return space.normalize(torch.sigmoid(u)).to(space.mean.dtype)
 
     def parameters_of(self, images: Tensor) -> Tensor:
         u = self.space.denormalize(images.to(self._scale.dtype)).clamp(MARGIN, 1 - MARGIN).logit()
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self._colours), u)
-        return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale).contiguous()
+        return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale)
 
 
 def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
@@ -105,11 +107,11 @@ def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
         variance[-1] = 1
     pixels = space.height * space.width
     scale = scale / ((scale.square() * variance).sum() / pixels).sqrt()
-    normalized: Tensor = scale.to(space.mean)
+    normalized: Tensor = scale.to(parameters_like(space))
     return normalized
 
 
 def _colours(space: ImageSpace) -> Tensor:
     colours = torch.tensor(COLOURS, dtype=torch.float64)
-    scaled: Tensor = (colours / colours.norm(dim=0).max()).to(space.mean)
+    scaled: Tensor = (colours / colours.norm(dim=0).max()).to(parameters_like(space))
     return scaled

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from smi_fast.pool.files import PoolError, explained, write_atomically
-from smi_fast.pool.pool import CONTACT_SHEET, LOSS_CURVES, Pool
+from smi_fast.pool.layout import CONTACT_SHEET, LOSS_CURVES
+from smi_fast.pool.pool import Pool
 
 # Limits of a contact sheet, so that it fits on a screen and in memory.
 MOST_CLASSES, MOST_PER_CLASS = 40, 8
@@ -53,8 +54,7 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     a large pool it draws the first images of the first classes, and the title says how many.
 
     Args:
-        pool: folder of the pool. Its records have a ``label``, and may have a ``class_name`` and a
-            ``confidence`` in [0, 1].
+        pool: folder of the pool. Its records may have a ``confidence`` in [0, 1].
         path: PNG file to write.
 
     Raises:
@@ -69,7 +69,7 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     for record in records:
         classes.setdefault(record["label"], []).append(record)
     rows = [classes[label][:MOST_PER_CLASS] for label in sorted(classes)[:MOST_CLASSES]]
-    names = [str(row[0].get("class_name", row[0]["label"])) for row in rows]
+    names = [row[0]["class_name"] for row in rows]
     title = (
         f"{sum(map(len, rows))} of {len(records)} images, {len(rows)} of {len(classes)} classes: "
         "whole, and kept patches"
@@ -89,7 +89,7 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
             ) from error
 
     large, small = ImageFont.load_default(NAME_SIZE), ImageFont.load_default(CONFIDENCE_SIZE)
-    width, height = read(rows[0][0]["image"]).size
+    width, height = read(rows[0][0]["file_name"]).size
     left = round(max(map(large.getlength, names))) + 2 * GAP
     top = NAME_SIZE + 2 * GAP
     across, down = 2 * width + GAP, height + CONFIDENCE_SIZE + GAP
@@ -100,8 +100,8 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     for y, name, row in zip(range(top, sheet.height, down), names, rows, strict=True):
         draw.text((GAP, y + height // 2), name, "black", large, anchor="lm")
         for x, record in zip(range(left, right, across), row, strict=False):
-            sheet.paste(read(record["image"]), (x, y))
-            sheet.paste(read(record["masked"]), (x + width, y))
+            sheet.paste(read(record["file_name"]), (x, y))
+            sheet.paste(read(record["masked_file_name"]), (x + width, y))
             if "confidence" in record:
                 draw.text((x, y + height), f"{record['confidence']:.3f}", "black", small)
     write_atomically(path, partial(sheet.save, format="PNG"))
