@@ -71,12 +71,13 @@ def _project(attention: Any, y: Tensor, first: int, end: int) -> Tensor:
     """Some of q, k and v, numbered 0 to 2, before their norms: [B, N, end - first, H, D]."""
     if attention.qkv is None:  # Eva may have three layers
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)[first:end]
-        projected = torch.stack([layer(y) for layer in layers], dim=2)
-        return projected.unflatten(3, (attention.num_heads, -1))
-    weight, bias = attention.qkv.weight, _qkv_bias(attention)
-    rows = slice(first * (len(weight) // 3), end * (len(weight) // 3))
-    projected = F.linear(y, weight[rows], None if bias is None else bias[rows])
-    return projected.unflatten(2, (end - first, attention.num_heads, -1))
+        projected = torch.stack([layer(y) for layer in layers], dim=2).flatten(2)
+    else:
+        weight, bias = attention.qkv.weight, _qkv_bias(attention)
+        rows = slice(first * (len(weight) // 3), end * (len(weight) // 3))
+        projected = F.linear(y, weight[rows], None if bias is None else bias[rows])
+    chosen: Tensor = projected.unflatten(2, (end - first, attention.num_heads, -1))
+    return chosen
 
 
 def _qkv_bias(attention: Any) -> Tensor | None:
