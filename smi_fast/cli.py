@@ -100,6 +100,7 @@ def info() -> None:
         print(f"  {backends.DEFAULT} takes")
         for op in backends.OPS:
             print(f"    {op:<20} {_choice(op, device)}")
+        print(f"    {'blocks of a teacher':<20} {_engines(device)}")
 
 
 def _choice(op: str, device: torch.device) -> str:
@@ -113,6 +114,22 @@ def _choice(op: str, device: torch.device) -> str:
         return str(error)
     first, why = backends.ON_GPU[op]
     return f"{chosen}: {why}" if chosen == first else chosen
+
+
+def _engines(device: torch.device) -> str:
+    """How the blocks of a teacher run on a device."""
+    import torch
+
+    from smi_fast import engine
+
+    found = [
+        candidate.backend
+        for candidate in engine.candidates(torch.nn.Sequential())
+        if candidate.why_not(device, torch.float32) is None
+    ]
+    if not found:
+        return "op by op"
+    return f"{found[0]}'s engine; without LayerNorm or exact GELU, or of Eva, op by op"
 
 
 def _describe(device: torch.device) -> str:

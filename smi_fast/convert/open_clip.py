@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -43,7 +44,7 @@ def from_open_clip(visual: nn.Module) -> VisionTransformer:
 
     Args:
         visual: ``model.visual``: a ``VisionTransformer`` of open_clip, or a ``TimmModel`` around a
-            timm ``VisionTransformer``.
+            timm ``VisionTransformer`` or ``Eva``, of which it is a copy.
 
     Raises:
         UnsupportedTeacher: another class, a ``VisionTransformer`` with attentional pooling, blocks
@@ -115,9 +116,10 @@ def _weights(visual: Any) -> Weights:
 def _trunk(visual: Any) -> VisionTransformer:
     """A copy of the timm model inside, with the projection behind it as its head."""
     trunk = copy.deepcopy(visual.trunk).eval()
-    if not isinstance(trunk, VisionTransformer):
+    if not isinstance(trunk, VisionTransformer | Eva):
         raise UnsupportedTeacher(
-            f"expected a TimmModel around a timm VisionTransformer, got {type(trunk).__name__}"
+            "expected a TimmModel around a timm VisionTransformer or Eva, got "
+            f"{type(trunk).__name__}"
         )
     layers = [layer for layer in visual.head if not isinstance(layer, nn.Dropout)]
     if layers:

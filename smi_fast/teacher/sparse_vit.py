@@ -19,6 +19,7 @@ from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.probe import probe as compare
+from smi_fast.teacher.rotary import rotations
 from smi_fast.teacher.support import check_teacher, freeze
 from smi_fast.teacher.taps import parse
 
@@ -41,7 +42,7 @@ class SparseOutput(NamedTuple):
 
 
 class SparseViT(nn.Module):
-    """A frozen timm ``VisionTransformer`` that computes only the kept patches of images.
+    """A frozen timm ``VisionTransformer`` or ``Eva`` that computes only the kept patches of images.
 
     - It shares the weights with the wrapped model and computes no gradient for them. The wrapped
       model stays unchanged. With every patch kept the logits equal those of the model in eval mode.
@@ -59,9 +60,10 @@ class SparseViT(nn.Module):
     (torch.Size([2, 10]), torch.Size([2, 4]))
 
     Args:
-        teacher: a timm ``VisionTransformer`` with global attention and square patches. It may have
-            any prefix tokens, LayerScale, q/k norm, pre-norm, and token, average, maximum or map
-            pooling. Patches of the published code to its methods are ignored.
+        teacher: a timm ``VisionTransformer`` or ``Eva`` (EVA-02, DINOv3) with global attention and
+            square patches. It may have any prefix tokens, rotary positions, LayerScale, q/k norm,
+            pre-norm, and token, average, maximum or map pooling. Patches of the published code to
+            its methods are ignored.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         probe: whether to compare logits and pixel gradients of one image with the teacher's own,
             which costs a forward and a backward pass of each.
@@ -195,7 +197,9 @@ class SparseViT(nn.Module):
             images, kept, shift, flip, patch_size=self.patch_size, backend=self.backend
         )
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
-        x, row, tapped = self._blocks(self._embed(patches, positions), wanted, importance)
+        x, row, tapped = self._blocks(
+            self._embed(patches, positions), wanted, importance, rotations(self.vit, positions)
+        )
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])

@@ -42,6 +42,7 @@ def quick_gelu() -> type[nn.Module]:
         lambda: make(pool_type="avg", final_ln_after_pool=True),
         lambda: make_timm(pool="avg", proj="linear", proj_bias=True),
         lambda: make_timm(pool="token", proj="none"),
+        lambda: make_timm("eva02_tiny_patch14_224", pool="avg", proj="none"),
         lambda: make_timm("test_vit3", pool="map", proj="none"),
     ],
 )
@@ -86,7 +87,7 @@ def other_activation() -> Any:
         (lambda: make(act_layer=nn.ReLU), "expected activation GELU or QuickGELU, got ReLU"),
         (other_activation, "VisionTransformer computes something else than timm's"),
         (lambda: make_timm(proj="mlp"), "with a linear projection, got Mlp"),
-        (lambda: make_timm("resnet18", proj="none"), "a timm VisionTransformer, got ResNet"),
+        (lambda: make_timm("resnet18", proj="none"), "a timm VisionTransformer or Eva, got ResNet"),
     ],
 )
 def test_what_is_refused(make_tower: Any, message: str) -> None:
