@@ -80,7 +80,9 @@ def _vision_transformer(visual: Any) -> VisionTransformer:
     blocks = visual.transformer.resblocks
     kinds = {type(block).__name__ for block in blocks}
     if kinds != {"ResidualAttentionBlock"}:
-        raise UnsupportedTeacher(f"expected ResidualAttentionBlocks, got {', '.join(kinds)}")
+        raise UnsupportedTeacher(
+            f"expected ResidualAttentionBlocks, got {', '.join(sorted(kinds))}"
+        )
     activation = type(blocks[0].mlp.gelu).__name__
     if activation not in _ACTIVATIONS:
         raise UnsupportedTeacher(

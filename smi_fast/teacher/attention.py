@@ -69,14 +69,18 @@ def first_row_probabilities(
 
 def _project(attention: Any, y: Tensor, first: int, end: int) -> Tensor:
     """Some of q, k and v, numbered 0 to 2, before their norms: [B, N, end - first, H, D]."""
-    if attention.qkv is None:  # Eva may have three layers
+    heads = attention.num_heads
+    if (
+        attention.qkv is None
+    ):  # Eva may have three layers, and groups of heads with the same k and v
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)[first:end]
-        projected = torch.stack([layer(y) for layer in layers], dim=2).flatten(2)
-    else:
-        weight, bias = attention.qkv.weight, _qkv_bias(attention)
-        rows = slice(first * (len(weight) // 3), end * (len(weight) // 3))
-        projected = F.linear(y, weight[rows], None if bias is None else bias[rows])
-    chosen: Tensor = projected.unflatten(2, (end - first, attention.num_heads, -1))
+        parts = [layer(y).unflatten(2, (-1, attention.head_dim)) for layer in layers]
+        parts = [part.repeat_interleave(heads // part.shape[2], dim=2) for part in parts]
+        return torch.stack(parts, dim=2)
+    weight, bias = attention.qkv.weight, _qkv_bias(attention)
+    rows = slice(first * (len(weight) // 3), end * (len(weight) // 3))
+    projected = F.linear(y, weight[rows], None if bias is None else bias[rows])
+    chosen: Tensor = projected.unflatten(2, (end - first, heads, -1))
     return chosen
 
 

@@ -141,12 +141,6 @@ def _check_block(name: str, block: Any, prefix: int) -> None:
 
 
 def _check_qkv(name: str, attention: Any) -> None:
-    heads = attention.num_heads
-    if getattr(attention, "num_kv_heads", heads) != heads:
-        raise UnsupportedTeacher(
-            f"expected {name} to have as many heads of keys as of queries, got "
-            f"{attention.num_kv_heads} and {heads}"
-        )
     # Parts of this layer are computed from its weight, so a subclass could compute something else.
     qkv = attention.qkv
     if qkv is not None and not is_plain(qkv, nn.Linear):
@@ -154,7 +148,7 @@ def _check_qkv(name: str, attention: Any) -> None:
             f"expected {name}.qkv to be a plain Linear, got {_describe(qkv)}: {_MERGE}"
         )
     rows = attention.q_proj.out_features if qkv is None else len(qkv.weight) // 3
-    width = rows // heads
+    width = rows // attention.num_heads
     if abs(attention.scale - width**-0.5) > 1e-9:
         raise UnsupportedTeacher(
             f"expected {name} to scale by 1/sqrt({width}), got {attention.scale:.4g}"

@@ -75,6 +75,12 @@ def other_activation() -> Any:
     return tower
 
 
+def other_block() -> Any:
+    tower = make()
+    tower.transformer.resblocks[1] = nn.Identity()
+    return tower
+
+
 @pytest.mark.parametrize(
     ("make_tower", "message"),
     [
@@ -83,7 +89,7 @@ def other_activation() -> Any:
         (lambda: make(attentional_pool=True), "that returns one embedding"),
         (lambda: make(pool_type="none"), "that returns one embedding"),
         (lambda: make(output_tokens=True), "that returns one embedding"),
-        (lambda: make(qk_norm=True), "got CustomResidualAttentionBlock"),
+        (other_block, "^expected ResidualAttentionBlocks, got Identity, ResidualAttentionBlock$"),
         (lambda: make(act_layer=nn.ReLU), "expected activation GELU or QuickGELU, got ReLU"),
         (other_activation, "VisionTransformer computes something else than timm's"),
         (lambda: make_timm(proj="mlp"), "with a linear projection, got Mlp"),

@@ -43,6 +43,12 @@ EVA = {
     "vit_medium_patch16_rope_reg1_gap_256": {"img_size": 96},
     "vit_pe_core_tiny_patch16_384": {"img_size": 96},
     "vit_small_patch16_rope_224 three layers": {"img_size": 96, "qkv_fused": False},
+    "vit_small_patch16_rope_224 grouped queries": {
+        "img_size": 96,
+        "qkv_fused": False,
+        "num_kv_heads": 2,
+        "qk_norm": True,
+    },
     "vit_small_patch16_rope_224 query and key norm": {"img_size": 96, "qk_norm": True},
 }
 

@@ -69,7 +69,6 @@ def prefix_of_another() -> Eva:
         (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Beit"),
         (lambda: timm.create_model("vit_relpos_small_patch16_224"), "VisionTransformerRelPos"),
         (lambda: eva(use_post_norm=True), "blocks.0 to be Block or EvaBlock, got EvaBlockPostNorm"),
-        (lambda: eva(attn_type="rope", num_kv_heads=1, qkv_fused=False), "queries, got 1 and 3"),
         (lambda: prefix_of_another(), "attn to leave the 1 prefix tokens unrotated, got 0"),
         (lambda: replaced_forward(make_teacher("deit_tiny_patch16_224")), "forward replaced"),
         (lambda: OwnHead(depth=1, embed_dim=48, num_heads=3), "OwnHead with a forward_head"),
