@@ -70,9 +70,8 @@ def first_row_probabilities(
 def _project(attention: Any, y: Tensor, first: int, end: int) -> Tensor:
     """Some of q, k and v, numbered 0 to 2, before their norms: [B, N, end - first, H, D]."""
     heads = attention.num_heads
-    if (
-        attention.qkv is None
-    ):  # Eva may have three layers, and groups of heads with the same k and v
+    if attention.qkv is None:
+        # Eva may have three layers, and groups of heads that share k and v.
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)[first:end]
         parts = [layer(y).unflatten(2, (-1, attention.head_dim)) for layer in layers]
         parts = [part.repeat_interleave(heads // part.shape[2], dim=2) for part in parts]

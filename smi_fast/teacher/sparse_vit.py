@@ -30,7 +30,7 @@ class SparseOutput(NamedTuple):
     """Output of :class:`SparseViT`.
 
     Attributes:
-        logits: [B, classes].
+        logits: [B, classes], or the embedding [B, width] of a teacher without a head.
         importance: [B, K], the importance of each kept patch, without gradient; None unless it was
             asked for.
         taps: the requested tensors by name, see :mod:`smi_fast.teacher.taps`.
@@ -73,7 +73,7 @@ class SparseViT(nn.Module):
         image_size: (height, width) in pixels.
         patch_size: side of a patch in pixels.
         grid: patches per side, (rows, columns).
-        num_classes: length of the logits.
+        num_classes: length of the logits; 0 for a teacher without a head.
 
     Raises:
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
@@ -88,7 +88,6 @@ class SparseViT(nn.Module):
         self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.patch_size = int(vit.patch_embed.patch_size[0])
-        self.num_classes = int(getattr(vit.head, "out_features", vit.num_classes))
         self.vit = freeze(vit)
         self._weights = SharedWeights(vit, self.vit)
         self._blocks = Blocks(
@@ -96,6 +95,7 @@ class SparseViT(nn.Module):
         )
         if probe and self.device.type != "meta":
             compare(vit, self)
+        self.num_classes = _classes(self.vit)
 
     @property
     def num_patches(self) -> int:
@@ -229,6 +229,14 @@ class SparseViT(nn.Module):
         x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         embedded: Tensor = self.vit.norm_pre(x)
         return embedded
+
+
+@torch.no_grad()
+def _classes(vit: VisionTransformer) -> int:
+    """Length of the logits. A head that replaced timm's doesn't change the model's num_classes."""
+    if isinstance(vit.head, nn.Identity):
+        return 0
+    return int(vit.head(vit.patch_embed.proj.weight.new_zeros(1, vit.embed_dim)).shape[-1])
 
 
 def _rows_read(vit: VisionTransformer) -> int | None:

@@ -133,6 +133,13 @@ MUTANTS = (
             EVERY,
         ),
         Mutant(
+            "sparse-classes",
+            "    if isinstance(vit.head, nn.Identity):\n        return 0\n",
+            "    if isinstance(vit.head, (nn.Identity, nn.Linear)):\n        return vit.num_classes\n",
+            "A replaced head doesn't change the number of classes.",
+            f"{SPARSE}::test_classes_are_those_of_a_head_that_replaced_timms",
+        ),
+        Mutant(
             "sparse-follow",
             "if not torch.compiler.is_compiling():\n            self._weights.follow()",
             "if False:\n            self._weights.follow()",
