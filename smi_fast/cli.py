@@ -232,6 +232,13 @@ def invert(
     backend: Annotated[
         str, typer.Option(help="Implementation of the ops, see smi-fast info.")
     ] = "auto",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Network that says what it sees in each image: fashion-canvas, for the classes of "
+            "that teacher."
+        ),
+    ] = None,
     background: Annotated[
         str,
         typer.Option(
@@ -250,6 +257,7 @@ def invert(
     """Invert classes of a teacher into a folder of images."""
     from smi_fast.fill import Interrupted, fill, rehearse
     from smi_fast.inversion import SparseInverter
+    from smi_fast.judge import check_judge, load_judge
     from smi_fast.ops import backends
     from smi_fast.pool import Pool
     from smi_fast.provenance import describe
@@ -278,6 +286,10 @@ def invert(
         model = load_teacher(teacher, checkpoint).to(where)
         inverter = SparseInverter(model, **published.options(schedule=stops, backend=backend))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
+        names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
+        independent = None if judge is None else load_judge(judge)
+        if independent is not None:
+            check_judge(independent, names)
         rehearse(inverter, published)
     if not quiet:
         print(published)
@@ -295,8 +307,9 @@ def invert(
         "soft_targets": published.soft,
         **describe(inverter),
         "lr": rate if isinstance(rate, float) else repr(rate),
+        "judge": judge,
+        "judge_sha256": None if independent is None else fingerprint(independent),
     }
-    names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make = Pool.resume if resume else partial(Pool.create, overwrite=overwrite)
@@ -309,6 +322,7 @@ def invert(
                 recipe=published,
                 batch_size=batch_size,
                 seed=seed,
+                judge=independent,
                 provenance={"teacher": teacher, "recipe": recipe},
                 progress=not quiet,
             )
@@ -348,6 +362,9 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
         f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
         f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
     )
+    if "judge" in records[0]:
+        agreed = sum(record["judge"] == record["class_name"] for record in records) / len(records)
+        print(f"an independent judge sees it in {agreed:.1%} of the whole images")
     draw_sheet(pool)
     print(f"look at {pool.path / CONTACT_SHEET}")
 

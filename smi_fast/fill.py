@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
+from smi_fast.judge import check_judge, verdicts
 from smi_fast.pool import METADATA, UNFINISHED, Pool, PoolError
 from smi_fast.pool.pictures import draw_loss
 from smi_fast.provenance import describe, versions
@@ -64,6 +66,7 @@ def fill(
     recipe: Recipe,
     batch_size: int = 40,
     seed: int = 0,
+    judge: nn.Module | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> None:
@@ -79,6 +82,7 @@ def fill(
         recipe: turns labels into targets.
         batch_size: number of images in a batch.
         seed: from 0; decides noise, jitter and soft targets, see :func:`batch_seed`.
+        judge: what says what it sees in each whole image, see :func:`smi_fast.judge.load_judge`.
         provenance: further entries of each image's record, beside those of the pool, the teacher's
             prediction and confidence, iterations, seed, the most important options, versions and
             the hash of the weights.
@@ -89,13 +93,15 @@ def fill(
         NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
             of the batch are in ``unfinished/``.
         BatchTooLarge: a batch doesn't fit into memory.
-        ValueError: a label that is no class of the pool.
+        ValueError: a label that is no class of the pool, or a judge of other classes.
         PoolError: the pool can't be written, or holds images of other labels.
     """
     classes = len(pool.settings["class_names"])
     for label in labels:
         if not 0 <= label < classes:
             raise ValueError(f"expected labels in 0..{classes - 1}, got {label}")
+    if judge is not None:
+        check_judge(judge, pool.settings["class_names"])
     held = _check_held(pool, labels)
     options = describe(inverter)
     same = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
@@ -120,7 +126,11 @@ def fill(
                 f"interrupted after {result.iterations} iterations: the unfinished images of this "
                 f"batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
             )
-        records = [{**record, **same} for record in _records(result, wanted)]
+        seen = [{}] * len(wanted) if judge is None else verdicts(judge, result.images)
+        records = [
+            {**record, **word, **same}
+            for record, word in zip(_records(result, wanted), seen, strict=True)
+        ]
         loss = {"stops": list(inverter.schedule.at), "history": result.history}
         pool.add(result.images, result.masks, records, loss=loss, seconds=result.seconds)
         draw_loss(pool)

@@ -50,7 +50,7 @@ def test_unwritable_folder(smi: Smi, tmp_path: Path) -> None:
         (("--background", "0,0"), "or R,G,B such as 255,128,0, got '0,0'"),
         (("--resume", "--overwrite"), "--resume or --overwrite, got both"),
         (("--teacher", "vit_tiny_patch16_224", "--checkpoint", "gone.pth"), "gone.pth"),
-        (("--teacher", "resnet18"), "a VisionTransformer of timm as teacher, got resnet18"),
+        (("--teacher", "resnet18"), "a VisionTransformer or Eva of timm as teacher, got resnet18"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

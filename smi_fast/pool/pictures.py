@@ -19,6 +19,7 @@ SMALLEST_TILE = 112
 GAP = 12
 NAME_SIZE, CONFIDENCE_SIZE = 18, 13
 STOP_COLOUR = "#d62728"
+GREY = "#444444"
 
 
 def draw_sheet(pool: Pool) -> None:
@@ -50,11 +51,14 @@ def _safe(pool: Pool) -> str:
 def contact_sheet(pool: str | Path, path: str | Path) -> None:
     """Draw the images of a pool, one row for each class.
 
-    Each whole image has its kept patches to its right, and the teacher's confidence below it. From
-    a large pool it draws the first images of the first classes, and the title says how many.
+    Each whole image has its kept patches to its right. Below the image is the teacher's confidence
+    in the wanted class, and to its right what the judge sees in the image, in red where it is
+    another class. From a large pool it draws the first images of the first classes, and the title
+    says how many.
 
     Args:
-        pool: folder of the pool. Its records may have a ``confidence`` in [0, 1].
+        pool: folder of the pool. Its records may have a ``confidence`` in [0, 1], and the name of a
+            class as ``judge``.
         path: PNG file to write.
 
     Raises:
@@ -74,6 +78,8 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
         f"{sum(map(len, rows))} of {len(records)} images, {len(rows)} of {len(classes)} classes: "
         "whole, and kept patches"
     )
+    title += ". Below: the teacher's confidence" * ("confidence" in records[0])
+    title += ", and what an independent judge sees" * ("judge" in records[0])
 
     def read(name: str) -> Image.Image:
         try:
@@ -92,7 +98,7 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     width, height = read(rows[0][0]["file_name"]).size
     left = round(max(map(large.getlength, names))) + 2 * GAP
     top = NAME_SIZE + 2 * GAP
-    across, down = 2 * width + GAP, height + CONFIDENCE_SIZE + GAP
+    across, down = 2 * width + GAP, height + CONFIDENCE_SIZE + 2 * GAP
     right = max(left + across * max(map(len, rows)), round(large.getlength(title)) + 2 * GAP)
     sheet = Image.new("RGB", (right, top + down * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -103,8 +109,22 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
             sheet.paste(read(record["file_name"]), (x, y))
             sheet.paste(read(record["masked_file_name"]), (x + width, y))
             if "confidence" in record:
-                draw.text((x, y + height), f"{record['confidence']:.3f}", "black", small)
+                draw.text((x, y + height + 2), f"{record['confidence']:.1%}", GREY, small)
+            if "judge" in record:
+                word, wanted = str(record["judge"]), record["class_name"]
+                word = _fitting(word, width, small)
+                colour = GREY if record["judge"] == wanted else STOP_COLOUR
+                draw.text((x + width, y + height + 2), word, colour, small)
     write_atomically(path, partial(sheet.save, format="PNG"))
+
+
+def _fitting(word: str, width: int, font: Any) -> str:
+    """The word, or its beginning and an ellipsis where it is wider than ``width`` pixels."""
+    if font.getlength(word) <= width:
+        return word
+    while word and font.getlength(f"{word}…") > width:
+        word = word[:-1]
+    return f"{word}…"
 
 
 def loss_curves(

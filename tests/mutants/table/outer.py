@@ -145,6 +145,16 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/judge.py",
+        "tests/test_judge.py",
+        Mutant(
+            "judge-space",
+            ".float() - mean) / std)",
+            ".float()) / std)",
+            "The judge sees images in another space than it was trained in.",
+        ),
+    ),
+    *of_file(
         "smi_fast/provenance.py",
         "tests/test_provenance.py",
         Mutant(

@@ -135,7 +135,8 @@ MUTANTS = (
         Mutant(
             "sparse-classes",
             "    if isinstance(vit.head, nn.Identity):\n        return 0\n",
-            "    if isinstance(vit.head, (nn.Identity, nn.Linear)):\n        return vit.num_classes\n",
+            "    if isinstance(vit.head, (nn.Identity, nn.Linear)):\n"
+            "        return vit.num_classes\n",
             "A replaced head doesn't change the number of classes.",
             f"{SPARSE}::test_classes_are_those_of_a_head_that_replaced_timms",
         ),
