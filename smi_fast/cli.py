@@ -239,6 +239,12 @@ def invert(
             "that teacher."
         ),
     ] = None,
+    strip: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Number of moments of each image's progress in report/progress/; 0: none."
+        ),
+    ] = 0,
     background: Annotated[
         str,
         typer.Option(
@@ -255,7 +261,7 @@ def invert(
     ] = False,
 ) -> None:
     """Invert classes of a teacher into a folder of images."""
-    from smi_fast.fill import Interrupted, fill, rehearse
+    from smi_fast.fill import Interrupted, check_strip, fill, rehearse
     from smi_fast.inversion import SparseInverter
     from smi_fast.judge import check_judge, load_judge
     from smi_fast.ops import backends
@@ -287,6 +293,7 @@ def invert(
         inverter = SparseInverter(model, **published.options(schedule=stops, backend=backend))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
+        check_strip(strip, iterations)
         independent = None if judge is None else load_judge(judge)
         if independent is not None:
             check_judge(independent, names)
@@ -307,6 +314,7 @@ def invert(
         "soft_targets": published.soft,
         **describe(inverter),
         "lr": rate if isinstance(rate, float) else repr(rate),
+        "strip": strip,
         "judge": judge,
         "judge_sha256": None if independent is None else fingerprint(independent),
     }
@@ -323,6 +331,7 @@ def invert(
                 batch_size=batch_size,
                 seed=seed,
                 judge=independent,
+                strip=strip,
                 provenance={"teacher": teacher, "recipe": recipe},
                 progress=not quiet,
             )

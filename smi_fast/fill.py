@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
 from smi_fast.judge import check_judge, verdicts
@@ -67,6 +67,7 @@ def fill(
     batch_size: int = 40,
     seed: int = 0,
     judge: nn.Module | None = None,
+    strip: int = 0,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> None:
@@ -83,6 +84,8 @@ def fill(
         batch_size: number of images in a batch.
         seed: from 0; decides noise, jitter and soft targets, see :func:`batch_seed`.
         judge: what says what it sees in each whole image, see :func:`smi_fast.judge.load_judge`.
+        strip: number of moments of each image's inversion that ``report/progress/`` shows, at equal
+            distances, the last one finished; 0 for none.
         provenance: further entries of each image's record, beside those of the pool, the teacher's
             prediction and confidence, iterations, seed, the most important options, versions and
             the hash of the weights.
@@ -93,13 +96,15 @@ def fill(
         NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
             of the batch are in ``unfinished/``.
         BatchTooLarge: a batch doesn't fit into memory.
-        ValueError: a label that is no class of the pool, or a judge of other classes.
+        ValueError: a label that is no class of the pool, a judge of other classes, or more moments
+            than iterations.
         PoolError: the pool can't be written, or holds images of other labels.
     """
     classes = len(pool.settings["class_names"])
     for label in labels:
         if not 0 <= label < classes:
             raise ValueError(f"expected labels in 0..{classes - 1}, got {label}")
+    check_strip(strip, inverter.settings.iterations)
     if judge is not None:
         check_judge(judge, pool.settings["class_names"])
     held = _check_held(pool, labels)
@@ -110,13 +115,15 @@ def fill(
     for start in range(held, len(labels), batch_size):
         wanted = list(labels[start : start + batch_size])
         generator = torch.Generator().manual_seed(batch_seed(seed, start))
+        moments = _Moments(inverter, strip)
+        watch: dict[str, Any] = {"callback": moments} if strip else {}
         try:
             with _explained_memory(len(wanted)):
                 targets = recipe.targets(
                     torch.tensor(wanted), inverter.teacher.num_classes, generator
                 )
                 targets = targets.to(inverter.teacher.device)
-                result = inverter.invert(targets, generator=generator, progress=progress)
+                result = inverter.invert(targets, generator=generator, progress=progress, **watch)
         except NonFiniteLoss as error:
             pool.add_unfinished(error.result.images)
             raise
@@ -132,8 +139,39 @@ def fill(
             for record, word in zip(_records(result, wanted), seen, strict=True)
         ]
         loss = {"stops": list(inverter.schedule.at), "history": result.history}
-        pool.add(result.images, result.masks, records, loss=loss, seconds=result.seconds)
+        pool.add(
+            result.images,
+            result.masks,
+            records,
+            loss=loss,
+            seconds=result.seconds,
+            moments=moments.seen,
+        )
         draw_loss(pool)
+
+
+def check_strip(strip: int, iterations: int) -> None:
+    """Refuse a number of moments that a run doesn't have.
+
+    Raises:
+        ValueError: it is below 0, or more than the iterations.
+    """
+    if not 0 <= strip <= iterations:
+        raise ValueError(f"expected a strip of 0..{iterations} moments, got {strip}")
+
+
+class _Moments:
+    """Keeps the pixels of a batch at moments of equal distances."""
+
+    def __init__(self, inverter: SparseInverter, count: int) -> None:
+        settings = inverter.settings
+        self._space = settings.space
+        self._wanted = {(i + 1) * settings.iterations // count - 1 for i in range(count)}
+        self.seen: list[Tensor] = []
+
+    def __call__(self, number: int, images: Tensor, kept: Tensor) -> None:
+        if number in self._wanted:
+            self.seen.append(self._space.denormalize(images).detach().cpu())
 
 
 @contextmanager

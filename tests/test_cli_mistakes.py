@@ -45,6 +45,7 @@ def test_unwritable_folder(smi: Smi, tmp_path: Path) -> None:
         (("--backend", "abacus"), "a backend among auto, .*reference, got 'abacus'"),
         (("--lr", "0"), "lr above 0, got 0"),
         (("--checkpoint", "nothing.pth"), "comes with its weights"),
+        (("--strip", "4"), "expected a strip of 0..3 moments, got 4"),
         (("--background", "grey"), "expected --background mean, blurred, black, or R,G,B .*'grey'"),
         (("--background", "0,0,256"), "or R,G,B such as 255,128,0, got '0,0,256'"),
         (("--background", "0,0"), "or R,G,B such as 255,128,0, got '0,0'"),

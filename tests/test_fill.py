@@ -167,3 +167,38 @@ def test_a_loss_that_is_not_finite_leaves_the_last_images(
         filled(tmp_path, inverter)
     assert len(Pool(tmp_path).records) == 2
     assert len(list((tmp_path / "unfinished").iterdir())) == 2
+
+
+@quick
+def test_a_strip_shows_moments_of_each_image(teacher: VisionTransformer, tmp_path: Path) -> None:
+    inverter = make(teacher)
+    filled(tmp_path, inverter, seed=1)
+    before = files(tmp_path)
+    strips = filled(tmp_path / "strips", inverter, seed=1, strip=3)
+    seen: dict[int, Tensor] = {}
+    generator = torch.Generator().manual_seed((1 << 32) + 2)
+    inverter.invert(
+        LABELS[2:4],
+        generator=generator,
+        progress=False,
+        callback=lambda number, images, kept: seen.update({number: images.clone()}),
+    )
+    for i, index in enumerate((2, 3)):
+        frames = [inverter.settings.space.denormalize(seen[number])[i] for number in (2, 5, 9)]
+        expected = (torch.cat(frames, 2).float() * 255).round().permute(1, 2, 0).numpy()
+        strip = read(tmp_path / "strips/report/progress" / f"{index:06}.png")
+        np.testing.assert_array_equal(strip, expected)
+    found = files(strips.path)
+    assert {name: found.pop(name) for name in before} == before
+    assert sorted(found) == [f"report/progress/{i:06}.png" for i in range(5)]
+    strips.close()
+    with Pool.create(strips.path, SETTINGS, ["a"], overwrite=True):
+        assert not (strips.path / "report").exists()
+
+
+def test_a_strip_has_at_most_a_moment_for_each_iteration(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    for strip in (-1, 11):
+        with pytest.raises(ValueError, match=rf"a strip of 0..10 moments, got {strip}"):
+            filled(tmp_path / str(strip), make(teacher), strip=strip)

@@ -13,6 +13,7 @@ CONTACT_SHEET = "report/contact_sheet.png"
 LOSS = "report/loss.json"
 LOSS_CURVES = "report/loss.png"
 SECONDS = "report/seconds.jsonl"
+PROGRESS = "report/progress"
 REPORTS = (CONTACT_SHEET, LOSS, LOSS_CURVES, SECONDS)
 # The folder of each of an image's files, by the entry of its record that names the file. Hugging
 # Face's imagefolder knows a column of files by the ending of these names.

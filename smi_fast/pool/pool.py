@@ -11,6 +11,7 @@ A pool is a folder::
     masks/0207/000000.png    one pixel per patch: 255 kept, 0 stopped
     report/loss.json         the loss of the last batch, in each iteration
     report/seconds.jsonl     how long each batch took
+    report/progress/         moments of each image's inversion side by side, if they were kept
     .lock                    held by the process that adds images
 
 The settings decide every byte of it but those of ``report/seconds.jsonl``.
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
@@ -53,6 +55,7 @@ from smi_fast.pool.layout import (
     LOCK,
     LOSS,
     METADATA,
+    PROGRESS,
     REPORTS,
     SECONDS,
     SETTINGS,
@@ -209,6 +212,7 @@ class Pool:
         *,
         loss: Mapping[str, Any] | None = None,
         seconds: float | None = None,
+        moments: Sequence[Tensor] = (),
     ) -> None:
         """Add a batch of images. After an error the pool has none of them.
 
@@ -221,6 +225,8 @@ class Pool:
             loss: of this batch: its ``history``, the values of each objective by its name, and its
                 ``stops``. It replaces that of the batch before.
             seconds: that the batch took.
+            moments: the images at some moments of their inversion, each as ``images``; of each
+                image ``report/progress/`` shows them side by side.
 
         Raises:
             ValueError: shapes or types don't fit, a label is no class of the pool, a record has a
@@ -232,6 +238,8 @@ class Pool:
         settings = self.settings
         names = settings["class_names"]
         check_batch(images, masks, len(records))
+        for moment in moments:
+            check_batch(moment, masks, len(records))
         labels = check_labels(records, len(names))
         if not records:
             return
@@ -240,11 +248,14 @@ class Pool:
         masked = over(images.float(), masks, settings["background"])
         grey = (masks.cpu().byte() * 255).numpy()
         pixels = zip(to_uint8(images), to_uint8(masked), grey, strict=True)
+        strips = None if not moments else to_uint8(torch.cat(list(moments), dim=3))
         kept = [mask.flatten().nonzero()[:, 0].tolist() for mask in masks.cpu()]
         for i, (record, label, each) in enumerate(zip(records, labels, pixels, strict=True)):
             index = self._held + i
             files = files_of(index, label, len(names))
             pictures |= zip(files.values(), map(Image.fromarray, each), strict=True)
+            if strips is not None:
+                pictures[f"{PROGRESS}/{picture_name(index)}"] = Image.fromarray(strips[i])
             own = {**files, "index": index, "batch": self._batches, "batch_size": len(records)}
             own |= {"label": label, "class_name": names[label], "kept": kept[i]}
             lines.append(metadata.to_line({**own, **record, **own}))
@@ -416,7 +427,7 @@ class Pool:
     def _discard_strays(self) -> None:
         """Delete the images without a line, which loaders of folders would find."""
         with suppress(OSError):
-            for folder in reversed(self._class_folders()):
+            for folder in (*reversed(self._class_folders()), self.path / PROGRESS):
                 delete_pictures(folder, range(self._held, sys.maxsize))
 
     def _discard_unfinished(self, before: int = sys.maxsize) -> None:
@@ -430,7 +441,7 @@ class Pool:
         The metadata goes first, so that no line outlives its files.
         """
         with explained(f"reading {self.path}"):
-            folders = [*self._class_folders(), self.path / UNFINISHED]
+            folders = [*self._class_folders(), self.path / UNFINISHED, self.path / PROGRESS]
         for folder in filter(Path.is_symlink, (*folders, self.path / "report")):
             raise PoolError(
                 f"{folder} is a symbolic link, which is not followed, so {self.path} is not "
