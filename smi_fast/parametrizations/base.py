@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from smi_fast.teacher.sigmoid_images import SigmoidImages
     from smi_fast.teacher.space import ImageSpace
 
 P = TypeVar("P", bound="Parametrization")
@@ -49,6 +50,13 @@ class Parametrization(ABC):
     @abstractmethod
     def images(self, parameters: Tensor) -> Tensor:
         """Images [B, C, H, W] in normalised space, differentiable."""
+
+    def lazy_images(self, parameters: Tensor) -> Tensor | SigmoidImages:
+        """The images, or what they are computed from where they are read.
+
+        The loop calls it. :class:`SigmoidParametrization` has images that are computed later.
+        """
+        return self.images(parameters)
 
     def parameters_of(self, images: Tensor) -> Tensor:
         """Parameters whose images are these [B, C, H, W]; a new tensor.

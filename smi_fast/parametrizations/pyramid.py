@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.parametrizations.base import Parametrization
-from smi_fast.parametrizations.fourier import MARGIN
+from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 from smi_fast.teacher.space import ImageSpace
 
 
 @dataclass
-class Pyramid(Parametrization):
+class Pyramid(SigmoidParametrization):
     """Pixels are ``sigmoid(u)``, where u is a sum of images of several sizes.
 
     The longer side of the smallest image has ``smallest`` pixels, each next one twice as many, and
@@ -75,18 +74,17 @@ class Pyramid(Parametrization):
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return (noise * self.start).to(self.space.mean)
 
-    def images(self, parameters: Tensor) -> Tensor:
+    def field(self, parameters: Tensor) -> Tensor:
         sizes = [(rows.shape[1], columns.shape[1]) for rows, columns in self._levels]
         parts = parameters.split([height * width for height, width in sizes], dim=2)
         levels = [
             rows @ part.unflatten(2, size) @ columns.mT
             for part, size, (rows, columns) in zip(parts, sizes, self._levels, strict=True)
         ]
-        return self.space.normalize(torch.sigmoid(torch.stack(levels).sum(0)))
+        return torch.stack(levels).sum(0)
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        space = self.space
-        u = space.denormalize(images.to(space.mean.dtype)).clamp(MARGIN, 1 - MARGIN).logit()
+        u = self.field_of(images)
         rows, columns = self._levels[-1]
         # The matrices of the largest image are multiples of the identity; the other images are 0.
         full = (u / (rows[0, 0] * columns[0, 0])).flatten(2)
