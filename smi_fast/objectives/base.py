@@ -29,7 +29,7 @@ class _Images:
     def __get__(self, owner: LossInputs | None, kind: type | None = None) -> Tensor:
         if owner is None:
             raise AttributeError(self._name)  # the field has no default
-        images = vars(owner)[self._name]
+        images: Tensor | Callable[[], Tensor] = vars(owner)[self._name]
         if not isinstance(images, Tensor):
             # Who reads them first may want no gradient; who reads them next may want one.
             with torch.enable_grad():

@@ -77,7 +77,7 @@ class Fourier(SigmoidParametrization):
     def field(self, parameters: Tensor) -> Tensor:
         space = self.space
         spectrum = torch.view_as_complex(parameters) * self._scale
-        u = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
+        u: Tensor = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", self._colours, u)
         return u

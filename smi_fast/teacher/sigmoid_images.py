@@ -19,6 +19,8 @@ class SigmoidImages:
     out of the field (:func:`smi_fast.ops.gather_sigmoid_patches`), so that the other pixels are
     never computed. :meth:`tensor` makes the images.
 
+    >>> from smi_fast.teacher import SigmoidImages
+    >>> from smi_fast.teacher.space import ImageSpace
     >>> space = ImageSpace(3, 64, 64, torch.full((3,), 0.5), torch.full((3,), 0.2))
     >>> images = SigmoidImages(field=torch.randn(2, 3, 64, 64), space=space)
     >>> SparseViT(teacher)(images, torch.tensor([[3, 9], [0, 1]])).logits.shape

@@ -192,6 +192,16 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/parametrizations/sigmoid.py",
+        "tests/parametrizations/test_sigmoid.py",
+        Mutant(
+            "sigmoid-subclass",
+            "if type(self).images is not SigmoidParametrization.images:",
+            "if False:",
+            "The teacher doesn't see what a subclass makes of the images.",
+        ),
+    ),
+    *of_file(
         "smi_fast/parametrizations/base.py",
         f"{PARAMETRIZATIONS}::test_binding_leaves_the_given_parametrization_as_it_was",
         Mutant(
