@@ -17,7 +17,7 @@ help:
 
 demo: .venv/.installed
 	$(BIN)/smi-fast invert --teacher fashion-canvas --classes 0-9 --per-class 4 \
-	    --out demo --seed 0 --overwrite
+	    --judge fashion-canvas --out demo --seed 0 --overwrite
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

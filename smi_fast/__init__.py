@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # Each public name by the module that has it; the types of the same names are in __init__.pyi.
 _NAMES = {
+    "convert": ("from_huggingface", "from_open_clip", "from_torchvision"),
     "inversion": ("InversionResult", "NonFiniteLoss", "SparseInverter", "invert"),
     "jitter": ("Jitter",),
     "learning_rate": ("Cosine", "LearningRate", "PerPhase"),
@@ -57,6 +58,7 @@ _NAMES = {
 _MODULES = {
     "augmentations": "augmentations",
     "compat": "compat",
+    "importance": "importance",
     "ops": "ops",
     "recipes": "recipes",
     "taps": "teacher.taps",

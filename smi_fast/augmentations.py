@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from torch import Tensor
 Augment = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """``augment(images, progress, generator) -> images``.
 
-The images [B, C, H, W] are normalised and not jittered; what is returned has the same shape, data
-type and device, and a gradient. ``progress`` [] is the share of the run that is done, in [0, 1).
-Random numbers come from ``generator``, which is on the images' device. It must not read a tensor on
-the host, so that an iteration can be captured in a CUDA graph.
+The images [B, C, H, W] are normalised and not jittered, and stay as they are. What is returned has
+the same shape, data type and device, and a gradient. ``progress`` [] is the share of the run that
+is done, in [0, 1). Random numbers come from ``generator``, which is on the images' device. The
+function must not read a tensor on the host, so that an iteration can be captured in a CUDA graph.
 """
 
 
@@ -161,5 +162,5 @@ def _linear(start: float, end: float, progress: Tensor) -> Tensor:
 def _check(augmentation: object, *names: str) -> None:
     for name in names:
         value = getattr(augmentation, name)
-        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
             raise ValueError(f"expected {name} from 0, got {value!r}")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from smi_fast.pool import Pool
     from smi_fast.recipes import Recipe
     from smi_fast.schedules import Schedule
-    from smi_fast.teacher import SparseViT
-
-PACKAGES = ("timm", "triton", "numpy")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,10 +83,11 @@ def info() -> None:
     import torch
 
     from smi_fast.ops import backends
+    from smi_fast.provenance import versions
 
     print(f"smi_fast  {__version__}")
     print(f"python    {platform.python_version()}")
-    for name, found in _versions().items():
+    for name, found in versions().items():
         print(f"{name:<9} {found}")
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -103,6 +100,7 @@ def info() -> None:
         print(f"  {backends.DEFAULT} takes")
         for op in backends.OPS:
             print(f"    {op:<20} {_choice(op, device)}")
+        print(f"    {'blocks of a teacher':<20} {_engines(device)}")
 
 
 def _choice(op: str, device: torch.device) -> str:
@@ -116,6 +114,22 @@ def _choice(op: str, device: torch.device) -> str:
         return str(error)
     first, why = backends.ON_GPU[op]
     return f"{chosen}: {why}" if chosen == first else chosen
+
+
+def _engines(device: torch.device) -> str:
+    """How the blocks of a teacher run on a device."""
+    import torch
+
+    from smi_fast import engine
+
+    found = [
+        candidate.backend
+        for candidate in engine.candidates(torch.nn.Sequential())
+        if candidate.why_not(device, torch.float32) is None
+    ]
+    if not found:
+        return "op by op"
+    return f"{found[0]}'s engine; without LayerNorm or exact GELU, or of Eva, op by op"
 
 
 def _describe(device: torch.device) -> str:
@@ -218,6 +232,26 @@ def invert(
     backend: Annotated[
         str, typer.Option(help="Implementation of the ops, see smi-fast info.")
     ] = "auto",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Network that says what it sees in each image: fashion-canvas, for the classes of "
+            "that teacher."
+        ),
+    ] = None,
+    strip: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Number of moments of each image's progress in report/progress/; 0: none."
+        ),
+    ] = 0,
+    background: Annotated[
+        str,
+        typer.Option(
+            help="What masked images show in place of stopped patches: mean, the mean colour of "
+            "the kept ones; blurred; black; or R,G,B in 0..255."
+        ),
+    ] = "mean",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing pool.")
@@ -227,10 +261,12 @@ def invert(
     ] = False,
 ) -> None:
     """Invert classes of a teacher into a folder of images."""
-    from smi_fast.fill import Interrupted, fill, rehearse
+    from smi_fast.fill import Interrupted, check_strip, fill, rehearse
     from smi_fast.inversion import SparseInverter
+    from smi_fast.judge import check_judge, load_judge
     from smi_fast.ops import backends
     from smi_fast.pool import Pool
+    from smi_fast.provenance import describe
     from smi_fast.recipes import by_name
     from smi_fast.zoo import fingerprint, label_names, load_cnn, load_teacher
 
@@ -243,6 +279,7 @@ def invert(
             raise ValueError("expected --cnn with --cnn-checkpoint, got none")
         options.check_most("--seed", seed, options.MOST_SEED)
         backends.check_name(backend)
+        shown = options.parse_background(background)
         where = options.parse_device(device)
         network = None if cnn is None else load_cnn(cnn, cnn_checkpoint).to(where)
         published = by_name(recipe, network)
@@ -255,41 +292,36 @@ def invert(
         model = load_teacher(teacher, checkpoint).to(where)
         inverter = SparseInverter(model, **published.options(schedule=stops, backend=backend))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
+        names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
+        check_strip(strip, iterations)
+        independent = None if judge is None else load_judge(judge)
+        if independent is not None:
+            check_judge(independent, names)
         rehearse(inverter, published)
     if not quiet:
         print(published)
     settings = {
         "teacher": teacher,
         "checkpoint": None if checkpoint is None else checkpoint.name,
-        "teacher_sha256": fingerprint(model),
         "classes": classes,
         "per_class": per_class,
-        "schedule": repr(stops),
+        "batch_size": batch_size,
+        "seed": seed,
         "recipe": recipe,
         "cnn": cnn,
         "cnn_checkpoint": None if cnn_checkpoint is None else cnn_checkpoint.name,
         "cnn_sha256": None if network is None else fingerprint(network),
-        "iterations": iterations,
+        "soft_targets": published.soft,
+        **describe(inverter),
         "lr": rate if isinstance(rate, float) else repr(rate),
-        "jitter": repr(published.jitter),
-        "batch_size": batch_size,
-        "seed": seed,
-        "backend": _backends(backend, inverter.teacher),
-        "device": inverter.teacher.device.type,
-        "dtype": str(inverter.teacher.dtype).removeprefix("torch."),
-    }
-    provenance = {
-        "teacher": teacher,
-        "schedule": repr(stops),
-        "recipe": recipe,
-        "seed": seed,
-        "versions": _versions(),
+        "strip": strip,
+        "judge": judge,
+        "judge_sha256": None if independent is None else fingerprint(independent),
     }
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with (
-        Pool.resume(out, settings) if resume else Pool.create(out, settings, overwrite=overwrite)
-    ) as pool:
+    make = Pool.resume if resume else partial(Pool.create, overwrite=overwrite)
+    with make(out, settings, names, background=shown) as pool:
         try:
             fill(
                 pool,
@@ -298,14 +330,33 @@ def invert(
                 recipe=published,
                 batch_size=batch_size,
                 seed=seed,
-                class_names=label_names(model),
-                provenance=provenance,
+                judge=independent,
+                strip=strip,
+                provenance={"teacher": teacher, "recipe": recipe},
                 progress=not quiet,
             )
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(130) from None
         _summarise(pool, inverter.schedule)
+
+
+@app.command()
+def migrate(
+    pool: Annotated[Path, typer.Argument(help="A pool of the first version, with manifest.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new pool.")],
+) -> None:
+    """Copy a pool of an older version into one of this version; the old one stays."""
+    from smi_fast.pool import CONTACT_SHEET
+    from smi_fast.pool.migrate import migrate as copy
+    from smi_fast.pool.pictures import draw_loss, draw_sheet
+
+    made = copy(pool, out)
+    images = len(made.records)
+    if images:
+        draw_sheet(made)
+    draw_loss(made)
+    print(f"{images} images in {out}; look at {out / CONTACT_SHEET}")
 
 
 def _summarise(pool: Pool, schedule: Schedule) -> None:
@@ -315,13 +366,14 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
     records = pool.records
     right = sum(record["prediction"] == record["label"] for record in records) / len(records)
     confidence = sum(record["confidence"] for record in records) / len(records)
-    seen = (
-        "whole images" if not schedule.at else f"{records[0]['kept_patches']} kept patches of each"
-    )
+    seen = "whole images" if not schedule.at else f"{len(records[0]['kept'])} kept patches of each"
     print(
         f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
         f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
     )
+    if "judge" in records[0]:
+        agreed = sum(record["judge"] == record["class_name"] for record in records) / len(records)
+        print(f"an independent judge sees it in {agreed:.1%} of the whole images")
     draw_sheet(pool)
     print(f"look at {pool.path / CONTACT_SHEET}")
 
@@ -347,25 +399,3 @@ def _schedule(name: str, recipe: Recipe) -> Schedule:
             "or take --schedule smi-scaled"
         )
     return schedule
-
-
-def _backends(name: str, teacher: SparseViT) -> str:
-    """The backends that run the ops of a teacher."""
-    from smi_fast.ops import backends
-
-    device, dtype = teacher.device, teacher.dtype
-    chosen = (backends.choose(op, device, dtype, name).name for op in backends.OPS)
-    return ", ".join(dict.fromkeys(chosen))
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    # torch.__version__ also names the build, such as 2.14.1+cu130; the metadata only has 2.14.1.
-    found: dict[str, str] = {"torch": torch.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
-from smi_fast.pool import MANIFEST, UNFINISHED, Pool, PoolError
+from smi_fast.judge import check_judge, verdicts
+from smi_fast.pool import METADATA, UNFINISHED, Pool, PoolError
 from smi_fast.pool.pictures import draw_loss
+from smi_fast.provenance import describe, versions
 from smi_fast.recipes import Recipe
+
+# What each image says of the inverter's options; all of them are in the settings of the pool.
+PROVENANCE = ("teacher_sha256", "schedule", "parametrization", "precision", "backend")
 
 
 class Interrupted(Exception):
@@ -60,7 +66,8 @@ def fill(
     recipe: Recipe,
     batch_size: int = 40,
     seed: int = 0,
-    class_names: Sequence[str] | None = None,
+    judge: nn.Module | None = None,
+    strip: int = 0,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> None:
@@ -76,8 +83,12 @@ def fill(
         recipe: turns labels into targets.
         batch_size: number of images in a batch.
         seed: from 0; decides noise, jitter and soft targets, see :func:`batch_seed`.
-        class_names: names of the teacher's classes by index; by default the index itself.
-        provenance: further entries of each image's record.
+        judge: what says what it sees in each whole image, see :func:`smi_fast.judge.load_judge`.
+        strip: number of moments of each image's inversion that ``report/progress/`` shows, at equal
+            distances, the last one finished; 0 for none.
+        provenance: further entries of each image's record, beside those of the pool, the teacher's
+            prediction and confidence, iterations, seed, the most important options, versions and
+            the hash of the weights.
         progress: show the progress of each batch.
 
     Raises:
@@ -85,21 +96,34 @@ def fill(
         NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
             of the batch are in ``unfinished/``.
         BatchTooLarge: a batch doesn't fit into memory.
+        ValueError: a label that is no class of the pool, a judge of other classes, or more moments
+            than iterations.
         PoolError: the pool can't be written, or holds images of other labels.
     """
-    names = [str(label) if class_names is None else class_names[label] for label in labels]
-    held = _check_held(pool, labels, names)
+    classes = len(pool.settings["class_names"])
+    for label in labels:
+        if not 0 <= label < classes:
+            raise ValueError(f"expected labels in 0..{classes - 1}, got {label}")
+    check_strip(strip, inverter.settings.iterations)
+    if judge is not None:
+        check_judge(judge, pool.settings["class_names"])
+    held = _check_held(pool, labels)
+    options = describe(inverter)
+    same = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
+    same |= provenance or {}
     draw_loss(pool)  # a killed run may not have come to it
     for start in range(held, len(labels), batch_size):
         wanted = list(labels[start : start + batch_size])
         generator = torch.Generator().manual_seed(batch_seed(seed, start))
+        moments = _Moments(inverter, strip)
+        watch: dict[str, Any] = {"callback": moments} if strip else {}
         try:
             with _explained_memory(len(wanted)):
                 targets = recipe.targets(
                     torch.tensor(wanted), inverter.teacher.num_classes, generator
                 )
                 targets = targets.to(inverter.teacher.device)
-                result = inverter.invert(targets, generator=generator, progress=progress)
+                result = inverter.invert(targets, generator=generator, progress=progress, **watch)
         except NonFiniteLoss as error:
             pool.add_unfinished(error.result.images)
             raise
@@ -109,13 +133,45 @@ def fill(
                 f"interrupted after {result.iterations} iterations: the unfinished images of this "
                 f"batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
             )
+        seen = [{}] * len(wanted) if judge is None else verdicts(judge, result.images)
         records = [
-            {**record, **(provenance or {})}
-            for record in _records(result, wanted, names[start : start + batch_size])
+            {**record, **word, **same}
+            for record, word in zip(_records(result, wanted), seen, strict=True)
         ]
         loss = {"stops": list(inverter.schedule.at), "history": result.history}
-        pool.add(result.images, result.over("black"), result.masks, records, loss)
+        pool.add(
+            result.images,
+            result.masks,
+            records,
+            loss=loss,
+            seconds=result.seconds,
+            moments=moments.seen,
+        )
         draw_loss(pool)
+
+
+def check_strip(strip: int, iterations: int) -> None:
+    """Refuse a number of moments that a run doesn't have.
+
+    Raises:
+        ValueError: it is below 0, or more than the iterations.
+    """
+    if not 0 <= strip <= iterations:
+        raise ValueError(f"expected a strip of 0..{iterations} moments, got {strip}")
+
+
+class _Moments:
+    """Keeps the pixels of a batch at moments of equal distances."""
+
+    def __init__(self, inverter: SparseInverter, count: int) -> None:
+        settings = inverter.settings
+        self._space = settings.space
+        self._wanted = {(i + 1) * settings.iterations // count - 1 for i in range(count)}
+        self.seen: list[Tensor] = []
+
+    def __call__(self, number: int, images: Tensor, kept: Tensor) -> None:
+        if number in self._wanted:
+            self.seen.append(self._space.denormalize(images).detach().cpu())
 
 
 @contextmanager
@@ -132,7 +188,7 @@ def _explained_memory(size: int) -> Iterator[None]:
         raise
 
 
-def _check_held(pool: Pool, labels: Sequence[int], names: Sequence[str]) -> int:
+def _check_held(pool: Pool, labels: Sequence[int]) -> int:
     """The number of images in the pool, which must be of the first labels, with the entries of
     :func:`_records`.
     """
@@ -141,35 +197,29 @@ def _check_held(pool: Pool, labels: Sequence[int], names: Sequence[str]) -> int:
         raise PoolError(
             f"expected {pool.path} to hold {len(labels)} images or fewer, got {len(records)}"
         )
-    for index, (record, label, name) in enumerate(zip(records, labels, names, strict=False)):
-        confidence, rest = record.get("confidence"), ("prediction", "iterations", "kept_patches")
+    for index, (record, label) in enumerate(zip(records, labels, strict=False)):
+        confidence = record.get("confidence")
         if (
-            record.get("label") != label
-            or record.get("class_name") != name
+            record["label"] != label
             or not (isinstance(confidence, float) and 0 <= confidence <= 1)
-            or not all(isinstance(record.get(key), int) for key in rest)
+            or not all(isinstance(record.get(key), int) for key in ("prediction", "iterations"))
+            or not isinstance(record.get("kept"), list)
         ):
             raise PoolError(
-                f"line {index + 1} of {pool.path / MANIFEST} is not the record of an image of "
-                f"class {name}"
+                f"line {index + 1} of {pool.path / METADATA} is not the record of an image of "
+                f"class {label}"
             )
     return len(records)
 
 
-def _records(
-    result: InversionResult, wanted: Sequence[int], names: Sequence[str]
-) -> list[dict[str, Any]]:
+def _records(result: InversionResult, wanted: Sequence[int]) -> list[dict[str, Any]]:
     predictions, confidences = result.logits.argmax(1).tolist(), result.confidence.tolist()
     return [
         {
             "label": label,
-            "class_name": name,
             "prediction": prediction,
             "confidence": confidence,
             "iterations": result.iterations,
-            "kept_patches": result.kept.shape[1],
         }
-        for label, name, prediction, confidence in zip(
-            wanted, names, predictions, confidences, strict=True
-        )
+        for label, prediction, confidence in zip(wanted, predictions, confidences, strict=True)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class Jitter:
             (0, 1); by default at the schedule's stops.
 
     Raises:
-        ValueError: a share or a start out of range, or not one start for each share but the first.
+        ValueError: a share or a start out of range, not one start for each share but the first, or
+            flip or per_image that is neither True nor False.
     """
 
     share: float | tuple[float, ...] = 1 / JITTER_SHARE
@@ -47,17 +49,20 @@ class Jitter:
 
     def __post_init__(self) -> None:
         shares = _numbers(self.share)
-        if not shares or not all(isinstance(s, (int, float)) and 0 <= s <= 1 for s in shares):
+        if not shares or not all(isinstance(s, Real) and 0 <= float(s) <= 1 for s in shares):
             raise ValueError(
                 "expected share, the largest shift over the side of the image, in [0, 1], "
                 f"got {self.share!r}"
             )
+        for name in ("flip", "per_image"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"expected {name} True or False, got {getattr(self, name)!r}")
         if isinstance(self.share, Sequence):
             object.__setattr__(self, "share", shares)
         if self.starts is None:
             return
         starts = _numbers(self.starts)
-        inside = all(isinstance(s, (int, float)) and 0 < s < 1 for s in starts)
+        inside = all(isinstance(s, Real) and 0 < float(s) < 1 for s in starts)
         if not inside or len(starts) + 1 != len(shares) or list(starts) != sorted(set(starts)):
             raise ValueError(
                 "expected starts in (0, 1), ascending, one for each share but the first, "
@@ -122,7 +127,7 @@ class Jitter:
 
 
 def _numbers(given: object) -> tuple[Any, ...]:
-    if isinstance(given, (int, float)):
+    if isinstance(given, Real):
         return (given,)
     return tuple(given) if isinstance(given, Sequence) else ()
 

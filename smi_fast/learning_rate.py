@@ -19,6 +19,14 @@ from smi_fast.phases import for_phases
 class LearningRate(Protocol):
     """A learning rate as a function of the length of a run and of its stops.
 
+    >>> class Halved:
+    ...     def rates(self, iterations, stops):
+    ...         return [0.2 / 2 ** sum(t >= stop for stop in stops) for t in range(iterations)]
+    ...     def __repr__(self):
+    ...         return "Halved()"
+    >>> SparseInverter(teacher, lr=Halved(), iterations=20).settings.lr.unique()
+    tensor([0.1000, 0.2000], dtype=torch.float64)
+
     A ``repr`` that says it all, such as a dataclass has, belongs to it: a pool stores the ``repr``,
     and is resumed only with an equal one.
     """
@@ -142,6 +150,8 @@ def rate_table(lr: Rates, iterations: int, stops: tuple[int, ...]) -> Tensor:
     if isinstance(lr, LearningRate) and not isinstance(lr, type):
         values = lr.rates(iterations, stops)
     try:
+        if isinstance(values, Tensor) and values.is_complex():
+            raise TypeError
         table = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(

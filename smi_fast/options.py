@@ -9,6 +9,29 @@ MOST_ITERATIONS = MOST_IMAGES = 1_000_000
 MOST_SEED = 2**64 - 1
 
 
+def parse_background(text: str) -> str | tuple[float, ...]:
+    """Parse what a pool shows in place of stopped patches.
+
+    >>> parse_background("255,0,51")
+    (1.0, 0.0, 0.2)
+
+    Args:
+        text: "mean", "blurred", "black", or red, green and blue in 0..255.
+
+    Raises:
+        ValueError: other text.
+    """
+    if text in ("mean", "blurred", "black"):
+        return text
+    found = re.fullmatch(",".join(3 * ["([0-9]{1,3})"]), text.replace(" ", ""))
+    values = [] if found is None else [int(value) for value in found.groups()]
+    if not values or max(values) > 255:
+        raise ValueError(
+            f"expected --background mean, blurred, black, or R,G,B such as 255,128,0, got {text!r}"
+        )
+    return tuple(value / 255 for value in values)
+
+
 def check_most(option: str, value: int, most: int) -> None:
     """Refuse a value above ``most``.
 

@@ -91,11 +91,12 @@ class Recipe:
         (200, 0.2)
 
         Args:
-            **changes: further arguments, or other values than the recipe's. Other iterations also
-                move the stops of the recipe's schedule.
+            **changes: further arguments, or other values than the recipe's. The stop of
+                :func:`clear` moves with other iterations; those of :func:`smi` stay where they are
+                published.
 
         Raises:
-            ValueError: too few iterations for the recipe's schedule.
+            ValueError: too few iterations for the stop of :func:`clear`, or no whole number.
         """
         names = (
             "objectives",
@@ -268,9 +269,9 @@ def mimiq() -> Recipe:
         (0.9, 0.999),
         optimizer="adamw",
         jitter=Jitter(share=(8 / 224, 16 / 224), starts=(0.5,)),
-        differs="no noise and no colour jitter; the weight decay could not be looked up and is "
-        "torch's default, 0.01; that the larger of the published shifts, 8 and 16 px, begin after "
-        "half of the iterations is assumed",
+        differs="no noise and no colour jitter, whose amounts could not be looked up; betas and "
+        "weight decay could not be looked up and are torch's defaults; that the larger of the "
+        "published shifts, 8 and 16 px, begin after half of the iterations is assumed",
     )
 
 
@@ -288,6 +289,9 @@ WITH_CNN = ("deepinversion", "gradvit")
 
 def by_name(name: str, cnn: nn.Module | None = None) -> Recipe:
     """The recipe of a name, with its published weights.
+
+    >>> by_name("smi").options()["lr"], by_name("gradvit", load_cnn("fashion-canvas")).name
+    (0.25, 'gradvit')
 
     Args:
         name: "clear", "smi", "deepinversion", "psaq_vit", "gradvit", "sardfq" or "mimiq".

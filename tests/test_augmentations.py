@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +56,10 @@ def test_augmentations_are_differentiable_and_follow_the_generator(augment: Augm
     assert torch.equal(called(augment, images, 0.2, 1), called(augment, images, 0.2, 1))
     drawn = not isinstance(augment, LowPass)
     assert drawn != torch.equal(called(augment, images, 0.2, 1), called(augment, images, 0.2, 2))
+
+
+def test_amounts_may_be_numpys() -> None:
+    assert ColourShift(np.float32(0.5)).amount == 0.5
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "much"])

@@ -22,7 +22,7 @@ from smi_fast import __main__, cli, zoo
 from smi_fast.inversion.loop import Loop
 from smi_fast.objectives import LossInputs
 from smi_fast.ops import backends, native
-from smi_fast.pool import Pool, PoolError
+from smi_fast.pool import CONTACT_SHEET, LOSS_CURVES, Pool, PoolError
 from smi_fast.zoo import fingerprint, load_cnn, load_teacher
 from tests.helpers.pools import files
 from tests.helpers.smi import QUICK, Smi
@@ -43,11 +43,12 @@ def test_invert_fills_a_pool(smi: Smi, tmp_path: Path) -> None:
         assert record["seed"] == 3 and record["schedule"] == "Dense()" and record["iterations"] == 3
         assert record["versions"]["torch"] == torch.__version__
         assert 0 < record["confidence"] < 1
-        assert Image.open(tmp_path / "pool" / record["image"]).size == (64, 64)
-        assert Image.open(tmp_path / "pool" / record["mask"]).size == (8, 8)
+        assert record["teacher"] == "fashion-canvas" and record["recipe"] == "clear"
+        assert Image.open(tmp_path / "pool" / record["file_name"]).size == (64, 64)
+        assert Image.open(tmp_path / "pool" / record["mask_file_name"]).size == (8, 8)
     mean = sum(record["confidence"] for record in records) / 6
     assert f"at a mean confidence of {mean:.3f}" in out
-    for name in ("contact_sheet.png", "loss.png"):
+    for name in (CONTACT_SHEET, LOSS_CURVES):
         assert Image.open(tmp_path / "pool" / name).size > (100, 100)
 
 
@@ -56,7 +57,7 @@ def test_quiet_prints_nothing_but_the_result(smi: Smi, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     result, where = out.splitlines()
     assert result.startswith(f"6 images in {tmp_path / 'pool'}: ") and "confidence" in result
-    assert where == f"look at {tmp_path / 'pool' / 'contact_sheet.png'}"
+    assert where == f"look at {tmp_path / 'pool' / CONTACT_SHEET}"
     code, out, err = smi.invert(tmp_path / "loud")
     assert code == 0 and len(out.splitlines()) > 2 and out.startswith("clear: ")
     assert err.startswith("iteration 3 of 3: cross_entropy ") and err.count("\n") == 1
@@ -67,19 +68,30 @@ def test_quiet_still_tells_what_went_wrong(smi: Smi, tmp_path: Path) -> None:
     assert (code, out) == (2, "") and err == "smi-fast: expected lr above 0, got 0.0\n"
 
 
-def test_masked_images_of_a_sparse_run_are_black_where_patches_stopped(
-    smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("given", "colour"), [("mean", None), ("black", (0, 0, 0)), ("255, 128,0", (255, 128, 0))]
+)
+def test_masked_images_show_the_background_where_patches_stopped(
+    smi: Smi,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    colour: tuple[int, ...] | None,
 ) -> None:
     monkeypatch.setattr(cli, "_schedule", lambda *_: smi_fast.StopSchedule((1, 2), (0.5, 0.5)))
-    assert smi.invert(tmp_path / "pool")[0] == 0
+    assert smi.invert(tmp_path / "pool", "--background", given)[0] == 0
     for record in Pool(tmp_path / "pool").records:
         whole, masked, mask = (
             np.asarray(Image.open(tmp_path / "pool" / record[name]))
-            for name in ("image", "masked", "mask")
+            for name in ("file_name", "masked_file_name", "mask_file_name")
         )
         shown = (mask > 0).repeat(8, 0).repeat(8, 1)
-        assert (mask > 0).sum() == record["kept_patches"] == 16
-        assert (masked[shown] == whole[shown]).all() and not masked[~shown].any()
+        assert (mask > 0).sum() == len(record["kept"]) == 16
+        assert (masked[shown] == whole[shown]).all()
+        expected = whole[shown].mean(0) if colour is None else colour
+        assert (abs(masked[~shown] - np.array(expected)) <= 0.51).all()
+    code, _, err = smi.invert(tmp_path / "pool", "--background", "blurred", "--resume")
+    assert code == 2 and "made with background = " in err and 'now it is "blurred"' in err
 
 
 def test_resume_gives_what_an_uninterrupted_run_gives(
@@ -103,9 +115,7 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
     assert len(list((tmp_path / "parts" / "unfinished").iterdir())) == 2
     assert smi.invert(tmp_path / "parts", "--batch-size", 2, "--resume")[0] == 0
     assert Pool(tmp_path / "parts").records == Pool(tmp_path / "whole").records
-    for path in sorted((tmp_path / "whole" / "images").iterdir()):
-        assert path.read_bytes() == (tmp_path / "parts" / "images" / path.name).read_bytes()
-    assert not (tmp_path / "parts" / "unfinished").exists()
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
 def test_existing_pool_is_kept_unless_told(smi: Smi, tmp_path: Path) -> None:
@@ -192,11 +202,11 @@ def test_settings_say_what_computed_the_images(smi: Smi, tmp_path: Path) -> None
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["backend"] == "reference"
     assert settings["jitter"] == repr(smi_fast.Jitter(share=30 / 224))
-    assert settings["device"] == "cpu" and settings["dtype"] == "float32"
+    assert settings["device"] == "cpu" and settings["precision"] == "float32"
     assert settings["teacher_sha256"] == fingerprint(load_teacher("fashion-canvas"))
     assert settings["cnn_sha256"] == fingerprint(load_cnn("fashion-canvas"))
     path = tmp_path / "settings.json"
-    for key in ("backend", "device", "dtype", "jitter", "cnn_sha256"):
+    for key in ("backend", "device", "precision", "jitter", "copies", "cnn_sha256"):
         path.write_text(json.dumps({**settings, key: "other"}))
         code, _, err = smi.invert(tmp_path, *arguments, "--resume")
         assert code == 2 and f'made with {key} = "other", now it is' in err
@@ -208,7 +218,7 @@ def test_a_failed_first_batch_does_not_block_the_same_command(
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "add", MagicMock(side_effect=PoolError("disk full")))
         assert smi.invert(tmp_path)[0] == 2
-    assert files(tmp_path).keys() == {"settings.json"}
+    assert files(tmp_path).keys() == {"settings.json", "classes.txt", "README.md"}
     assert smi.invert(tmp_path)[0] == 0
     assert len(Pool(tmp_path).records) == 6
 
@@ -236,6 +246,8 @@ def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.Mon
         assert f"    {op:<20} {chosen}\n" in on_cpu
         name, why = backends.ON_GPU[op]
         assert f"    {op:<20} triton{f': {why}' if name == 'triton' else ''}\n" in on_gpu
+    assert "    blocks of a teacher  cpp's engine; without LayerNorm or exact GELU, or of" in on_cpu
+    assert "    blocks of a teacher  op by op\n" in on_gpu
     monkeypatch.setattr(backends, "DEFAULT", "cpp")
     assert "  cpp takes\n    gather_patches       no backend can run" in smi("info")[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -14,9 +15,10 @@ import pytest
 import smi_fast
 from smi_fast import cli
 from smi_fast.inversion.loop import Loop
-from smi_fast.pool import Pool, PoolError
+from smi_fast.pool import CONTACT_SHEET, LOSS_CURVES, Pool, PoolError
+from smi_fast.pool.settings import make_settings
 from smi_fast.teacher.support import UnsupportedTeacher
-from tests.helpers.pools import batch, files
+from tests.helpers.pools import NAMES, batch, files
 from tests.helpers.smi import QUICK, Smi
 
 
@@ -43,9 +45,13 @@ def test_unwritable_folder(smi: Smi, tmp_path: Path) -> None:
         (("--backend", "abacus"), "a backend among auto, .*reference, got 'abacus'"),
         (("--lr", "0"), "lr above 0, got 0"),
         (("--checkpoint", "nothing.pth"), "comes with its weights"),
+        (("--strip", "4"), "expected a strip of 0..3 moments, got 4"),
+        (("--background", "grey"), "expected --background mean, blurred, black, or R,G,B .*'grey'"),
+        (("--background", "0,0,256"), "or R,G,B such as 255,128,0, got '0,0,256'"),
+        (("--background", "0,0"), "or R,G,B such as 255,128,0, got '0,0'"),
         (("--resume", "--overwrite"), "--resume or --overwrite, got both"),
         (("--teacher", "vit_tiny_patch16_224", "--checkpoint", "gone.pth"), "gone.pth"),
-        (("--teacher", "resnet18"), "a VisionTransformer of timm as teacher, got resnet18"),
+        (("--teacher", "resnet18"), "a VisionTransformer or Eva of timm as teacher, got resnet18"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -102,7 +108,7 @@ def test_only_errors_of_our_own_classes_are_sentences(
 def test_overwrite_deletes_nothing_before_every_option_is_checked(
     smi: Smi, tmp_path: Path, arguments: tuple[object, ...], message: str
 ) -> None:
-    with Pool.create(tmp_path, {"seed": 0}) as pool:
+    with Pool.create(tmp_path, {"seed": 0}, NAMES) as pool:
         pool.add(*batch(2))
     before = files(tmp_path)
     code, _, err = smi.invert(tmp_path, "--overwrite", *arguments)
@@ -141,15 +147,15 @@ def test_resume_of_a_finished_pool_draws_its_pictures_anew(
 ) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = files(tmp_path)
-    (tmp_path / "loss.png").write_bytes(b"stale")
-    (tmp_path / "contact_sheet.png").unlink()
-    (tmp_path / ".loss.png.part").write_bytes(b"left by a kill")
+    (tmp_path / LOSS_CURVES).write_bytes(b"stale")
+    (tmp_path / CONTACT_SHEET).unlink()
+    (tmp_path / "report/.loss.png.part").write_bytes(b"left by a kill")
     assert smi.invert(tmp_path, "--resume")[0] == 0
     assert files(tmp_path) == before
 
 
 def test_a_second_writer_is_refused(smi: Smi, tmp_path: Path) -> None:
-    pool = Pool.create(tmp_path, {"seed": 0})
+    pool = Pool.create(tmp_path, {"seed": 0}, NAMES)
     before = files(tmp_path)
     for options in ((), ("--resume",), ("--overwrite",)):
         code, _, err = smi.invert(tmp_path, *options)
@@ -180,7 +186,7 @@ def damaged(name: str, content: bytes | None) -> object:
 
 def edited(old: str, new: str) -> object:
     def edit(pool: Path) -> None:
-        path = pool / "manifest.jsonl"
+        path = pool / "metadata.jsonl"
         path.write_text(path.read_text().replace(old, new))
 
     return edit
@@ -189,19 +195,19 @@ def edited(old: str, new: str) -> object:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damaged("images/000001.png", None), "images/000001.png is missing"),
-        (damaged("images/000001.png", b"x"), "reading .*images/000001.png failed.*; put the im"),
-        (damaged("masked/000002.png", b"\x89PNG\r\n\x1a\n"), "reading .*masked/000002.png failed"),
-        (damaged("manifest.jsonl", b"{}\n"), "line 1 is not the record of image 0"),
+        (damaged("images/0002/000001.png", None), "images/0002/000001.png is missing"),
+        (damaged("images/0002/000001.png", b"x"), "reading .*000001.png failed.*; put the im"),
+        (damaged("masked/0007/000002.png", b"\x89PNG\r\n\x1a\n"), "reading .*000002.png failed"),
+        (damaged("metadata.jsonl", b"{}\n"), "line 1 is not the record of image 0"),
         (damaged("settings.json", b"[" * 10**5), "settings.json failed: it is nested too deep"),
         (damaged("settings.json", b"[]"), "not a pool of this version"),
         (damaged("settings.json", b"\xff"), "reading .*settings.json failed: 'utf-8' codec"),
-        (damaged("loss.json", b"[]"), "it is not the loss of a batch"),
-        (edited('"label": 2', '"label": 3'), "line 1 .* not the record of an image of class pull"),
-        (edited('"label": 2', '"label": "2"'), "line 1 .* not the record of an image of class pul"),
+        (damaged("report/loss.json", b"[]"), "it is not the loss of a batch"),
+        (edited('"label": 2', '"label": 3'), "line 1 is not the record of image 0"),
         (edited('"confidence": 0', '"confidence": 1'), "line 1 of .* is not the record"),
         (edited('"confidence": 0.', '"confidence": NaN, "c": 0.'), "NaN is no value of JSON"),
-        (edited('"kept_patches"', '"patches"'), "line 1 of .* is not the record"),
+        (edited('"kept"', '"patches"'), "line 1 of .* is not the record"),
+        (edited('"iterations"', '"its"'), "line 1 of .* is not the record of an image of class 2"),
     ],
 )
 def test_a_damaged_pool_is_told_in_one_line(
@@ -221,21 +227,22 @@ def test_a_pool_with_too_many_images_is_not_resumed(
     smi: Smi, finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    lines = (tmp_path / "manifest.jsonl").read_text()
+    lines = (tmp_path / "metadata.jsonl").read_text()
     extra = lines.splitlines()[-1].replace("000005", "000006").replace('"index": 5', '"index": 6')
-    (tmp_path / "manifest.jsonl").write_text(lines + extra)
+    extra = extra.replace('"batch": 0, "batch_size": 6', '"batch": 1, "batch_size": 1')
+    (tmp_path / "metadata.jsonl").write_text(f"{lines}{extra}\n")
     for folder in ("images", "masked", "masks"):
-        shutil.copy(tmp_path / folder / "000005.png", tmp_path / folder / "000006.png")
+        shutil.copy(tmp_path / folder / "0008/000005.png", tmp_path / folder / "0008/000006.png")
     code, _, err = smi.invert(tmp_path, "--resume")
     assert code == 2 and "to hold 6 images or fewer, got 7" in err
 
 
-@pytest.mark.parametrize("picture", ["loss.png", "contact_sheet.png"])
+@pytest.mark.parametrize("picture", [LOSS_CURVES, CONTACT_SHEET])
 def test_a_picture_that_cannot_be_drawn_loses_no_image(
     smi: Smi, tmp_path: Path, picture: str
 ) -> None:
     (tmp_path / picture).mkdir(parents=True)
-    (tmp_path / "settings.json").write_text('{"format": "smi_fast pool 1"}')
+    (tmp_path / "settings.json").write_text(json.dumps(make_settings({}, NAMES, "mean")))
     code, _, err = smi.invert(tmp_path)
     assert code == 2 and err.endswith("Is a directory; images safe in the pool: 6\n")
     (tmp_path / picture).rmdir()

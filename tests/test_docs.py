@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from smi_fast import load_teacher
+import smi_fast
+from smi_fast import load_teacher, recipes
 from smi_fast.ops import backends, native
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,14 @@ def test_own_loop_leaves_stopped_pixels_alone() -> None:
     assert iterations.tolist() == [50, 100, 200, 300, 301]
     patches = pixels // (3 * 8 * 8)
     assert patches.tolist() == [20, 14, 9, 7, 14]
+
+
+def test_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/reference.md").read_text()
+    entries = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    shown = {name for name in smi_fast.__all__ if isinstance(getattr(smi_fast, name), type)}
+    assert {"Fourier", "SparseInverter"} <= shown <= entries
+    assert {"invert", "load_cnn", "load_teacher", "by_name", *recipes._BY_NAME} <= entries
 
 
 def test_table_of_backends_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,28 @@ WITH_EXAMPLES = [
     "smi_fast.objectives.targets.soft_targets",
     "smi_fast.inversion.SparseInverter",
     "smi_fast.inversion.invert",
+    *(
+        f"smi_fast.{module}.{name}"
+        for module, names in {
+            "augmentations": ("ColourShift", "GaussianNoise", "LowPass"),
+            "jitter": ("Jitter",),
+            "learning_rate": ("Cosine", "LearningRate", "PerPhase"),
+            "parametrizations": (
+                "Fourier",
+                "Parametrization",
+                "Pixels",
+                "Pyramid",
+                "SigmoidParametrization",
+            ),
+        }.items()
+        for name in names
+    ),
     "smi_fast.pool.Pool",
     "smi_fast.recipes.Recipe",
-    "smi_fast.parametrizations.SigmoidParametrization",
+    "smi_fast.recipes.by_name",
     "smi_fast.schedules.Dense",
     "smi_fast.schedules.PatchRebirth",
+    "smi_fast.schedules.Schedule",
     "smi_fast.schedules.StopSchedule",
     "smi_fast.teacher.SigmoidImages",
     "smi_fast.teacher.SparseViT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from smi_fast import CrossEntropy, InversionResult, NonFiniteLoss, SparseInverter, recipes
 from smi_fast.fill import Interrupted, fill
-from smi_fast.pool import LOSS_CURVES, Pool
+from smi_fast.pool import LOSS_CURVES, SECONDS, Pool
+from smi_fast.provenance import describe, versions
 from tests.helpers.inversions import make
 from tests.helpers.pools import SETTINGS, files, read
 
@@ -28,8 +30,10 @@ def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 quick = pytest.mark.usefixtures("_without_curves")
 
 
-def filled(path: Path, inverter: SparseInverter, **options: object) -> Pool:
-    pool = Pool.resume(path, SETTINGS)
+def filled(
+    path: Path, inverter: SparseInverter, background: str = "mean", **options: object
+) -> Pool:
+    pool = Pool.resume(path, SETTINGS, ["a", "b", "c", "d", "e"], background=background)
     options = {"recipe": recipes.smi(), "batch_size": 2, "progress": False, **options}
     fill(pool, inverter, LABELS, **options)
     return pool
@@ -53,35 +57,56 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, inverter: SparseInverter, batc
 
 def test_each_batch_is_its_inversion(teacher: VisionTransformer, tmp_path: Path) -> None:
     inverter = make(teacher)
-    pool = filled(
-        tmp_path, inverter, seed=3, class_names="abcde", provenance={"seed": 3, "by": "a test"}
-    )
+    pool = filled(tmp_path, inverter, "blurred", seed=3, provenance={"by": "a test"})
     records = pool.records
     assert [record["label"] for record in records] == list(LABELS)
     assert [record["class_name"] for record in records] == ["e", "a", "a", "c", "d"]
     assert all((record["seed"], record["by"]) == (3, "a test") for record in records)
-    assert all((r["iterations"], r["kept_patches"]) == (10, 6) for r in records)
+    assert all((r["iterations"], len(r["kept"])) == (10, 6) for r in records)
+    described = describe(inverter)
+    for key in ("teacher_sha256", "schedule", "parametrization", "precision", "backend"):
+        assert {record[key] for record in records} == {described[key]}
+    assert records[0]["versions"] == versions()
+    assert [(r["batch"], r["batch_size"]) for r in records] == [
+        (0, 2),
+        (0, 2),
+        (1, 2),
+        (1, 2),
+        (2, 1),
+    ]
+    lines = (tmp_path / SECONDS).read_text().splitlines()
+    assert [json.loads(line)["batch"] for line in lines] == [0, 1, 2]
+    assert all(json.loads(line)["seconds"] > 0 for line in lines)
     assert (tmp_path / LOSS_CURVES).exists()
     for start in (0, 2, 4):
         generator = torch.Generator().manual_seed((3 << 32) + start)
         labels = LABELS[start : start + 2]
         expected = inverter.invert(labels, generator=generator, progress=False)
-        images = (expected.images.float() * 255).round().permute(0, 2, 3, 1)
-        for record, image, confidence, prediction in zip(
+        images, masked = (
+            (pixels.float() * 255).round().permute(0, 2, 3, 1).numpy()
+            for pixels in (expected.images, expected.over("blurred"))
+        )
+        for record, image, shown, kept, confidence, prediction in zip(
             records[start : start + 2],
-            images.numpy(),
+            images,
+            masked,
+            expected.kept.tolist(),
             expected.confidence.tolist(),
             expected.logits.argmax(1).tolist(),
             strict=True,
         ):
-            np.testing.assert_array_equal(read(tmp_path / record["image"]), image)
+            np.testing.assert_array_equal(read(tmp_path / record["file_name"]), image)
+            np.testing.assert_array_equal(read(tmp_path / record["masked_file_name"]), shown)
+            assert record["kept"] == kept
             assert (record["confidence"], record["prediction"]) == (confidence, prediction)
 
 
 @quick
-def test_classes_have_their_numbers_by_default(teacher: VisionTransformer, tmp_path: Path) -> None:
-    records = filled(tmp_path, make(teacher)).records
-    assert [record["class_name"] for record in records] == ["4", "0", "0", "2", "3"]
+def test_labels_are_classes_of_the_pool(teacher: VisionTransformer, tmp_path: Path) -> None:
+    with Pool.create(tmp_path, SETTINGS, ["a", "b", "c", "d"]) as pool:
+        with pytest.raises(ValueError, match=r"expected labels in 0..3, got 4"):
+            fill(pool, make(teacher), LABELS, recipe=recipes.smi())
+        assert pool.records == []
 
 
 @quick
@@ -142,3 +167,38 @@ def test_a_loss_that_is_not_finite_leaves_the_last_images(
         filled(tmp_path, inverter)
     assert len(Pool(tmp_path).records) == 2
     assert len(list((tmp_path / "unfinished").iterdir())) == 2
+
+
+@quick
+def test_a_strip_shows_moments_of_each_image(teacher: VisionTransformer, tmp_path: Path) -> None:
+    inverter = make(teacher)
+    filled(tmp_path, inverter, seed=1)
+    before = files(tmp_path)
+    strips = filled(tmp_path / "strips", inverter, seed=1, strip=3)
+    seen: dict[int, Tensor] = {}
+    generator = torch.Generator().manual_seed((1 << 32) + 2)
+    inverter.invert(
+        LABELS[2:4],
+        generator=generator,
+        progress=False,
+        callback=lambda number, images, kept: seen.update({number: images.clone()}),
+    )
+    for i, index in enumerate((2, 3)):
+        frames = [inverter.settings.space.denormalize(seen[number])[i] for number in (2, 5, 9)]
+        expected = (torch.cat(frames, 2).float() * 255).round().permute(1, 2, 0).numpy()
+        strip = read(tmp_path / "strips/report/progress" / f"{index:06}.png")
+        np.testing.assert_array_equal(strip, expected)
+    found = files(strips.path)
+    assert {name: found.pop(name) for name in before} == before
+    assert sorted(found) == [f"report/progress/{i:06}.png" for i in range(5)]
+    strips.close()
+    with Pool.create(strips.path, SETTINGS, ["a"], overwrite=True):
+        assert not (strips.path / "report").exists()
+
+
+def test_a_strip_has_at_most_a_moment_for_each_iteration(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    for strip in (-1, 11):
+        with pytest.raises(ValueError, match=rf"a strip of 0..10 moments, got {strip}"):
+            filled(tmp_path / str(strip), make(teacher), strip=strip)

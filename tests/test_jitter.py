@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +63,14 @@ def test_a_share_for_each_phase() -> None:
         assert [int(phase.max()) for phase in phases] == [0, 16, 8]
 
 
+def test_numbers_may_be_numpys() -> None:
+    assert Jitter(np.float32(0.25)).phases(3, ()) == [(0.25, 3)]
+    assert Jitter((np.float32(0.25), 0.5), starts=(np.float64(0.5),)).phases(4, ()) == [
+        (0.25, 2),
+        (0.5, 2),
+    ]
+
+
 def test_one_share_draws_the_same_with_and_without_stops() -> None:
     def drawn(*stops: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -81,6 +90,8 @@ def test_one_share_draws_the_same_with_and_without_stops() -> None:
         ({"share": (0.1, 0.2), "starts": (1.0,)}, r"starts in \(0, 1\), .* got \(1.0,\)"),
         ({"share": (0.1, 0.2), "starts": (0.2, 0.4)}, r"got \(0.2, 0.4\) for 2 shares"),
         ({"share": (0.1, 0.2, 0.3), "starts": (0.4, 0.2)}, r"ascending, .* got \(0.4, 0.2\)"),
+        ({"flip": "no"}, "flip True or False, got 'no'"),
+        ({"per_image": None}, "per_image True or False, got None"),
         ({"share": 0.1, "starts": (0.2,)}, r"got \(0.2,\) for 1 shares"),
     ],
 )

@@ -89,6 +89,7 @@ class Wrong:
         (math.nan, "lr above 0, got nan"),
         ("fast", "lr as a number, a LearningRate or 3 numbers, got 'fast'"),
         (None, "lr as a number, a LearningRate or 3 numbers, got None"),
+        (torch.ones(3) + 1j, "lr as a number, a LearningRate or 3 numbers, got tensor"),
         (Cosine, "lr as a number, a LearningRate or 3 numbers, got <class"),
         ([0.1, 0.2], r"a learning rate for each of 3 iterations, got \[2\] of them"),
         (torch.ones(3, 1), r"each of 3 iterations, got \[3, 1\] of them"),

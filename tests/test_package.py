@@ -74,6 +74,12 @@ def test_cold_import_is_light(module: str) -> None:
     assert python("-c", code).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["transformers", "open_clip"])
+def test_converters_import_no_library_whose_models_they_take(module: str) -> None:
+    code = f"import sys, smi_fast.convert; sys.exit({module!r} in sys.modules)"
+    assert python("-c", code).returncode == 0
+
+
 def test_the_command_knows_its_version_without_torch() -> None:
     code = (
         "import sys; sys.argv = ['smi-fast', '--version']; from smi_fast import cli\n"

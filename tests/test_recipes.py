@@ -108,8 +108,8 @@ def test_each_inverts_on_kept_patches(name: str, tmp_path: Path, capsys: object)
     records = Pool(out).records
     assert [record["label"] for record in records] == [3, 5]
     for record in records:
-        assert record["recipe"] == name and record["kept_patches"] == 16
-        assert Image.open(out / record["image"]).size == (64, 64)
+        assert record["recipe"] == name and len(record["kept"]) == 16
+        assert Image.open(out / record["file_name"]).size == (64, 64)
 
 
 def test_student_makes_it_adaptive() -> None:

@@ -114,7 +114,7 @@ def test_checkpoint_of_something_else_is_one_line(
 def test_what_is_no_vit_is_refused_before_its_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("created"))
     for name in ("resnet18", "swin_tiny_patch4_window7_224", "resnet18.a1_in1k"):
-        with pytest.raises(UnknownTeacher, match=f"VisionTransformer of timm .* got {name}"):
+        with pytest.raises(UnknownTeacher, match=f"VisionTransformer or Eva of timm .* got {name}"):
             load_teacher(name)
 
 

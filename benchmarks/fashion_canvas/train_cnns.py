@@ -15,42 +15,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.fashion_canvas.data import CLASSES, MEAN, STD, TEST_SEED, canvases
 from benchmarks.fashion_canvas.train_teacher import WEIGHTS, accuracy, train_cnn
+from smi_fast.judge import judge_cnn
 from smi_fast.zoo import small_cnn
 
-JUDGE = Path(__file__).parent / "judge_cnn.safetensors"
+JUDGE = WEIGHTS / "fashion_canvas_judge.safetensors"
 SECOND_JUDGE = Path(__file__).parent / "second_judge_cnn.safetensors"
-
-
-class Residual(nn.Module):
-    """Two convolutions with GroupNorm, and a shortcut; the first one halves the sides."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.path = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False),
-            nn.GroupNorm(8, outputs),
-            nn.SiLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.GroupNorm(8, outputs),
-        )
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, 2, bias=False)
-        self.act = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        activated: Tensor = self.act(self.path(x) + self.shortcut(x))
-        return activated
-
-
-def judge_cnn() -> nn.Sequential:
-    """Three residual blocks: 20 million multiply-adds at 64 px."""
-    stem = (nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.GroupNorm(4, 24), nn.SiLU())
-    blocks = (Residual(24, 48), Residual(48, 96), Residual(96, 128))
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(CLASSES)))
-    return nn.Sequential(*stem, *blocks, *head)
 
 
 def second_judge_cnn() -> nn.Sequential:
@@ -68,11 +41,6 @@ def second_judge_cnn() -> nn.Sequential:
 def _load(judge: nn.Sequential, weights: Path) -> nn.Sequential:
     judge.load_state_dict(load_file(weights), strict=True)
     return judge.eval().requires_grad_(False)
-
-
-def load_judge() -> nn.Sequential:
-    """The trained judge, frozen. Without its last layer it gives features [N, 128]."""
-    return _load(judge_cnn(), JUDGE)
 
 
 def load_second_judge() -> nn.Sequential:

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.fashion_canvas.data import CLASSES, TEST_SEED, canvases, normalise
-from benchmarks.fashion_canvas.train_cnns import load_judge
 from benchmarks.fashion_canvas.train_teacher import accuracy
 from benchmarks.harness.environment import record, result_file
 from benchmarks.quality.class_accuracy import share_reached
@@ -34,6 +33,7 @@ from smi_fast import (
     load_teacher,
     recipes,
 )
+from smi_fast.judge import load_judge
 
 # The published weight of BatchNorm matching. Weights of 0.5 and 2, tried on another seed, reach
 # fewer classes.

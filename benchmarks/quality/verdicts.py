@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.fashion_canvas.data import CLASSES, normalise
-from benchmarks.fashion_canvas.train_cnns import load_judge, load_second_judge
+from benchmarks.fashion_canvas.train_cnns import load_second_judge
 from benchmarks.quality.class_accuracy import share_reached
 from benchmarks.quality.images import Images
+from smi_fast.judge import load_judge
 
 
 def load_judges() -> dict[str, nn.Sequential]:

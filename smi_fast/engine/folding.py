@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm, LayerScale, Mlp
@@ -15,11 +16,13 @@ _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _IDLE_OR_SCALE = (nn.Identity, LayerScale)
 
 
-def foldable(block: Block) -> bool:
+def foldable(block: Any) -> bool:
     """Whether a block has nothing but linear layers, LayerNorm, GELU and maybe LayerScale.
 
     Subclasses don't count as these, because their own forward would be ignored.
     """
+    if type(block) is not Block:
+        return False
     attention, mlp = block.attn, block.mlp
     norms = (block.norm1, block.norm2)
     if type(mlp) is not Mlp or getattr(attention, "gate", None) is not None:

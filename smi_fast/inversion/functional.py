@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.augmentations import Augment
+from smi_fast.importance import Scores
 from smi_fast.inversion.inverter import SparseInverter, Terms
 from smi_fast.inversion.loop import Callback
 from smi_fast.inversion.result import InversionResult
@@ -24,6 +25,7 @@ def invert(
     *,
     objectives: Terms | None = None,
     schedule: Schedule | None = None,
+    importance: Scores = "attention",
     parametrization: Parametrization | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -59,6 +61,7 @@ def invert(
         teacher,
         objectives=objectives,
         schedule=schedule,
+        importance=importance,
         parametrization=parametrization,
         mean=mean,
         std=std,

@@ -149,12 +149,22 @@ def first_parameters(
     """The parameters of the first images, or new ones where no images are given.
 
     Raises:
-        ValueError: images of another shape, type or device, or a parametrization that can't start
-            from images.
+        ValueError: images of another shape, type or device; a parametrization that can't start from
+            images; or one whose parameters or images aren't what the loop needs.
     """
     if init is None:
-        # The update is in place on a flat view, which other strides don't have.
-        return parametrization.initial(batch, generator).contiguous()
+        parameters = parametrization.initial(batch, generator)
+    else:
+        _check_init(parametrization, init, batch)
+        parameters = parametrization.parameters_of(init.detach())
+    _check_parameters(parametrization, parameters, batch)
+    # The update is in place, on a flat view that other strides don't have.
+    parameters = parameters.detach().clone(memory_format=torch.contiguous_format)
+    _check_images(parametrization, parameters)
+    return parameters
+
+
+def _check_init(parametrization: Parametrization, init: Tensor, batch: int) -> None:
     space = parametrization.space
     shape = (batch, space.channels, space.height, space.width)
     if not isinstance(init, Tensor):
@@ -167,7 +177,40 @@ def first_parameters(
             f"expected init as floating point {list(shape)} on {space.mean.device}, "
             f"got {init.dtype} {list(init.shape)} on {init.device}"
         )
-    return parametrization.parameters_of(init.detach())
+
+
+def _check_parameters(parametrization: Parametrization, parameters: Tensor, batch: int) -> None:
+    space, name = parametrization.space, type(parametrization).__name__
+    expected = f"parameters of {name} as floating point [{batch}, {space.channels}, ...]"
+    if not isinstance(parameters, Tensor):
+        raise ValueError(f"expected {expected}, got {type(parameters).__name__}")
+    shape, device = parameters.shape, space.mean.device
+    if (
+        len(shape) < 3
+        or shape[:2] != (batch, space.channels)
+        or not parameters.is_floating_point()
+        or parameters.device != device
+    ):
+        raise ValueError(
+            f"expected {expected} on {device}, "
+            f"got {parameters.dtype} {list(shape)} on {parameters.device}"
+        )
+
+
+def _check_images(parametrization: Parametrization, parameters: Tensor) -> None:
+    """Compute the first images once, to see whether the loop can optimise them."""
+    space, name = parametrization.space, type(parametrization).__name__
+    like, shape = space.mean, (len(parameters), space.channels, space.height, space.width)
+    images = parametrization.images(parameters.detach().requires_grad_())
+    if not isinstance(images, Tensor):
+        raise ValueError(f"expected images of {name} as a tensor, got {type(images).__name__}")
+    if images.shape != shape or images.dtype != like.dtype or images.device != like.device:
+        raise ValueError(
+            f"expected images of {name} as {like.dtype} {list(shape)} on {like.device}, "
+            f"got {images.dtype} {list(images.shape)} on {images.device}"
+        )
+    if not images.requires_grad:
+        raise ValueError(f"expected images of {name} to be differentiable, without .detach()")
 
 
 def check_generator(generator: torch.Generator | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.augmentations import Augment
+from smi_fast.importance import Scores, as_importance
 from smi_fast.inversion.inputs import (
     as_targets,
     check_generator,
@@ -67,6 +68,9 @@ class SparseInverter:
         schedule: when patches stop, or leave as finished images (:class:`PatchRebirth`); by default
             they stop once, after a tenth of the iterations, when 47 % of them stay:
             ``StopSchedule.once(iterations)``.
+        importance: what a schedule ranks kept patches by: "attention", "rollout", "gradient" or
+            "random", these with "smoothed-" before them, or a function of their own kind; see
+            :mod:`smi_fast.importance`.
         parametrization: what the optimiser moves; by default a Fourier series.
         mean: of each channel, for normalised space; by default from the teacher's
             ``pretrained_cfg``.
@@ -93,7 +97,8 @@ class SparseInverter:
             momentum, as the published code does.
         final_mask: "kept", the patches inverted to the end; or "reranked", as published: the most
             important ones of the final image in a dense forward pass, which that code takes of the
-            de-normalised image, and one more of them for the class token.
+            de-normalised image, and one more of them for the class token. It goes by attention,
+            whatever the importance is.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         graph: capture iterations on CUDA in a CUDA graph. With False, or ``SMI_FAST_GRAPH=0`` in
             the environment, they run one by one, with the same results.
@@ -114,6 +119,7 @@ class SparseInverter:
         *,
         objectives: Terms | None = None,
         schedule: Schedule | None = None,
+        importance: Scores = "attention",
         parametrization: Parametrization | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -151,6 +157,7 @@ class SparseInverter:
             objectives=given,
             parametrization=parametrization.bind(space),
             space=space,
+            importance=as_importance(importance, sparse),
             iterations=iterations,
             jitter=check_jitter(jitter, iterations, tuple(counts)),
             augment=augment,
@@ -223,7 +230,8 @@ class SparseInverter:
 
         Raises:
             ValueError: targets, batch, init, jitter or generator of the wrong shape, type, range or
-                device; or no objective depends on the images.
+                device; no objective depends on the images; or the importance isn't a finite score
+                for each kept patch.
             WrongSelection: the schedule answers something else than it promised.
             NonFiniteLoss: an objective or the gradient is infinite or not a number.
         """
@@ -262,6 +270,8 @@ class SparseInverter:
             display.close()
         return self._result(state, marks, interrupted)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def start(
         self,
         targets: Tensor | Sequence[int] | None = None,
@@ -290,6 +300,7 @@ class SparseInverter:
         )
         for objective in settings.objectives:
             objective.begin(teacher, batch, generator)
+        settings.importance.begin(teacher, batch, generator)
         state = InversionState(
             settings=settings,
             targets=given,
@@ -311,6 +322,11 @@ class SparseInverter:
         generator: torch.Generator | None,
     ) -> None:
         """Ask the schedule, and take its answer when that is what it promised."""
+        if not bool(importance.isfinite().all()):
+            raise ValueError(
+                f"expected finite scores of importance {self.settings.importance!r} before the "
+                f"stop at {iteration}, got others"
+            )
         stop = Stop(iteration, state.kept, importance, self.teacher.grid, generator)
         state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))
 

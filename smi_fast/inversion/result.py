@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smi_fast.inversion.background import Background, over
+from smi_fast.background import Background, over
 from smi_fast.inversion.sparse_images import SparseImages, collect, to_patches
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from smi_fast.augmentations import Augment
+from smi_fast.importance import Importance
 from smi_fast.jitter import Jitter
 from smi_fast.objectives import Objective
 from smi_fast.parametrizations import Parametrization
@@ -23,6 +24,7 @@ class Settings:
         objectives: terms of the loss.
         parametrization: what the optimiser moves, bound to ``space``.
         space: the space that images are normalised in.
+        importance: scores kept patches in the iteration before a stop.
         iterations: T, iterations of a run.
         jitter: draws the shift and the mirroring of each iteration.
         augment: changes the images before the teacher sees them; None for no change.
@@ -40,6 +42,7 @@ class Settings:
     objectives: tuple[Objective, ...]
     parametrization: Parametrization
     space: ImageSpace
+    importance: Importance
     iterations: int
     jitter: Jitter
     augment: Augment | None

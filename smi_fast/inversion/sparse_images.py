@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from smi_fast.inversion.background import Background, over
+from smi_fast.background import Background, over
 from smi_fast.ops.grid import patch_mask
 
 if TYPE_CHECKING:

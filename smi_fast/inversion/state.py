@@ -69,7 +69,8 @@ class InversionState:
         self._names += [*(objective.name for objective in objectives), "gradient"]
         columns = len(self._names)
         self.record = self.parameters.new_zeros(len(self.shift), columns, dtype=torch.float64)
-        self._bounds = self.settings.parametrization.bounds()
+        bounds = self.settings.parametrization.bounds()
+        self._low, self._high = (bound.to(self.parameters) for bound in bounds)
 
     @property
     def active(self) -> Tensor | None:
@@ -185,15 +186,14 @@ class InversionState:
         pixelwise = settings.parametrization.pixelwise
         if not pixelwise:
             tensors = tuple(tensor.flatten(2)[:, :, None] for tensor in tensors)  # type: ignore[assignment]
-        low, high = self._bounds
         ops.adam_clamp_(
             *tensors,
             step=self.iteration[0],
             lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            low=low,
-            high=high,
+            low=self._low,
+            high=self._high,
             active=self.active if pixelwise else None,
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,

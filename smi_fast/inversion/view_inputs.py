@@ -74,13 +74,18 @@ def check_augmented(augment: Augment, images: Tensor, generator: torch.Generator
     """Try an augmentation on the first images, without a trace in the generator.
 
     Raises:
-        ValueError: it returns other images than it may.
+        ValueError: it returns other images than it may, or changes those that it is given.
     """
     before = generator.get_state()
-    leaf = images.detach().requires_grad_()
+    # No leaf of autograd, which would refuse a change in place in words of its own.
+    given = images.detach().requires_grad_() * 1
     progress = torch.zeros((), dtype=torch.float32, device=images.device)
-    seen = apply(augment, leaf, progress, generator)
+    seen = apply(augment, given, progress, generator)
     generator.set_state(before)
+    if given._version > 0:
+        raise ValueError(
+            f"expected augment {name_of(augment)} to return new images, it changed the given ones"
+        )
     if not seen.isfinite().all():
         raise ValueError(
             f"expected augment {name_of(augment)} to return finite images, got NaN or infinity"
@@ -130,10 +135,12 @@ def jitter_table(
         raise ValueError(
             f"expected flip bool {list(shift.shape[:-1])}, got {flip.dtype} {list(flip.shape)}"
         )
-    if bool((shift.cpu().abs() > torch.tensor(teacher.image_size)).any()):
+    side = torch.tensor(teacher.image_size)
+    # Not of the absolute value, which the least int64 doesn't have.
+    if bool(((shift.cpu() > side) | (shift.cpu() < -side)).any()):
         raise ValueError(
             f"expected shifts by at most the image, {list(teacher.image_size)} pixels, "
-            f"got one of {int(shift.abs().max())}"
+            f"got some from {int(shift.min())} to {int(shift.max())}"
         )
     still = sorted(still_iterations(schedule))
     shift, flip = shift.to(teacher.device, copy=True), flip.to(teacher.device, copy=True)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from smi_fast.augmentations import apply
+from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
 from smi_fast.objectives import LossInputs, value_of
-from smi_fast.teacher import SigmoidImages
+from smi_fast.teacher import SigmoidImages, SparseOutput
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,9 +148,15 @@ def _part(
         shift, flip = shift[rows], flip[rows]
     pairs = [*zip(settings.objectives, settings.due(inputs.iteration), strict=True)]
     taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
+    scored = settings.importance.taps(teacher.depth) if inputs.score else ()
     kept = inputs.kept[rows]
-    shown = own if view is None else view
-    output = teacher(shown, kept, jitter=(shift, flip), importance=inputs.score, taps=taps)
+    output = teacher(
+        own if view is None else view,
+        kept,
+        jitter=(shift, flip),
+        importance=inputs.score,
+        taps={*taps, *scored},
+    )
     given = LossInputs(
         images=own if isinstance(own, Tensor) else own.tensor,
         view=view,
@@ -176,8 +183,16 @@ def _part(
             for objective, value in zip(settings.objectives, values, strict=True)
         ]
     ).sum()
-    gradient, of_seen = _gradients(loss, leaf, view)
-    return _Part([value.detach() for value in values], gradient, of_seen, output.importance)
+    leaves = [leaf] if view is None else [leaf, view]
+    of_taps = [output.taps[name] for name in scored if settings.importance.differentiates]
+    found = _gradients(loss, [*leaves, *of_taps])
+    importance = None
+    if output.importance is not None:
+        gradients = dict(zip(scored, found[len(leaves) :], strict=False))
+        shown = given.images if view is None else view
+        importance = _score(rows.start, shown, kept, output, gradients, settings)
+    of_seen = None if view is None else found[1]
+    return _Part([value.detach() for value in values], found[0], of_seen, importance)
 
 
 def _leaf(images: Tensor | SigmoidImages, rows: slice) -> tuple[Tensor | SigmoidImages, Tensor]:
@@ -189,15 +204,33 @@ def _leaf(images: Tensor | SigmoidImages, rows: slice) -> tuple[Tensor | Sigmoid
     return images.part(rows, leaf), leaf
 
 
-def _gradients(
-    loss: Tensor, leaf: Tensor, view: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the leaf, and of their augmented view; None where the loss doesn't depend."""
+def _score(
+    first: int,
+    view: Tensor,
+    kept: Tensor,
+    output: SparseOutput,
+    gradients: dict[str, Tensor | None],
+    settings: Settings,
+) -> Tensor:
+    """The importance [b, K] of a part's kept patches."""
+    assert output.importance is not None
+    inputs = ScoreInputs(
+        view=view.detach(),
+        kept=kept,
+        attention=output.importance,
+        teacher=settings.teacher,
+        taps=output.taps,
+        gradients=gradients,
+        first=first,
+    )
+    return score(settings.importance, inputs)
+
+
+def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of the loss for tensors; None where it doesn't depend on one."""
     if not loss.requires_grad:
-        return None, None
-    leaves = [leaf] if view is None else [leaf, view]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return found[0], None if view is None else found[1]
+        return [None] * len(tensors)
+    return [*torch.autograd.grad(loss, tensors, allow_unused=True)]
 
 
 def _sums(found: list[_Part]) -> list[Tensor]:

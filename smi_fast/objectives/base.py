@@ -139,7 +139,8 @@ class Objective(ABC):
     def begin(self, teacher: SparseViT, batch: int, generator: torch.Generator | None) -> None:
         """Prepare for a batch: check the teacher, and draw random numbers.
 
-        The loop calls it before the first iteration.
+        The loop calls it before the first iteration. What an objective draws here belongs to one
+        batch, so two inversions that go on at the same time need objectives of their own.
 
         Args:
             teacher: the network that is inverted.

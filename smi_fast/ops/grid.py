@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Neighbour offsets (rows, columns) of total variation: horizontal, vertical and the two diagonals.
@@ -49,6 +50,16 @@ def patch_mask(kept: Tensor, rows: int, columns: int) -> Tensor:
     """A mask bool [B, rows, columns], true at the patches kept int64 [B, K]."""
     flat = torch.zeros(len(kept), rows * columns, dtype=torch.bool, device=kept.device)
     return flat.scatter(1, kept, True).reshape(-1, rows, columns)
+
+
+def neighbourhood_mean(scores: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scores [B, K] of the patches kept, averaged over the 3 x 3 neighbourhood of each.
+
+    Patches that aren't kept, and places outside of the grid (rows, columns), count as 0.
+    """
+    on_grid = scores.new_zeros(len(kept), grid[0] * grid[1]).scatter(1, kept, scores)
+    averaged = F.avg_pool2d(on_grid.view(-1, 1, *grid), 3, stride=1, padding=1)
+    return averaged.flatten(1).gather(1, kept)
 
 
 def pixel_mask(kept: Tensor, patch_size: int, height: int, width: int) -> Tensor:

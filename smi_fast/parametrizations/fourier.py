@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from smi_fast.parametrizations.base import check_start, parameters_like
 from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 from smi_fast.teacher.space import ImageSpace
 
@@ -16,7 +18,7 @@ from smi_fast.teacher.space import ImageSpace
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fourier(SigmoidParametrization):
     """Pixels are ``sigmoid(u)``, where u is the inverse Fourier transform of scaled parameters.
 
@@ -56,17 +58,16 @@ class Fourier(SigmoidParametrization):
     _colours: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise ValueError(f"expected decay 0 or above, got {self.decay}")
-        if not (math.isfinite(self.start) and self.start > 0):
-            raise ValueError(f"expected start above 0, got {self.start}")
+        if not (isinstance(self.decay, Real) and 0 <= self.decay < math.inf):
+            raise ValueError(f"expected decay 0 or above, got {self.decay!r}")
+        check_start(self.start)
 
     def bind(self, space: ImageSpace) -> Fourier:
         if self.colour and space.channels != 3:
             raise ValueError(f"expected images of 3 channels with colour, got {space.channels}")
         bound = super().bind(space)
-        bound._scale = _frequency_scale(space, self.decay)
-        bound._colours = _colours(space) if self.colour else None
+        object.__setattr__(bound, "_scale", _frequency_scale(space, self.decay))
+        object.__setattr__(bound, "_colours", _colours(space) if self.colour else None)
         return bound
 
     def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
@@ -77,6 +78,8 @@ class Fourier(SigmoidParametrization):
     def field(self, parameters: Tensor) -> Tensor:
         space = self.space
         spectrum = torch.view_as_complex(parameters) * self._scale
+        if not len(parameters):  # the transform takes no empty batch
+            return spectrum.real[..., :1, :1].expand(-1, -1, space.height, space.width)
         u: Tensor = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", self._colours, u)
@@ -86,7 +89,7 @@ class Fourier(SigmoidParametrization):
         u = self.field_of(images)
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self._colours), u)
-        return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale).contiguous()
+        return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale)
 
 
 def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
@@ -103,11 +106,11 @@ def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
         variance[-1] = 1
     pixels = space.height * space.width
     scale = scale / ((scale.square() * variance).sum() / pixels).sqrt()
-    normalized: Tensor = scale.to(space.mean)
+    normalized: Tensor = scale.to(parameters_like(space))
     return normalized
 
 
 def _colours(space: ImageSpace) -> Tensor:
     colours = torch.tensor(COLOURS, dtype=torch.float64)
-    scaled: Tensor = (colours / colours.norm(dim=0).max()).to(space.mean)
+    scaled: Tensor = (colours / colours.norm(dim=0).max()).to(parameters_like(space))
     return scaled

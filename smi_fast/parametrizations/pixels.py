@@ -14,6 +14,9 @@ from smi_fast.parametrizations.base import Parametrization
 class Pixels(Parametrization):
     """Normalised pixels that start as standard normal noise and are clamped after each iteration.
 
+    >>> result = invert(teacher, [7], parametrization=Pixels(), lr=0.25, iterations=10,
+    ...                 progress=False)
+
     Source: the published loop of SMI (arXiv 2510.27186), as in DeepInversion (arXiv 1912.08795).
     """
 
@@ -29,7 +32,7 @@ class Pixels(Parametrization):
         return parameters
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        return images.to(self.space.mean.dtype, copy=True).contiguous()
+        return images.to(self.space.mean.dtype)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         return self.space.low, self.space.high

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smi_fast.parametrizations.base import check_start, parameters_like
 from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 from smi_fast.teacher.space import ImageSpace
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pyramid(SigmoidParametrization):
     """Pixels are ``sigmoid(u)``, where u is a sum of images of several sizes.
 
@@ -48,15 +48,14 @@ class Pyramid(SigmoidParametrization):
     def __post_init__(self) -> None:
         if not (isinstance(self.smallest, int) and self.smallest >= 1):
             raise ValueError(f"expected smallest as a whole number from 1, got {self.smallest!r}")
-        if not (math.isfinite(self.start) and self.start > 0):
-            raise ValueError(f"expected start above 0, got {self.start}")
+        check_start(self.start)
 
     def bind(self, space: ImageSpace) -> Pyramid:
         longer = max(space.height, space.width)
         if self.smallest > longer:
             raise ValueError(f"expected smallest up to {longer} pixels, got {self.smallest}")
         bound = super().bind(space)
-        sides = _sides(self.smallest, longer)
+        sides, like = _sides(self.smallest, longer), parameters_like(space)
         levels = []
         for side in sides:
             rows, columns = (
@@ -64,15 +63,15 @@ class Pyramid(SigmoidParametrization):
                 for full in (space.height, space.width)
             )
             # The variances of the levels add up to 1.
-            levels.append(((rows / len(sides) ** 0.5).to(space.mean), columns.to(space.mean)))
-        bound._levels = tuple(levels)
+            levels.append(((rows / len(sides) ** 0.5).to(like), columns.to(like)))
+        object.__setattr__(bound, "_levels", tuple(levels))
         return bound
 
     def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
         count = sum(rows.shape[1] * columns.shape[1] for rows, columns in self._levels)
         shape = (batch, self.space.channels, count)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return (noise * self.start).to(self.space.mean)
+        return (noise * self.start).to(parameters_like(self.space))
 
     def field(self, parameters: Tensor) -> Tensor:
         sizes = [(rows.shape[1], columns.shape[1]) for rows, columns in self._levels]
@@ -84,12 +83,12 @@ class Pyramid(SigmoidParametrization):
         return torch.stack(levels).sum(0)
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        u = self.field_of(images)
         rows, columns = self._levels[-1]
+        u = self.field_of(images)
         # The matrices of the largest image are multiples of the identity; the other images are 0.
         full = (u / (rows[0, 0] * columns[0, 0])).flatten(2)
         smaller = sum(r.shape[1] * c.shape[1] for r, c in self._levels[:-1])
-        return F.pad(full, (smaller, 0)).contiguous()
+        return F.pad(full, (smaller, 0))
 
 
 def _sides(smallest: int, longer: int) -> list[int]:

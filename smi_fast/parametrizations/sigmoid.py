@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from smi_fast.parametrizations.base import Parametrization
+from smi_fast.parametrizations.base import Parametrization, parameters_like
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 
 # Pixels are kept this far from black and white when a given image is turned into parameters.
@@ -31,7 +31,7 @@ class SigmoidParametrization(Parametrization):
 
     @abstractmethod
     def field(self, parameters: Tensor) -> Tensor:
-        """The field [B, C, H, W], differentiable, of the parameters' data type and device."""
+        """The field [B, C, H, W], differentiable, of the space's data type or a finer one."""
 
     def images(self, parameters: Tensor) -> Tensor:
         return SigmoidImages(field=self.field(parameters), space=self.space).tensor()
@@ -39,9 +39,11 @@ class SigmoidParametrization(Parametrization):
     def lazy_images(self, parameters: Tensor) -> Tensor | SigmoidImages:
         if type(self).images is not SigmoidParametrization.images:
             return self.images(parameters)  # a subclass shows something else than the sigmoid
-        return SigmoidImages(field=self.field(parameters), space=self.space)
+        images = SigmoidImages(field=self.field(parameters), space=self.space)
+        # A teacher in half precision reads images that are rounded once, from a finer field.
+        return images if images.field.dtype == self.space.mean.dtype else images.tensor()
 
     def field_of(self, images: Tensor) -> Tensor:
         """The field [B, C, H, W] of given images, whose pixels are cut to [MARGIN, 1 - MARGIN]."""
-        pixels = self.space.denormalize(images.to(self.space.mean.dtype))
+        pixels = self.space.denormalize(images.to(parameters_like(self.space)))
         return pixels.clamp(MARGIN, 1 - MARGIN).logit()

@@ -1,21 +1,23 @@
 """Pools: folders of inverted images, with their masks and provenance."""
 
 from smi_fast.pool.files import PoolError, write_atomically
-from smi_fast.pool.pool import (
+from smi_fast.pool.layout import (
     CONTACT_SHEET,
     LOCK,
     LOSS_CURVES,
-    MANIFEST,
+    METADATA,
+    SECONDS,
     SETTINGS,
     UNFINISHED,
-    Pool,
 )
+from smi_fast.pool.pool import Pool
 
 __all__ = [
     "CONTACT_SHEET",
     "LOCK",
     "LOSS_CURVES",
-    "MANIFEST",
+    "METADATA",
+    "SECONDS",
     "SETTINGS",
     "UNFINISHED",
     "Pool",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,14 +68,14 @@ def delete_file(path: Path) -> None:
     unfinished_name(path).unlink(missing_ok=True)
 
 
-def delete_pictures(folder: Path, before: int | None = None) -> None:
+def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
     """Delete the pictures that a pool wrote into a folder, and the folder when it is then empty.
 
     Files with other names stay, and so does everything behind a symbolic link.
 
     Args:
         folder: one of the pool's folders.
-        before: only pictures with a smaller number; by default all.
+        numbers: of the pictures; by default all.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -82,7 +83,7 @@ def delete_pictures(folder: Path, before: int | None = None) -> None:
         found = _PICTURE.fullmatch(path.name)
         if found is None or path.is_dir():
             continue
-        if before is None or int(found[1] or found[2]) < before:
+        if int(found[1] or found[2]) in numbers:
             path.unlink()
     with suppress(OSError):
         folder.rmdir()

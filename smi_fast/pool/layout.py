@@ -13,18 +13,24 @@ CONTACT_SHEET = "report/contact_sheet.png"
 LOSS = "report/loss.json"
 LOSS_CURVES = "report/loss.png"
 SECONDS = "report/seconds.jsonl"
+PROGRESS = "report/progress"
+REPORTS = (CONTACT_SHEET, LOSS, LOSS_CURVES, SECONDS)
 # The folder of each of an image's files, by the entry of its record that names the file. Hugging
 # Face's imagefolder knows a column of files by the ending of these names.
 FOLDERS = {"file_name": "images", "masked_file_name": "masked", "mask_file_name": "masks"}
 
 
-def class_folder(label: int) -> str:
+def class_folder(label: int, classes: int) -> str:
     """The folder of a class: its index, never its name, from which loaders may guess a split.
 
-    >>> class_folder(207)
+    >>> class_folder(207, classes=1000)
     '0207'
+
+    Args:
+        label: of the class.
+        classes: number of the teacher's classes, which decides how many zeros are in front.
     """
-    return f"{label:04}"
+    return f"{label:0{max(4, len(str(classes - 1)))}}"
 
 
 def picture_name(index: int) -> str:
@@ -36,13 +42,11 @@ def picture_name(index: int) -> str:
     return f"{index:06}.png"
 
 
-def files_of(index: int, label: int) -> dict[str, str]:
+def files_of(index: int, label: int, classes: int) -> dict[str, str]:
     """The files of an image, relative to the pool, by the entries of its record.
 
-    >>> files_of(12, 207)["masked_file_name"]
+    >>> files_of(12, 207, classes=1000)["masked_file_name"]
     'masked/0207/000012.png'
     """
-    return {
-        key: f"{folder}/{class_folder(label)}/{picture_name(index)}"
-        for key, folder in FOLDERS.items()
-    }
+    where = f"{class_folder(label, classes)}/{picture_name(index)}"
+    return {key: f"{folder}/{where}" for key, folder in FOLDERS.items()}

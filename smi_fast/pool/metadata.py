@@ -39,30 +39,34 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no value of JSON")
 
 
-def parse(content: bytes) -> tuple[list[Record], int]:
+def whole_lines(content: bytes) -> bytes:
+    """The content up to its last line that has an end."""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int]:
     """The records of whole batches, and the number of bytes that they take.
+
+    Args:
+        content: of the file.
+        class_names: of all classes of the teacher, by index.
 
     Raises:
         ValueError: a line isn't the record of its image.
     """
     records: list[Record] = []
-    whole = position = 0
-    batch, start, end = -1, 0, 0
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        index, record = len(records), from_json(line)
+    start = end = size = whole = 0  # the last batch is records[start:end]
+    batch = -1
+    for index, line in enumerate(whole_lines(content).splitlines(keepends=True)):
+        record = from_json(line)
         if index == end:
             batch, start, end = batch + 1, end, end + _number(record, "batch_size", least=1)
-        label = _number(record, "label", least=0)
-        expected: Record = {"batch": batch, "batch_size": end - start, "label": label}
-        expected |= files_of(index, label)
-        if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
+        if not _belongs(record, index, batch, end - start, class_names):
             raise ValueError(f"line {index + 1} is not the record of image {index}")
         records.append(record)
-        position += len(line)
-        if len(records) == end:
-            whole = position
+        size += len(line)
+        if index + 1 == end:
+            whole = size
     return records[: end if len(records) == end else start], whole
 
 
@@ -72,18 +76,39 @@ def _number(record: Any, key: str, least: int) -> int:
     return value if type(value) is int and value >= least else least
 
 
-def append(path: Path, records: Sequence[Record], size: int) -> int:
-    """Append a batch and return the size of the file; after an error, :func:`cut` undoes it.
+def _belongs(
+    record: Any, index: int, batch: int, batch_size: int, class_names: Sequence[str]
+) -> bool:
+    """Whether a record has the entries that a pool gives its image."""
+    label = _number(record, "label", least=0)
+    if label >= len(class_names):
+        return False
+    expected: Record = {"index": index, "batch": batch, "batch_size": batch_size, "label": label}
+    expected |= {"class_name": class_names[label]}
+    expected |= files_of(index, label, len(class_names))
+    # JSON's true and 1.0 equal 1, and False 0.
+    return isinstance(record, dict) and all(
+        record.get(key) == value and type(record[key]) is type(value)
+        for key, value in expected.items()
+    )
+
+
+def append(path: Path, content: bytes, size: int | None = None) -> int:
+    """Append whole lines and return the size of the file.
 
     Args:
         path: the file.
-        records: of the batch.
-        size: of the file so far, in bytes.
+        content: the lines.
+        size: of the file so far, in bytes, beyond which it is cut off; by default that of its
+            whole lines.
 
     Raises:
-        OSError: the system's error.
+        OSError: the system's error; :func:`cut` undoes what was written.
     """
-    content = b"".join(map(to_line, records))
+    if size is None:
+        size = len(whole_lines(path.read_bytes())) if path.exists() else 0
+    cut(path, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.write(content)
         file.flush()

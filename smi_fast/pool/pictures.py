@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from smi_fast.pool.files import PoolError, explained, write_atomically
-from smi_fast.pool.pool import CONTACT_SHEET, LOSS_CURVES, Pool
+from smi_fast.pool.layout import CONTACT_SHEET, LOSS_CURVES
+from smi_fast.pool.pool import Pool
 
 # Limits of a contact sheet, so that it fits on a screen and in memory.
 MOST_CLASSES, MOST_PER_CLASS = 40, 8
@@ -18,6 +19,7 @@ SMALLEST_TILE = 112
 GAP = 12
 NAME_SIZE, CONFIDENCE_SIZE = 18, 13
 STOP_COLOUR = "#d62728"
+GREY = "#444444"
 
 
 def draw_sheet(pool: Pool) -> None:
@@ -49,12 +51,14 @@ def _safe(pool: Pool) -> str:
 def contact_sheet(pool: str | Path, path: str | Path) -> None:
     """Draw the images of a pool, one row for each class.
 
-    Each whole image has its kept patches to its right, and the teacher's confidence below it. From
-    a large pool it draws the first images of the first classes, and the title says how many.
+    Each whole image has its kept patches to its right. Below the image is the teacher's confidence
+    in the wanted class, and to its right what the judge sees in the image, in red where it is
+    another class. From a large pool it draws the first images of the first classes, and the title
+    says how many.
 
     Args:
-        pool: folder of the pool. Its records have a ``label``, and may have a ``class_name`` and a
-            ``confidence`` in [0, 1].
+        pool: folder of the pool. Its records may have a ``confidence`` in [0, 1], and the name of a
+            class as ``judge``.
         path: PNG file to write.
 
     Raises:
@@ -69,11 +73,13 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     for record in records:
         classes.setdefault(record["label"], []).append(record)
     rows = [classes[label][:MOST_PER_CLASS] for label in sorted(classes)[:MOST_CLASSES]]
-    names = [str(row[0].get("class_name", row[0]["label"])) for row in rows]
+    names = [row[0]["class_name"] for row in rows]
     title = (
         f"{sum(map(len, rows))} of {len(records)} images, {len(rows)} of {len(classes)} classes: "
         "whole, and kept patches"
     )
+    title += ". Below: the teacher's confidence" * ("confidence" in records[0])
+    title += ", and what an independent judge sees" * ("judge" in records[0])
 
     def read(name: str) -> Image.Image:
         try:
@@ -89,10 +95,10 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
             ) from error
 
     large, small = ImageFont.load_default(NAME_SIZE), ImageFont.load_default(CONFIDENCE_SIZE)
-    width, height = read(rows[0][0]["image"]).size
+    width, height = read(rows[0][0]["file_name"]).size
     left = round(max(map(large.getlength, names))) + 2 * GAP
     top = NAME_SIZE + 2 * GAP
-    across, down = 2 * width + GAP, height + CONFIDENCE_SIZE + GAP
+    across, down = 2 * width + GAP, height + CONFIDENCE_SIZE + 2 * GAP
     right = max(left + across * max(map(len, rows)), round(large.getlength(title)) + 2 * GAP)
     sheet = Image.new("RGB", (right, top + down * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -100,11 +106,25 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     for y, name, row in zip(range(top, sheet.height, down), names, rows, strict=True):
         draw.text((GAP, y + height // 2), name, "black", large, anchor="lm")
         for x, record in zip(range(left, right, across), row, strict=False):
-            sheet.paste(read(record["image"]), (x, y))
-            sheet.paste(read(record["masked"]), (x + width, y))
+            sheet.paste(read(record["file_name"]), (x, y))
+            sheet.paste(read(record["masked_file_name"]), (x + width, y))
             if "confidence" in record:
-                draw.text((x, y + height), f"{record['confidence']:.3f}", "black", small)
+                draw.text((x, y + height + 2), f"{record['confidence']:.1%}", GREY, small)
+            if "judge" in record:
+                word, wanted = str(record["judge"]), record["class_name"]
+                word = _fitting(word, width, small)
+                colour = GREY if record["judge"] == wanted else STOP_COLOUR
+                draw.text((x + width, y + height + 2), word, colour, small)
     write_atomically(path, partial(sheet.save, format="PNG"))
+
+
+def _fitting(word: str, width: int, font: Any) -> str:
+    """The word, or its beginning and an ellipsis where it is wider than ``width`` pixels."""
+    if font.getlength(word) <= width:
+        return word
+    while word and font.getlength(f"{word}…") > width:
+        word = word[:-1]
+    return f"{word}…"
 
 
 def loss_curves(

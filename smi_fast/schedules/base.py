@@ -51,6 +51,16 @@ class Schedule(Protocol):
     The loop asks :meth:`select` once at each stop and checks the answer with :func:`check`. A
     schedule whose stops depend on the length of the run has a method ``bind(iterations)`` too: it
     returns the schedule of that run, which the loop takes in its place.
+
+    >>> class Half:
+    ...     at = (5,)
+    ...     def counts(self, patches):
+    ...         return (patches // 2,)
+    ...     def select(self, stop):
+    ...         best = stop.importance.topk(stop.kept.shape[1] // 2, dim=1).indices
+    ...         return Selection(stop.kept.gather(1, best).sort(dim=1).values)
+    >>> invert(teacher, [7], schedule=Half(), iterations=10, progress=False).kept.shape
+    torch.Size([1, 32])
     """
 
     @property

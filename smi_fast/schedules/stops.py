@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
-import torch.nn.functional as F
-from torch import Tensor
-
+from smi_fast.ops.grid import neighbourhood_mean
 from smi_fast.schedules.base import Selection, Stop, ascend, check_stops
 
 
@@ -28,8 +26,8 @@ class StopSchedule:
             which stopped patches count as 0, so that patches stay which belong together.
 
     Raises:
-        ValueError: stops that aren't whole numbers or don't ascend from 1, shares out of range, or
-            not one share per stop.
+        ValueError: stops that aren't whole numbers or don't ascend from 1, shares out of range, not
+            one share per stop, or compact that is neither True nor False.
     """
 
     at: tuple[int, ...] = (50, 100, 200, 300)
@@ -50,14 +48,17 @@ class StopSchedule:
             )
         if not all(isinstance(share, Real) and 0 <= share < 1 for share in drop):
             raise ValueError(f"expected shares to drop in [0, 1), got {drop}")
+        if self.compact not in (True, False):
+            raise ValueError(f"expected compact True or False, got {self.compact!r}")
 
     @classmethod
     def scaled(cls, iterations: int, *, compact: bool = False) -> StopSchedule:
         """The published stops at the same fractions of a run of another length than 4000.
 
         Raises:
-            ValueError: too few iterations to keep the stops apart.
+            ValueError: iterations that are no whole number, or too few to keep the stops apart.
         """
+        _check_length(iterations)
         published = cls()
 
         def scaled(length: int) -> list[int]:
@@ -85,10 +86,11 @@ class StopSchedule:
                 iteration.
 
         Raises:
-            ValueError: a share out of range, or a run of less than two iterations.
+            ValueError: a share out of range, or iterations that are no whole number from 2.
         """
-        if not (0 < keep <= 1 and 0 < at < 1):
-            raise ValueError(f"expected keep in (0, 1] and at in (0, 1), got {keep} and {at}")
+        _check_length(iterations)
+        if not (isinstance(keep, Real) and 0 < keep <= 1 and isinstance(at, Real) and 0 < at < 1):
+            raise ValueError(f"expected keep in (0, 1] and at in (0, 1), got {keep!r} and {at!r}")
         stop = max(1, round(at * iterations))
         if stop >= iterations:
             raise ValueError(f"expected iterations after the stop at {stop}, got {iterations}")
@@ -111,21 +113,18 @@ class StopSchedule:
     def select(self, stop: Stop) -> Selection:
         share = self.drop[self.at.index(stop.iteration)]
         count = _staying(stop.kept.shape[1], share)
-        importance = _averaged(stop) if self.compact else stop.importance
+        importance = stop.importance
+        if self.compact:
+            importance = neighbourhood_mean(importance, stop.kept, stop.grid)
         top = importance.topk(count, dim=1).indices
         return Selection(stop.kept.gather(1, top).sort(dim=1).values)
+
+
+def _check_length(iterations: int) -> None:
+    if not isinstance(iterations, Integral):
+        raise ValueError(f"expected iterations as a whole number, got {iterations!r}")
 
 
 def _staying(patches: int, share: float) -> int:
     # The published expression, so that rounding agrees: int(10 * (1 - 0.3)) is 7, not 6.
     return int(patches * (1.0 - share))
-
-
-def _averaged(stop: Stop) -> Tensor:
-    """Importance [B, K] averaged over the 3 x 3 neighbourhood of each kept patch."""
-    batch, (rows, columns) = len(stop.kept), stop.grid
-    on_grid = stop.importance.new_zeros(batch, rows * columns).scatter(
-        1, stop.kept, stop.importance
-    )
-    averaged = F.avg_pool2d(on_grid.view(batch, 1, rows, columns), 3, stride=1, padding=1)
-    return averaged.flatten(1).gather(1, stop.kept)

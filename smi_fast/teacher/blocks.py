@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from timm.models.vision_transformer import Block
+from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
 from smi_fast import engine, ops
@@ -27,11 +28,23 @@ class BlocksOutput(NamedTuple):
     taps: dict[str, Tensor]
 
 
+class Way(NamedTuple):
+    """How the blocks run in one pass.
+
+    Attributes:
+        engine: that runs them, or None for block by block.
+        rotations: of patches in each block, see :func:`smi_fast.teacher.rotary.rotations`.
+    """
+
+    engine: Engine | None
+    rotations: Sequence[Tensor | None]
+
+
 class Blocks:
     """The blocks of a frozen teacher.
 
     Args:
-        blocks: of a timm ``VisionTransformer``, at least one.
+        blocks: of a timm ``VisionTransformer`` or ``Eva``, at least one.
         prefix: prefix tokens in front of the patches.
         rows_read: the first tokens after the last block that the head reads; None for all.
         backend: which implementation of the ops to use.
@@ -52,7 +65,11 @@ class Blocks:
             candidate.refresh()
 
     def __call__(
-        self, x: Tensor, taps: dict[int, dict[str, str]], importance: bool
+        self,
+        x: Tensor,
+        taps: dict[int, dict[str, str]],
+        importance: bool,
+        rotations: Sequence[Tensor] | None = None,
     ) -> BlocksOutput:
         """Run all blocks.
 
@@ -60,31 +77,36 @@ class Blocks:
             x: tokens [B, N, D].
             taps: {block: {name: kind}}, see :func:`smi_fast.teacher.taps.parse`.
             importance: also return the importance of each patch.
+            rotations: of patches in each block; None for no rotary embedding.
         """
         fast = engine.choose(self._engines, x.device, x.dtype, self._backend)
+        way = Way(fast, rotations or [None] * len(self._blocks))
         found: dict[str, Tensor] = {}
         done, last = 0, len(self._blocks) - 1
         for index in sorted(taps.keys() - {last}):
-            x = self._run(fast, x, done, index)
-            x = self._tapped(fast, x, index, taps[index], found)
+            x = self._run(way, x, done, index)
+            x = self._tapped(way, x, index, taps[index], found)
             done = index + 1
-        x = self._run(fast, x, done, last)
-        x, row = self._last(fast, x, taps.get(last, {}), importance, found)
+        x = self._run(way, x, done, last)
+        x, row = self._last(way, x, taps.get(last, {}), importance, found)
         return BlocksOutput(x, row, found)
 
-    def _run(self, fast: Engine | None, x: Tensor, start: int, stop: int) -> Tensor:
+    def _run(self, way: Way, x: Tensor, start: int, stop: int) -> Tensor:
         """Tokens after the blocks from ``start`` up to ``stop``; the same ones when these meet."""
-        if start < stop and fast is not None:
-            return fast.run(x, start, stop)
-        for block in self._blocks[start:stop]:
+        if start < stop and way.engine is not None:
+            return way.engine.run(x, start, stop)
+        for block, rotation in zip(
+            self._blocks[start:stop], way.rotations[start:stop], strict=True
+        ):
             y = block.norm1(x)
-            out, _ = ops.gather_attention(project_qkv(block.attn, y), backend=self._backend)
+            qkv = project_qkv(block.attn, y, rotation)
+            out, _ = ops.gather_attention(qkv, backend=self._backend)
             x = _after_attention(block, x, y, out)
         return x
 
     def _last(
         self,
-        fast: Engine | None,
+        way: Way,
         x: Tensor,
         names: dict[str, str],
         importance: bool,
@@ -93,24 +115,23 @@ class Blocks:
         """Tokens after the last block, and importance. A tap other than its row needs all rows."""
         index = len(self._blocks) - 1
         if set(names.values()) - {ROW}:
-            row = self._importance(self._rows(fast, x.detach())[1]) if importance else None
-            return self._tapped(fast, x, index, names, found), row
+            row = self._importance(self._rows(way, x.detach())[1]) if importance else None
+            return self._tapped(way, x, index, names, found), row
         if names:
-            block = self._blocks[index]
-            found.update(dict.fromkeys(names, _class_row(block, x)))
+            found.update(dict.fromkeys(names, self._class_row(way, x, index)))
         if self._rows_read is None and not importance:
-            return self._run(fast, x, index, index + 1), None
-        x, probabilities = self._rows(fast, x)
+            return self._run(way, x, index, index + 1), None
+        x, probabilities = self._rows(way, x)
         return x, self._importance(probabilities) if importance else None
 
-    def _rows(self, fast: Engine | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, way: Way, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows [B, R, D] of the last block that the head reads, and their probabilities."""
         read = self._rows_read
-        if read is not None and fast is not None:
-            return fast.last_block_rows(x, read)
+        if read is not None and way.engine is not None:
+            return way.engine.last_block_rows(x, read)
         block = self._blocks[-1]
         y = block.norm1(x)
-        out, probabilities = attend_first_rows(block.attn, y, read)
+        out, probabilities = attend_first_rows(block.attn, y, read, way.rotations[-1])
         return _after_attention(block, x[:, :read], y[:, :read], out), probabilities
 
     def _importance(self, probabilities: Tensor) -> Tensor:
@@ -122,7 +143,7 @@ class Blocks:
 
     def _tapped(
         self,
-        fast: Engine | None,
+        way: Way,
         x: Tensor,
         index: int,
         names: dict[str, str],
@@ -132,12 +153,12 @@ class Blocks:
         block, kinds = self._blocks[index], set(names.values())
         parts: dict[str, Tensor] = {}
         if ROW in kinds:
-            parts[ROW] = _class_row(block, x)
+            parts[ROW] = self._class_row(way, x, index)
         if kinds <= {ROW, TOKENS}:
-            x = self._run(fast, x, index, index + 1)
+            x = self._run(way, x, index, index + 1)
         else:
             y = block.norm1(x)
-            qkv = project_qkv(block.attn, y)
+            qkv = project_qkv(block.attn, y, way.rotations[index])
             if {SCORES, PROBABILITIES} & kinds:
                 q, k, v = qkv.permute(2, 0, 3, 1, 4)
                 parts[SCORES] = q * q.shape[-1] ** -0.5 @ k.mT
@@ -151,13 +172,14 @@ class Blocks:
         found.update((name, parts[kind]) for name, kind in names.items())
         return x
 
+    def _class_row(self, way: Way, x: Tensor, index: int) -> Tensor:
+        """The first token's probabilities [B, heads, N] in a block's attention."""
+        block = self._blocks[index]
+        y, rotation = block.norm1(x), way.rotations[index]
+        return first_row_probabilities(block.attn, y, 1, rotation)[0][:, :, 0]
 
-def _class_row(block: Block, x: Tensor) -> Tensor:
-    """The first token's probabilities [B, heads, N] in a block's attention."""
-    return first_row_probabilities(block.attn, block.norm1(x), 1)[0][:, :, 0]
 
-
-def _after_attention(block: Block, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+def _after_attention(block: Any, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """The rest of a block, token by token: projection, residuals and MLP.
 
     Args:
@@ -170,6 +192,17 @@ def _after_attention(block: Block, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     out = attention.norm(out)
     if getattr(attention, "gate", None) is not None:
         out = out * attention.gate(y).sigmoid()
-    x = x + block.ls1(attention.proj(out))
-    x = x + block.ls2(block.mlp(block.norm2(x)))
+    scale1, scale2 = _layer_scales(block)
+    x = x + scale1(attention.proj(out))
+    x = x + scale2(block.mlp(block.norm2(x)))
     return x
+
+
+def _layer_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """LayerScale of a block's attention and of its MLP; in Eva a factor, or None."""
+    if not isinstance(block, EvaBlock):
+        return block.ls1, block.ls2
+    first, second = (
+        (lambda y: y) if gamma is None else gamma.mul for gamma in (block.gamma_1, block.gamma_2)
+    )
+    return first, second

@@ -44,7 +44,7 @@ class SigmoidImages:
 
     def tensor(self) -> Tensor:
         """The images [B, C, H, W] in normalised space; differentiable."""
-        images = self.space.normalize(torch.sigmoid(self.field))
+        images = self.space.normalize(torch.sigmoid(self.field)).to(self.space.mean.dtype)
         if self.frozen is None or self.background is None:
             return images
         patch_size = self.space.height // self.frozen.shape[1]

@@ -19,6 +19,7 @@ from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.probe import probe as compare
+from smi_fast.teacher.rotary import rotations
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.support import check_teacher, freeze
 from smi_fast.teacher.taps import parse
@@ -30,7 +31,7 @@ class SparseOutput(NamedTuple):
     """Output of :class:`SparseViT`.
 
     Attributes:
-        logits: [B, classes].
+        logits: [B, classes], or the embedding [B, width] of a teacher without a head.
         importance: [B, K], the importance of each kept patch, without gradient; None unless it was
             asked for.
         taps: the requested tensors by name, see :mod:`smi_fast.teacher.taps`.
@@ -42,7 +43,7 @@ class SparseOutput(NamedTuple):
 
 
 class SparseViT(nn.Module):
-    """A frozen timm ``VisionTransformer`` that computes only the kept patches of images.
+    """A frozen timm ``VisionTransformer`` or ``Eva`` that computes only the kept patches of images.
 
     - It shares the weights with the wrapped model and computes no gradient for them. The wrapped
       model stays unchanged. With every patch kept the logits equal those of the model in eval mode.
@@ -60,9 +61,10 @@ class SparseViT(nn.Module):
     (torch.Size([2, 10]), torch.Size([2, 4]))
 
     Args:
-        teacher: a timm ``VisionTransformer`` with global attention and square patches. It may have
-            any prefix tokens, LayerScale, q/k norm, pre-norm, and token, average, maximum or map
-            pooling. Patches of the published code to its methods are ignored.
+        teacher: a timm ``VisionTransformer`` or ``Eva`` (EVA-02, DINOv3) with global attention and
+            square patches. It may have any prefix tokens, rotary positions, LayerScale, q/k norm,
+            pre-norm, and token, average, maximum or map pooling. Patches of the published code to
+            its methods are ignored.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         probe: whether to compare logits and pixel gradients of one image with the teacher's own,
             which costs a forward and a backward pass of each.
@@ -72,7 +74,7 @@ class SparseViT(nn.Module):
         image_size: (height, width) in pixels.
         patch_size: side of a patch in pixels.
         grid: patches per side, (rows, columns).
-        num_classes: length of the logits.
+        num_classes: length of the logits; 0 for a teacher without a head.
 
     Raises:
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
@@ -87,7 +89,6 @@ class SparseViT(nn.Module):
         self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.patch_size = int(vit.patch_embed.patch_size[0])
-        self.num_classes = int(getattr(vit.head, "out_features", vit.num_classes))
         self.vit = freeze(vit)
         self._weights = SharedWeights(vit, self.vit)
         self._blocks = Blocks(
@@ -95,6 +96,7 @@ class SparseViT(nn.Module):
         )
         if probe and self.device.type != "meta":
             compare(vit, self)
+        self.num_classes = _classes(self.vit)
 
     @property
     def num_patches(self) -> int:
@@ -194,7 +196,9 @@ class SparseViT(nn.Module):
             kept = self.every_patch(len(images))
         patches, positions = self._gather(images, kept, jitter)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
-        x, row, tapped = self._blocks(self._embed(patches, positions), wanted, importance)
+        x, row, tapped = self._blocks(
+            self._embed(patches, positions), wanted, importance, rotations(self.vit, positions)
+        )
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
@@ -246,6 +250,14 @@ class SparseViT(nn.Module):
         x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         embedded: Tensor = self.vit.norm_pre(x)
         return embedded
+
+
+@torch.no_grad()
+def _classes(vit: VisionTransformer) -> int:
+    """Length of the logits. A head that replaced timm's doesn't change the model's num_classes."""
+    if isinstance(vit.head, nn.Identity):
+        return 0
+    return int(vit.head(vit.patch_embed.proj.weight.new_zeros(1, vit.embed_dim)).shape[-1])
 
 
 def _rows_read(vit: VisionTransformer) -> int | None:

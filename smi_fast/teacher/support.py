@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from timm.layers import (
     AttentionPoolLatent,
+    AttentionRope,
     DropPath,
     GluMlp,
     Mlp,
     PatchDropout,
+    PatchDropoutWithIndices,
     PatchEmbed,
     SwiGLU,
 )
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
@@ -33,7 +36,7 @@ _PUBLISHED_PATCHES = frozenset(
 _OVERRIDABLE = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 _POOLS = ("token", "avg", "avgmax", "max")
 # Modules that do nothing in eval mode, and that SparseViT therefore leaves out.
-_IDLE = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
+_IDLE = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices, type(None))
 _SKIPPED_OF_TEACHER = ("pos_drop", "patch_drop")
 _SKIPPED_OF_BLOCK = ("drop_path1", "drop_path2")
 _SKIPPED_OF_ATTENTION = ("attn_drop", "proj_drop")
@@ -86,10 +89,10 @@ def check_teacher(teacher: nn.Module) -> VisionTransformer:
     Raises:
         UnsupportedTeacher: it isn't; the message names the module.
     """
-    if not isinstance(teacher, VisionTransformer):
+    if not isinstance(teacher, VisionTransformer | Eva):
         hints = (hint for name, hint in _WRAPPERS.items() if hasattr(teacher, name))
         raise UnsupportedTeacher(
-            "expected a timm VisionTransformer, got "
+            "expected a timm VisionTransformer or Eva, got "
             f"{type(teacher).__module__}.{type(teacher).__name__}"
             + "".join(f"; {hint}" for hint in list(hints)[:1])
         )
@@ -101,13 +104,13 @@ def check_teacher(teacher: nn.Module) -> VisionTransformer:
     for name, module in teacher.named_modules():
         _refuse_hooks(name or "the teacher", module)
         _refuse_patches(name or "the teacher", module)
-    _refuse_own_methods("the teacher", teacher, VisionTransformer, VisionTransformerDistilled)
+    _refuse_own_methods("the teacher", teacher, VisionTransformer, VisionTransformerDistilled, Eva)
     _check_idle("", teacher, _SKIPPED_OF_TEACHER)
     _check_patch_embed(teacher.patch_embed)
     if len(teacher.blocks) == 0:
         raise UnsupportedTeacher("expected at least one block, got none")
     for index, block in enumerate(teacher.blocks):
-        _check_block(f"blocks.{index}", block)
+        _check_block(f"blocks.{index}", block, teacher.num_prefix_tokens)
     if teacher.attn_pool is not None:
         _expect_type("attn_pool", teacher.attn_pool, AttentionPoolLatent)
         if teacher.attn_pool.pos_embed is not None:
@@ -120,22 +123,35 @@ def check_teacher(teacher: nn.Module) -> VisionTransformer:
     return teacher
 
 
-def _check_block(name: str, block: Any) -> None:
-    _expect_type(name, block, Block)
-    _expect_type(f"{name}.attn", block.attn, Attention)
+def _check_block(name: str, block: Any, prefix: int) -> None:
+    _expect_type(name, block, Block, EvaBlock)
+    of_eva = type(block) is EvaBlock
+    _expect_type(
+        f"{name}.attn", block.attn, *((EvaAttention, AttentionRope) if of_eva else (Attention,))
+    )
     _expect_type(f"{name}.mlp", block.mlp, Mlp, GluMlp, SwiGLU)
     _check_idle(f"{name}.", block, _SKIPPED_OF_BLOCK)
     _check_idle(f"{name}.attn.", block.attn, _SKIPPED_OF_ATTENTION)
-    # Parts of this layer are computed from its weight, so a subclass could compute something else.
-    qkv = block.attn.qkv
-    if not is_plain(qkv, nn.Linear):
+    _check_qkv(f"{name}.attn", block.attn)
+    if of_eva and block.attn.num_prefix_tokens != prefix:
         raise UnsupportedTeacher(
-            f"expected {name}.attn.qkv to be a plain Linear, got {_describe(qkv)}: {_MERGE}"
+            f"expected {name}.attn to leave the {prefix} prefix tokens unrotated, got "
+            f"{block.attn.num_prefix_tokens}"
         )
-    width = len(qkv.weight) // 3 // block.attn.num_heads
-    if abs(block.attn.scale - width**-0.5) > 1e-9:
+
+
+def _check_qkv(name: str, attention: Any) -> None:
+    # Parts of this layer are computed from its weight, so a subclass could compute something else.
+    qkv = attention.qkv
+    if qkv is not None and not is_plain(qkv, nn.Linear):
         raise UnsupportedTeacher(
-            f"expected {name}.attn to scale by 1/sqrt({width}), got {block.attn.scale:.4g}"
+            f"expected {name}.qkv to be a plain Linear, got {_describe(qkv)}: {_MERGE}"
+        )
+    rows = attention.q_proj.out_features if qkv is None else len(qkv.weight) // 3
+    width = rows // attention.num_heads
+    if abs(attention.scale - width**-0.5) > 1e-9:
+        raise UnsupportedTeacher(
+            f"expected {name} to scale by 1/sqrt({width}), got {attention.scale:.4g}"
         )
 
 

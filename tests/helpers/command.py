@@ -30,6 +30,7 @@ TROUBLE: dict[str, Callable[[], None]] = {
     ),
 }
 ACCESSES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "os.listdir"}
+ACCESSES |= {"os.truncate"}
 PRELOADED = ["tests.helpers.command", "smi_fast.cli", "smi_fast.fill", "smi_fast.zoo"]
 # What matplotlib and typer import at their first use.
 PRELOADED += ["matplotlib.backends.backend_agg", "pydantic.type_adapter"]

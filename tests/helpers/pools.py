@@ -10,27 +10,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smi_fast.pool import LOCK
+from smi_fast.pool import LOCK, SECONDS
 
 SETTINGS = {"teacher": "fashion-canvas", "at": (50, 100), "seed": 0}
+NAMES = [f"class {i}" for i in range(10)]
 
 
-def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, list[dict[str, Any]]]:
+def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
     """What ``Pool.add`` takes: images [B, 3, 16, 24] of exact 8-bit values, masks [B, 2, 3]."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (size, 3, 16, 24), generator=generator) / 255
     masks = torch.rand(size, 2, 3, generator=generator) < 0.5
-    pixels = masks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-    records = [{"label": i % 3, "class_name": f"class {i % 3}", "seed": seed} for i in range(size)]
-    return images, images * pixels, masks, records
+    records = [{"label": i % 3, "seed": seed} for i in range(size)]
+    return images, masks, records
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Every file below a folder but the lock, by its relative name."""
+    """Every file below a folder by its relative name, but the lock and the times."""
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in path.rglob("*")
-        if file.is_file() and file.name != LOCK
+        if file.is_file() and str(file.relative_to(path)) not in (LOCK, SECONDS)
     }
 
 

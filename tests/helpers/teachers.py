@@ -29,11 +29,34 @@ TEACHERS = {
     "vit_tiny_patch16_224 no bias": {"depth": 2, "qkv_bias": False},
     "vit_tiny_patch16_224 attention norm": {"depth": 2, "scale_attn_norm": True},
 }
+# The same of timm's Eva family: each kind of rotary positions, of attention, of MLP and of pooling.
+EVA = {
+    "eva02_tiny_patch14_224": {"img_size": (112, 84)},
+    "eva02_base_patch16_clip_224": {"img_size": 96},
+    "eva_giant_patch14_clip_224": {"img_size": 84, "embed_dim": 176, "num_heads": 2},
+    "vit_small_patch16_dinov3": {"img_size": (96, 128)},
+    "vit_small_plus_patch16_dinov3_qkvb": {"img_size": 96},
+    "vit_small_patch16_dinov3 headless": {"img_size": 96, "num_classes": 0},
+    "vit_small_patch16_rope_224": {"img_size": 96},
+    "vit_small_patch16_rope_ape_224": {"img_size": 96},
+    "vit_small_patch16_rope_mixed_224": {"img_size": (96, 128)},
+    "vit_medium_patch16_rope_reg1_gap_256": {"img_size": 96},
+    "vit_pe_core_tiny_patch16_384": {"img_size": 96},
+    "vit_small_patch16_rope_224 three layers": {"img_size": 96, "qkv_fused": False},
+    "vit_small_patch16_rope_224 grouped queries": {
+        "img_size": 96,
+        "qkv_fused": False,
+        "num_kv_heads": 2,
+        "qk_norm": True,
+    },
+    "vit_small_patch16_rope_224 query and key norm": {"img_size": 96, "qk_norm": True},
+}
 
 
 def make_teacher(name: str, **options: object) -> VisionTransformer:
     """A timm model whose every parameter is random: zero-initialised ones would hide mistakes."""
-    options = {"num_classes": 10, **TEACHERS.get(name, {}), **options}
+    own = TEACHERS.get(name) or ({"depth": 2, **EVA[name]} if name in EVA else {})
+    options = {"num_classes": 10, **own, **options}
     teacher = timm.create_model(name.split()[0], **options).eval()
     with torch.no_grad():
         for parameter in teacher.parameters():

@@ -90,7 +90,11 @@ def test_what_is_no_objective_is_refused(teacher: VisionTransformer) -> None:
         ),
         (
             {"jitter": (torch.full((10, 2), -40), torch.zeros(10) > 0)},
-            r"shifts by at most the image, \[32, 48\] pixels, got one of 40",
+            r"shifts by at most the image, \[32, 48\] pixels, got some from -40 to -40",
+        ),
+        (
+            {"jitter": (torch.full((10, 2), -(2**63)), torch.zeros(10) > 0)},
+            "from -9223372036854775808",
         ),
         (
             {"jitter": (torch.zeros(10, 2).long(), torch.zeros(10))},

@@ -262,6 +262,11 @@ def no_gradient(images: Tensor, progress: Tensor, generator: torch.Generator) ->
     return images.detach()
 
 
+@torch.no_grad()
+def hidden(images: Tensor, progress: Tensor, generator: torch.Generator) -> Tensor:
+    return images.mul_(0.9)
+
+
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
@@ -270,6 +275,8 @@ def no_gradient(images: Tensor, progress: Tensor, generator: torch.Generator) ->
         (lambda x, *_: x.to("meta"), "keep the device cpu of images, got meta"),
         (lambda x, *_: x * torch.nan, "augment <lambda> to return finite images, got NaN or inf"),
         (lambda x, *_: None, "augment <lambda> to return a tensor, got NoneType"),
+        (lambda x, *_: x.mul_(0.9), "augment <lambda> to return new images, it changed the given"),
+        (hidden, "augment hidden to return new images, it changed the given ones"),
         (no_gradient, "augment no_gradient to be differentiable, its gradient was cut off"),
     ],
 )

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smi_fast import CrossEntropy, Dense, Parametrization, Pixels, Selection, TotalVariation
+from smi_fast import (
+    CrossEntropy,
+    Dense,
+    Fourier,
+    Parametrization,
+    Pixels,
+    Pyramid,
+    Selection,
+    TotalVariation,
+)
+from smi_fast.augmentations import GaussianNoise
+from smi_fast.teacher.space import ImageSpace
 from tests.helpers.host_guard import HostGuard
 from tests.helpers.inversions import (
     EVERY_PIXEL_OBJECTIVE,
@@ -22,6 +34,7 @@ from tests.helpers.inversions import (
     start,
 )
 from tests.helpers.parametrizations import Linear, Sigmoid
+from tests.helpers.teachers import tiny_vit
 
 BOTH = pytest.mark.parametrize("kind", [Sigmoid, Linear])
 
@@ -159,8 +172,43 @@ def test_parameters_may_have_strides_of_their_own(teacher: VisionTransformer) ->
     )
 
 
-def test_pixels_are_the_default(teacher: VisionTransformer) -> None:
-    assert torch.equal(run(teacher).images, run(teacher, parametrization=Pixels()).images)
+def test_a_start_that_is_kept_is_not_moved(teacher: VisionTransformer) -> None:
+    class Kept(Sigmoid):
+        def bind(self, space: ImageSpace) -> Kept:
+            bound = super().bind(space)
+            bound.start = super(Kept, bound).initial(2, torch.Generator().manual_seed(0))
+            return bound
+
+        def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
+            return self.start
+
+    inverter = make(teacher, parametrization=Kept())
+    jitter = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, dtype=torch.bool)
+    one, other = (inverter.invert(TARGETS, jitter=jitter, progress=False) for _ in range(2))
+    assert torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("kind", [Pixels, Fourier, Pyramid])
+def test_options_are_fixed(kind: Callable) -> None:
+    for name in ("decay", "start", "space"):
+        with pytest.raises(FrozenInstanceError, match=name):
+            setattr(kind(), name, 2)
+
+
+@pytest.mark.parametrize("kind", [Pixels, Fourier, Pyramid])
+def test_a_teacher_in_half_precision(kind: Callable) -> None:
+    inverter = make(tiny_vit().bfloat16(), parametrization=kind())
+    state = start(inverter)
+    # The moments of Adam have its data type.
+    assert state.parameters.dtype == (torch.bfloat16 if kind is Pixels else torch.float32)
+    images = torch.rand(2, 3, 32, 48)
+    result = inverter.invert(TARGETS, init=images, progress=False)
+    assert result.images.dtype == torch.bfloat16 and result.images.isfinite().all()
+
+
+def test_no_image(teacher: VisionTransformer) -> None:
+    inverter = make(teacher, parametrization=Fourier(), objectives=[TotalVariation()])
+    assert inverter.invert(batch=0, progress=False).images.shape == (0, 3, 32, 48)
 
 
 def test_binding_leaves_the_given_parametrization_as_it_was(teacher: VisionTransformer) -> None:
@@ -175,6 +223,71 @@ def test_pixels_start_from_a_copy(teacher: VisionTransformer) -> None:
     state = make(teacher).start(TARGETS, init=images)
     state.step()
     assert not images.any() and state.parameters.any()
+
+
+class Changed(Sigmoid):
+    """Other parameters or images than the loop needs."""
+
+    def __init__(
+        self, images: Callable = lambda images: images, initial: Callable = lambda first: first
+    ) -> None:
+        self.change_images, self.change_initial = images, initial
+
+    def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
+        return self.change_initial(super().initial(batch, generator))
+
+    def images(self, parameters: Tensor) -> Tensor:
+        return self.change_images(super().images(parameters))
+
+
+@pytest.mark.parametrize(
+    ("parametrization", "message"),
+    [
+        (
+            Changed(images=lambda images: images[:, :, 1:]),
+            r"images of Changed as torch.float64 \[2, 3, 32, 48\] on cpu, got .* \[2, 3, 31, 48\]",
+        ),
+        (Changed(images=lambda images: images[:1]), r"got torch.float64 \[1, 3, 32, 48\] on cpu"),
+        (
+            Changed(images=lambda images: images.float()),
+            r"got torch.float32 \[2, 3, 32, 48\] on cpu",
+        ),
+        (Changed(images=lambda images: images.to("meta")), r"got .* \[2, 3, 32, 48\] on meta"),
+        (Changed(images=lambda images: None), "images of Changed as a tensor, got NoneType"),
+        (Changed(images=torch.Tensor.detach), r"Changed to be differentiable, without .detach\(\)"),
+        (
+            Changed(initial=lambda first: first.new_zeros(3, 3, 4)),
+            r"parameters of Changed as floating point \[2, 3, ...\] on cpu, got .* \[3, 3, 4\]",
+        ),
+        (
+            Changed(initial=lambda first: first.new_zeros(2, 7, 4)),
+            r"\[2, 3, ...\] on cpu, got .* \[2, 7, 4\] on",
+        ),
+        (
+            Changed(initial=lambda first: first.new_zeros(2, 3)),
+            r"got torch.float64 \[2, 3\] on cpu",
+        ),
+        (Changed(initial=lambda first: first.long()), r"got torch.int64 \[2, 3, 32, 48\] on cpu"),
+        (Changed(initial=lambda first: first.to("meta")), "on cpu, got .* on meta"),
+        (Changed(initial=lambda first: None), r"floating point \[2, 3, ...\], got NoneType"),
+    ],
+)
+def test_what_the_loop_cannot_optimise_is_refused(
+    teacher: VisionTransformer, parametrization: Parametrization, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(teacher, parametrization=parametrization).start(TARGETS)
+
+
+def test_a_start_needs_no_gradients_around_it(teacher: VisionTransformer) -> None:
+    inverter = make(teacher, parametrization=Fourier(), augment=GaussianNoise())
+    with torch.no_grad():
+        state = start(inverter)
+    with torch.inference_mode():
+        other = start(inverter)
+    state.step()
+    other.step()
+    assert torch.equal(state.images(), other.images())
 
 
 def test_a_parametrization_must_say_its_start_and_its_images() -> None:

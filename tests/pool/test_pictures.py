@@ -10,21 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from smi_fast.pool import Pool, pictures
-from tests.helpers.pools import SETTINGS, batch, read
+from smi_fast.pool import CONTACT_SHEET, LOSS_CURVES, Pool, pictures
+from tests.helpers.pools import NAMES, SETTINGS, batch, read
+
+MASKED = (0.0, 0.2, 1.0)  # (0, 51, 255)
 
 
 def colour_pool(path: Path, classes: int, per_class: int, side: int = 32) -> Pool:
-    """A pool of plain tiles: class i is (20 i, 200, 40), its masked images (20 i, 40, 200)."""
+    """A pool of plain tiles: class i is (20 i, 200, 40), without a kept patch."""
     labels = torch.arange(classes).repeat(per_class)  # in any order but sorted
     colours = torch.stack([labels * 20, labels * 0 + 200, labels * 0 + 40], dim=1) / 255
     images = colours[:, :, None, None].expand(-1, -1, side, side)
-    made = Pool.create(path, SETTINGS)
-    records = [
-        {"label": int(label), "class_name": f"class {label}", "confidence": 0.987}
-        for label in labels
-    ]
-    made.add(images, images[:, [0, 2, 1]], torch.ones(len(labels), 4, 4).bool(), records)
+    made = Pool.create(path, SETTINGS, NAMES, background=MASKED)
+    records = [{"label": int(label), "confidence": 0.987} for label in labels]
+    made.add(images, torch.zeros(len(labels), 4, 4).bool(), records)
     return made
 
 
@@ -38,9 +37,11 @@ def test_contact_sheet_shows_every_image_in_the_row_of_its_class(tmp_path: Path)
     sheet = read(tmp_path / "contact_sheet.png")
     bottom = 0
     for label in range(4):
-        whole, masked = where(sheet, (20 * label, 200, 40)), where(sheet, (20 * label, 40, 200))
+        whole = where(sheet, (20 * label, 200, 40))
         # 32 px are drawn four times as large.
-        assert whole.sum() == masked.sum() == 3 * 128**2
+        assert whole.sum() == 3 * 128**2
+        masked = where(sheet, (0, 51, 255)) & whole.any(axis=1)[:, None]
+        assert masked.sum() == 3 * 128**2
         rows, columns = np.nonzero(whole.any(axis=1))[0], np.nonzero(whole.any(axis=0))[0]
         assert rows[0] > bottom
         assert len(rows) == 128
@@ -73,12 +74,12 @@ def test_contact_sheet_of_a_large_pool_shows_its_beginning(tmp_path: Path) -> No
     assert shown == pictures.MOST_PER_CLASS * 128**2
 
 
-def test_contact_sheet_without_names_confidence_or_images(tmp_path: Path) -> None:
-    images, masked, masks, _ = batch(2)
-    made = Pool.create(tmp_path, SETTINGS)
+def test_contact_sheet_without_confidence_or_images(tmp_path: Path) -> None:
+    images, masks, _ = batch(2)
+    made = Pool.create(tmp_path, SETTINGS, NAMES)
     with pytest.raises(ValueError, match="empty"):
         pictures.contact_sheet(tmp_path, tmp_path / "sheet.png")
-    made.add(images, masked, masks, [{"label": 7}, {"label": 3}])
+    made.add(images, masks, [{"label": 7}, {"label": 3}])
     pictures.contact_sheet(tmp_path, tmp_path / "sheet.png")
     sheet = read(tmp_path / "sheet.png")
     enlarged = (images[0] * 255).round().byte().permute(1, 2, 0).numpy().repeat(7, 0).repeat(7, 1)
@@ -135,10 +136,10 @@ def test_loss_curves_is_logarithmic_unless_a_value_is_negative(
 
 def test_pictures_have_the_same_bytes_whenever_they_are_drawn(tmp_path: Path) -> None:
     made = colour_pool(tmp_path, classes=2, per_class=1)
-    made.add(*batch(1), {"stops": [2], "history": {"cross_entropy": [3, 2.5, 0.25]}})
+    made.add(*batch(1), loss={"stops": [2], "history": {"cross_entropy": [3, 2.5, 0.25]}})
     drawn = []
     for _ in range(2):
         pictures.draw_loss(made)
         pictures.draw_sheet(made)
-        drawn.append([(tmp_path / name).read_bytes() for name in ("loss.png", "contact_sheet.png")])
+        drawn.append([(tmp_path / name).read_bytes() for name in (LOSS_CURVES, CONTACT_SHEET)])
     assert drawn[0] == drawn[1]

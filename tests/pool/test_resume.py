@@ -20,7 +20,7 @@ from tests.helpers.pools import files
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("SMI_FAST_TEST_SEED", "0"))
 TROUBLES = 30
-FOREIGN = ("notes.txt", "images/holiday.jpg", "unfinished/mine.png")
+FOREIGN = ("notes.txt", "images/0002/holiday.jpg", "unfinished/mine.png")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def invert(pool: Path, *options: str, trouble: str | None = None, access: int = 
 
 def plant(pool: Path) -> None:
     for name in FOREIGN:
-        (pool / name).parent.mkdir(exist_ok=True)
+        (pool / name).parent.mkdir(parents=True, exist_ok=True)
         (pool / name).write_bytes(b"precious")
 
 
@@ -51,9 +51,9 @@ def own_files(pool: Path) -> dict[str, bytes]:
 
 
 def check_whole(pool: Path) -> None:
-    """Every image of the manifest can be read."""
+    """Every image of the metadata can be read."""
     for record in Pool(pool).records:
-        for key in ("image", "masked", "mask"):
+        for key in ("file_name", "masked_file_name", "mask_file_name"):
             with Image.open(pool / record[key]) as image:
                 image.load()
 

@@ -52,7 +52,9 @@ def test_once_stops_early() -> None:
         ({"keep": 0.0}, r"keep in \(0, 1\] and at in \(0, 1\), got 0.0 and 0.1"),
         ({"keep": 1.5}, "got 1.5 and 0.1"),
         ({"at": 1.0}, "got 0.47 and 1.0"),
+        ({"at": "early"}, "got 0.47 and 'early'"),
         ({"iterations": 1}, "iterations after the stop at 1, got 1"),
+        ({"iterations": "100"}, "iterations as a whole number, got '100'"),
     ],
 )
 def test_once_refuses(given: dict[str, float], message: str) -> None:
@@ -62,3 +64,5 @@ def test_once_refuses(given: dict[str, float], message: str) -> None:
 
 def test_scaled_can_be_compact() -> None:
     assert StopSchedule.scaled(4000, compact=True) == StopSchedule(compact=True)
+    with pytest.raises(ValueError, match=r"iterations as a whole number, got 400\.0"):
+        StopSchedule.scaled(400.0)

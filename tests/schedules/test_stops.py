@@ -56,6 +56,11 @@ def test_bad_stops_are_refused(at: tuple, drop: tuple, message: str) -> None:
         StopSchedule(at, drop)
 
 
+def test_compact_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="compact True or False, got 'no'"):
+        StopSchedule(compact="no")
+
+
 def test_lists_are_taken() -> None:
     assert StopSchedule([50, 100], [0.3, 0.3]) == StopSchedule((50, 100), (0.3, 0.3))
 

@@ -42,6 +42,23 @@ def test_equals_timm_with_a_gate() -> None:
     assert all(relative_error(ours, own) < 1e-4 for ours, own in pairs)
 
 
+@pytest.mark.parametrize(
+    ("head", "classes"),
+    [
+        (nn.Identity(), 0),
+        (nn.Linear(192, 3), 3),
+        (nn.Sequential(nn.BatchNorm1d(192), nn.Linear(192, 7)), 7),
+    ],
+)
+def test_classes_are_those_of_a_head_that_replaced_timms(head: nn.Module, classes: int) -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=1)
+    teacher.head = head
+    sparse = SparseViT(teacher)
+    images = torch.randn(2, 3, 224, 224)
+    assert teacher.num_classes == 10 and sparse.num_classes == classes
+    assert relative_error(sparse(images).logits, teacher.eval()(images)) < 1e-5
+
+
 class OnlyKept(nn.Module):
     """A timm model fed with given tokens only: what sparse inversion means by kept."""
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -50,14 +51,25 @@ def pooled_by_place() -> VisionTransformer:
     return teacher
 
 
+def eva(**options: object) -> Eva:
+    return make_teacher("eva02_tiny_patch14_224", **options)
+
+
+def prefix_of_another() -> Eva:
+    teacher = eva()
+    teacher.blocks[1].attn.num_prefix_tokens = 0
+    return teacher
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(2, 2), "expected a timm VisionTransformer, got torch.nn.*Linear"),
+        (lambda: nn.Linear(2, 2), "expected a timm VisionTransformer or Eva, got torch.nn.*Linear"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Beit"),
         (lambda: timm.create_model("vit_relpos_small_patch16_224"), "VisionTransformerRelPos"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
+        (lambda: eva(use_post_norm=True), "blocks.0 to be Block or EvaBlock, got EvaBlockPostNorm"),
+        (lambda: prefix_of_another(), "attn to leave the 1 prefix tokens unrotated, got 0"),
         (lambda: replaced_forward(make_teacher("deit_tiny_patch16_224")), "forward replaced"),
         (lambda: OwnHead(depth=1, embed_dim=48, num_heads=3), "OwnHead with a forward_head"),
         (lambda: changed("blocks.1.attn", nn.Identity()), "blocks.1.attn to be Attention"),

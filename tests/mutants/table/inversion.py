@@ -14,6 +14,24 @@ REBIRTH = "tests/inversion/test_rebirth_loop.py"
 
 MUTANTS = (
     *of_file(
+        "smi_fast/inversion/inputs.py",
+        PARAMETRIZATIONS,
+        Mutant(
+            "inputs-start",
+            "parameters.detach().clone(memory_format=torch.contiguous_format)",
+            "parameters.detach().contiguous()",
+            "The images of the caller change.",
+            f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
+        ),
+        Mutant(
+            "inputs-gradient",
+            "if not images.requires_grad:",
+            "if False:",
+            "A parametrization without a gradient is found out in the loop.",
+            f"{PARAMETRIZATIONS}::test_what_the_loop_cannot_optimise_is_refused",
+        ),
+    ),
+    *of_file(
         "smi_fast/inversion/sparse_images.py",
         REBIRTH,
         Mutant(
@@ -288,8 +306,8 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/inversion/background.py",
-        "tests/inversion/test_background.py",
+        "smi_fast/background.py",
+        "tests/test_background.py",
         Mutant(
             "background-mean",
             "return mean\n",

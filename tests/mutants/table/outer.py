@@ -6,46 +6,67 @@ POOL = "tests/pool/test_pool.py"
 COMPAT = "tests/compat/test_smi.py"
 DRAWS = f"{COMPAT}::test_draws_and_returns_what_the_published_loop_does"
 FILL = "tests/test_fill.py"
+CONVERT = "tests/convert/test_torchvision.py"
 BUDGET = "tests/verify/test_budget.py"
 CORRECTNESS = "tests/verify/test_correctness.py::test_wrong_kernel_is_seen"
 
 MUTANTS = (
     *of_file(
+        "smi_fast/convert/build.py",
+        CONVERT,
+        Mutant(
+            "convert-proof",
+            "if not apart <= TOLERANCE:  # not finite counts as different",
+            "if False:",
+            "A model with another activation is converted.",
+            f"{CONVERT}::test_what_is_refused",
+        ),
+        Mutant(
+            "convert-eps",
+            "norm_layer=partial(LayerNorm, eps=eps),",
+            "norm_layer=LayerNorm,",
+            "LayerNorm has timm's eps and not the model's.",
+            f"{CONVERT}::test_it_computes_the_same",
+        ),
+        Mutant(
+            "convert-shares",
+            "weight.detach().clone() for",
+            "weight.detach() for",
+            "A change of the conversion changes the model.",
+            f"{CONVERT}::test_the_model_stays_as_it_was",
+        ),
+    ),
+    *of_file(
         "smi_fast/pool/pool.py",
         POOL,
         Mutant(
             "pool-left-overs",
-            "                with suppress(OSError):\n"
-            "                    (self.path / name).unlink()\n",
+            "                self._settle()  # an interrupt may have come after the last line\n",
             "                pass\n",
             "A batch that fails leaves its images behind.",
         ),
         Mutant(
-            "pool-manifest-first",
-            "            for name, picture in pictures.items():\n"
-            '                self._write(name, partial(picture.save, format="PNG"), held)\n'
-            "            if loss_line is not None:\n",
-            "            self._write(MANIFEST, lambda file: file.write(manifest), held)\n"
-            "            for name, picture in pictures.items():\n"
-            '                self._write(name, partial(picture.save, format="PNG"), held)\n'
-            "            if loss_line is not None:\n",
+            "pool-metadata-first",
+            "            for name, picture in pictures.items():\n",
+            '            metadata.append(self.path / METADATA, b"".join(lines), self._size)\n'
+            "            for name, picture in pictures.items():\n",
             "An interrupted batch has lines whose files don't exist.",
         ),
         Mutant(
             "pool-unfinished",
-            "            raise\n        self._discard_unfinished()\n",
-            "            raise\n",
+            "        self._batches += 1\n        self._discard_unfinished()\n",
+            "        self._batches += 1\n",
             "Unfinished images stay after their batch was added.",
         ),
         Mutant(
             "pool-delete-first",
-            "            for name in (MANIFEST, LOSS, CONTACT_SHEET, LOSS_CURVES):\n"
+            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
             "                delete_file(self.path / name)\n"
-            "            for folder in folders:\n"
+            "            for folder in reversed(folders):\n"
             "                delete_pictures(folder)\n",
-            "            for folder in folders:\n"
+            "            for folder in reversed(folders):\n"
             "                delete_pictures(folder)\n"
-            "            for name in (MANIFEST, LOSS, CONTACT_SHEET, LOSS_CURVES):\n"
+            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
             "                delete_file(self.path / name)\n",
             "An interrupted overwrite leaves lines whose files don't exist.",
         ),
@@ -57,27 +78,90 @@ MUTANTS = (
         ),
         Mutant(
             "pool-link",
-            "for folder in filter(Path.is_symlink, folders):",
+            'for folder in filter(Path.is_symlink, (*folders, self.path / "report")):',
             "for folder in filter(Path.is_symlink, []):",
             "An overwrite that leaves a linked folder alone says nothing.",
         ),
         Mutant(
-            "pool-rounding",
-            ".mul(255).round().byte()",
-            ".mul(255).byte()",
-            "Pixels are cut off instead of rounded.",
+            "pool-number",
+            "index = self._held + i",
+            "index = i",
+            "A second batch replaces the first.",
         ),
         Mutant(
-            "pool-number",
-            "start=held):\n            files",
-            "start=0):\n            files",
-            "A second batch replaces the first.",
+            "pool-background",
+            'masks, settings["background"])',
+            'masks, "mean")',
+            "Masked images have the mean colour whatever the pool says.",
+        ),
+        Mutant(
+            "pool-strays",
+            "        self._discard_strays()\n",
+            "",
+            "Loaders of folders find the images of a batch that was killed.",
         ),
         Mutant(
             "pool-order-of-keys",
             "json.dumps(side[key], sort_keys=True)",
             "json.dumps(side[key])",
             "The same settings in another order are refused.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/batch.py",
+        POOL,
+        Mutant(
+            "batch-rounding",
+            ".mul(255).round().byte()",
+            ".mul(255).byte()",
+            "Pixels are cut off instead of rounded.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/metadata.py",
+        POOL,
+        Mutant(
+            "metadata-torn",
+            "return records[: end if len(records) == end else start], whole",
+            "return records, whole",
+            "A part of a batch counts, and the next one starts from another seed.",
+        ),
+        Mutant(
+            "metadata-cut",
+            "    cut(path, size)\n    path.parent",
+            "    path.parent",
+            "A line is written behind a torn one, and both are lost.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/layout.py",
+        "tests/pool/test_loaders.py",
+        Mutant(
+            "layout-class-names",
+            "{max(4, len(str(classes - 1)))}",
+            "4",
+            "Folders of classes don't sort as the classes do.",
+            f"{POOL}::test_class_folders_sort_as_the_classes_do",
+        ),
+    ),
+    *of_file(
+        "smi_fast/judge.py",
+        "tests/test_judge.py",
+        Mutant(
+            "judge-space",
+            ".float() - mean) / std)",
+            ".float()) / std)",
+            "The judge sees images in another space than it was trained in.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/provenance.py",
+        "tests/test_provenance.py",
+        Mutant(
+            "provenance-address",
+            'return re.sub(" at 0x[0-9a-f]+", "", repr(value))',
+            "return repr(value)",
+            "A pool with a function of one's own can't be resumed.",
         ),
     ),
     *of_file(

@@ -11,7 +11,47 @@ RATE = "tests/test_learning_rate.py"
 FOURIER = "tests/parametrizations/test_fourier.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
 
+IMPORTANCE = "tests/inversion/test_importance.py"
+
 MUTANTS = (
+    *of_file(
+        "smi_fast/ops/grid.py",
+        COMPACT,
+        Mutant(
+            "grid-neighbours",
+            "on_grid.view(-1, 1, *grid)",
+            "on_grid.view(-1, 1, *grid[::-1])",
+            "Neighbours on a grid that isn't square are those of another grid.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/importance.py",
+        IMPORTANCE,
+        Mutant(
+            "importance-rollout-order",
+            "for name in reversed(self.taps(teacher.depth)):",
+            "for name in self.taps(teacher.depth):",
+            "The attention of the blocks is multiplied in the wrong order.",
+        ),
+        Mutant(
+            "importance-residual",
+            "row = (row + (row[:, None] @ maps)[:, 0]) / 2",
+            "row = (row[:, None] @ maps)[:, 0]",
+            "Attention rollout leaves the residual connections out.",
+        ),
+        Mutant(
+            "importance-random-part",
+            "self._drawn[inputs.first : inputs.first + len(inputs.kept)]",
+            "self._drawn[: len(inputs.kept)]",
+            "Every part of a batch has the random order of the first.",
+        ),
+        Mutant(
+            "importance-gradient-sign",
+            ":].sum(-1).abs()",
+            ":].sum(-1)",
+            "A token that holds the loss down is the least important.",
+        ),
+    ),
     *of_file(
         "smi_fast/schedules/base.py",
         CHECK,
@@ -83,16 +123,9 @@ MUTANTS = (
             "Kept patches are in the order of their importance.",
         ),
         Mutant(
-            "stops-compact",
-            "on_grid.view(batch, 1, rows, columns)",
-            "on_grid.view(batch, 1, columns, rows)",
-            "Neighbours on a grid that isn't square are those of another grid.",
-            COMPACT,
-        ),
-        Mutant(
             "stops-compact-unused",
-            "importance = _averaged(stop) if self.compact else stop.importance",
-            "importance = stop.importance",
+            "        if self.compact:",
+            "        if False:",
             "compact is not read.",
             COMPACT,
         ),
@@ -179,16 +212,6 @@ MUTANTS = (
             "F.pad(full, (smaller, 0))",
             "F.pad(full, (0, smaller))",
             "A given image goes into the smallest levels.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/pixels.py",
-        f"{PARAMETRIZATIONS}::test_pixels_start_from_a_copy",
-        Mutant(
-            "pixels-copy",
-            "images.to(self.space.mean.dtype, copy=True)",
-            "images.to(self.space.mean.dtype)",
-            "The images of the caller change.",
         ),
     ),
     *of_file(

@@ -9,6 +9,7 @@ IMPORTANCE = f"{SPARSE}::test_importance_is_the_attention_of_what_the_head_reads
 TAPS = "tests/teacher/test_taps.py::test_each_tap_is_what_the_block_computes"
 PROBE = "tests/teacher/test_probe.py"
 SUPPORT = "tests/teacher/test_support.py::test_what_cannot_be_exact_is_refused_by_name"
+EVA = "tests/teacher/test_eva.py"
 WEIGHTS = "tests/teacher/test_weights.py"
 
 MUTANTS = (
@@ -43,8 +44,8 @@ MUTANTS = (
         ),
         Mutant(
             "blocks-row",
-            "block.norm1(x), 1)[0][:, :, 0]",
-            "block.norm1(x), 2)[0][:, :, 1]",
+            "y, 1, rotation)[0][:, :, 0]",
+            "y, 2, rotation)[0][:, :, 1]",
             "The row is that of the second token.",
         ),
         Mutant(
@@ -74,8 +75,8 @@ MUTANTS = (
         ),
         Mutant(
             "attention-norm-of-keys",
-            "attention.q_norm(q), attention.k_norm(k), v]",
-            "attention.q_norm(q), attention.q_norm(k), v]",
+            "q, k = attention.q_norm(q), attention.k_norm(k)\n    return",
+            "q, k = attention.q_norm(q), attention.q_norm(k)\n    return",
             "Keys take the norm of queries.",
         ),
         Mutant(
@@ -84,6 +85,29 @@ MUTANTS = (
             "pool.q_norm(q) @ pool.k_norm(k).mT",
             "Map pooling scores patches without its scale.",
             f"{SPARSE}::test_importance_of_map_pooling_is_its_own_attention",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/rotary.py",
+        EVA,
+        Mutant(
+            "rotary-positions",
+            "[table[positions].unsqueeze(2)]",
+            "[table[: positions.shape[1]].expand(len(positions), -1, -1).unsqueeze(2)]",
+            "Patches are rotated as the first cells of the grid.",
+            f"{EVA}::test_a_patch_turns_with_its_place_under_jitter",
+        ),
+        Mutant(
+            "rotary-prefix",
+            "attention.num_prefix_tokens if rotation",
+            "0 if rotation",
+            "The class token is rotated too.",
+        ),
+        Mutant(
+            "rotary-blocks",
+            "[block.transpose(0, 1)[positions] for block in table]",
+            "[table[0].transpose(0, 1)[positions] for block in table]",
+            "Every block has the mixed rotations of the first.",
         ),
     ),
     *of_file(
@@ -107,6 +131,14 @@ MUTANTS = (
             "1",
             "The distillation token isn't computed.",
             EVERY,
+        ),
+        Mutant(
+            "sparse-classes",
+            "    if isinstance(vit.head, nn.Identity):\n        return 0\n",
+            "    if isinstance(vit.head, (nn.Identity, nn.Linear)):\n"
+            "        return vit.num_classes\n",
+            "A replaced head doesn't change the number of classes.",
+            f"{SPARSE}::test_classes_are_those_of_a_head_that_replaced_timms",
         ),
         Mutant(
             "sparse-follow",
@@ -183,7 +215,7 @@ MUTANTS = (
         ),
         Mutant(
             "support-scale",
-            "if abs(block.attn.scale - width**-0.5) > 1e-9:",
+            "if abs(attention.scale - width**-0.5) > 1e-9:",
             "if False:",
             "Attention with a scale of its own gets the usual one.",
         ),

@@ -47,7 +47,8 @@ def over(pixels: Tensor, masks: Tensor, background: Background) -> Tensor:
 
     Args:
         pixels: [B, C, H, W] in [0, 1].
-        masks: bool [B, rows, columns], at least one patch in each; H and W are multiples of them.
+        masks: bool [B, rows, columns]; H and W are multiples of these. An image without a patch
+            gets black in place of its mean.
         background: "mean", "blurred", "black", or a colour of C numbers in [0, 1].
 
     Raises:
@@ -74,7 +75,7 @@ def _pixels(
     # Half precision has too few digits for sums over an image.
     shown = (pixels * inside).to(torch.promote_types(pixels.dtype, torch.float32))
     weight = inside.to(shown.dtype)
-    mean = shown.sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True)
+    mean = shown.sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp(min=1)
     if background == "mean":
         return mean
     down, right = (

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smi_fast.inversion.background import NAMES, over
+from smi_fast.background import NAMES, over
 from tests.helpers.inversions import run
 
 
