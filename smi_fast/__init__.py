@@ -36,7 +36,13 @@ _NAMES = {
         "VariationTarget",
         "collect_statistics",
     ),
-    "parametrizations": ("Fourier", "Parametrization", "Pixels", "Pyramid"),
+    "parametrizations": (
+        "Fourier",
+        "Parametrization",
+        "Pixels",
+        "Pyramid",
+        "SigmoidParametrization",
+    ),
     "schedules": (
         "Dense",
         "PatchRebirth",

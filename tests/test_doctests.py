@@ -47,7 +47,13 @@ WITH_EXAMPLES = [
             "augmentations": ("ColourShift", "GaussianNoise", "LowPass"),
             "jitter": ("Jitter",),
             "learning_rate": ("Cosine", "LearningRate", "PerPhase"),
-            "parametrizations": ("Fourier", "Parametrization", "Pixels", "Pyramid"),
+            "parametrizations": (
+                "Fourier",
+                "Parametrization",
+                "Pixels",
+                "Pyramid",
+                "SigmoidParametrization",
+            ),
         }.items()
         for name in names
     ),
@@ -58,6 +64,7 @@ WITH_EXAMPLES = [
     "smi_fast.schedules.PatchRebirth",
     "smi_fast.schedules.Schedule",
     "smi_fast.schedules.StopSchedule",
+    "smi_fast.teacher.SigmoidImages",
     "smi_fast.teacher.SparseViT",
     "smi_fast.zoo.load_cnn",
     "smi_fast.zoo.load_teacher",

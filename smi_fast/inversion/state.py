@@ -13,7 +13,9 @@ from smi_fast.augmentations import name_of
 from smi_fast.inversion.result import FinishedGroup
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.views import BatchInputs, evaluate, parts
+from smi_fast.ops.grid import patch_mask, spread
 from smi_fast.schedules import Selection
+from smi_fast.teacher import SigmoidImages
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,6 +37,7 @@ class InversionState:
         generator: on the device; draws what ``augment`` asks for. None without ``augment``.
         background: images [B, C, H, W] as they were at the last stop, where the parametrization
             can't freeze them itself.
+        frozen: bool [B, rows, columns], the patches that show the background; None without one.
         finished: groups of patches that a schedule took out, in the order of their stops.
         exp_avg: [B, C, ...], Adam's running mean of the gradient.
         exp_avg_sq: [B, C, ...], Adam's running mean of its square.
@@ -51,6 +54,7 @@ class InversionState:
     flip: Tensor
     generator: torch.Generator | None = None
     background: Tensor | None = field(init=False, default=None)
+    frozen: Tensor | None = field(init=False, default=None)
     finished: list[FinishedGroup] = field(init=False, default_factory=list)
     exp_avg: Tensor = field(init=False)
     exp_avg_sq: Tensor = field(init=False)
@@ -77,13 +81,16 @@ class InversionState:
     @torch.no_grad()
     def images(self) -> Tensor:
         """[B, C, H, W] in normalised space; of ``Pixels`` the parameters themselves."""
-        return self._images(self.parameters)
+        return _tensor(self._images(self.parameters))
 
-    def _images(self, parameters: Tensor) -> Tensor:
-        images = self.settings.parametrization.images(parameters)
-        if self.background is None:
+    def _images(self, parameters: Tensor) -> Tensor | SigmoidImages:
+        images = self.settings.parametrization.lazy_images(parameters)
+        if self.background is None or self.frozen is None:
             return images
-        return torch.where(self.settings.teacher.pixel_mask(self.kept), images, self.background)
+        if isinstance(images, SigmoidImages):
+            return images.over(self.background, self.frozen)
+        mask = spread(self.frozen, self.settings.teacher.patch_size)
+        return torch.where(mask, self.background, images)
 
     @torch.no_grad()
     def keep(self, selection: Selection) -> None:
@@ -93,6 +100,7 @@ class InversionState:
             self.finished.append(self._finish(selection.finished))
         if settings.freeze_background and not settings.parametrization.pixelwise:
             self.background = self.images().clone()
+            self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid)
         self.kept = selection.kept
 
     def _finish(self, patches: Tensor) -> FinishedGroup:
@@ -135,6 +143,8 @@ class InversionState:
         settings = self.settings
         parameters = self.parameters.detach().requires_grad_()
         images = self._images(parameters)
+        if settings.augment is not None:
+            images = _tensor(images)
         shift, flip = (
             table.index_select(0, self.iteration)[0] for table in (self.shift, self.flip)
         )
@@ -149,7 +159,7 @@ class InversionState:
             generator=self.generator,
             score=score,
         )
-        seen = evaluate(images.detach(), inputs, settings)
+        seen = evaluate(images, inputs, settings)
         if seen.gradient is None:
             # In an iteration without an evaluated objective the pixels only follow their momentum.
             if all(settings.due(number)):
@@ -160,7 +170,8 @@ class InversionState:
                 )
             gradient = torch.zeros_like(parameters)
         else:
-            (gradient,) = torch.autograd.grad(images, parameters, seen.gradient)
+            moved = images.field if isinstance(images, SigmoidImages) else images
+            (gradient,) = torch.autograd.grad(moved, parameters, seen.gradient)
         with torch.no_grad():
             row = torch.stack([*seen.augmented, *seen.values, gradient.sum()])
             self.record.index_copy_(0, self.iteration, row.to(self.record.dtype)[None])
@@ -224,3 +235,7 @@ class InversionState:
         names = [objective.name for objective in self.settings.objectives]
         columns = self.record[: self.done(), -1 - len(names) : -1].T.tolist()
         return dict(zip(names, columns, strict=True))
+
+
+def _tensor(images: Tensor | SigmoidImages) -> Tensor:
+    return images.tensor() if isinstance(images, SigmoidImages) else images

@@ -16,7 +16,7 @@ from smi_fast.augmentations import apply
 from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
 from smi_fast.objectives import LossInputs, value_of
-from smi_fast.teacher import SparseOutput
+from smi_fast.teacher import SigmoidImages, SparseOutput
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +51,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         values: the un-weighted objectives.
-        gradient: [B, C, H, W], of the images; None when no objective depends on them.
+        gradient: [B, C, H, W], of the images or of their field; None when no objective depends on
+            them.
         importance: [B, K], or None.
         augmented: 0, or NaN where ``augment`` returned what isn't finite; empty without it.
     """
@@ -62,11 +63,12 @@ class Evaluation(NamedTuple):
     augmented: list[Tensor]
 
 
-def evaluate(images: Tensor, inputs: BatchInputs, settings: Settings) -> Evaluation:
+def evaluate(images: Tensor | SigmoidImages, inputs: BatchInputs, settings: Settings) -> Evaluation:
     """Evaluate the objectives; all that is returned is the mean over the copies of each image.
 
     Args:
-        images: [B, C, H, W], normalised, without gradient.
+        images: [B, C, H, W], normalised; or, without ``augment``, what they are computed from. The
+            gradient ends at them.
         inputs: what else the iteration reads.
         settings: of the inversion.
 
@@ -88,7 +90,9 @@ def parts(batch: int, most: int | None) -> list[slice]:
     return [slice(*ends) for ends in pairwise(batch * i // count for i in range(count + 1))]
 
 
-def _copy(images: Tensor, inputs: BatchInputs, settings: Settings, index: int) -> Evaluation:
+def _copy(
+    images: Tensor | SigmoidImages, inputs: BatchInputs, settings: Settings, index: int
+) -> Evaluation:
     """Evaluate one copy of each image, with a jitter and an augmentation of its own."""
     jitter = inputs.shift, inputs.flip
     if settings.copies > 1:
@@ -98,7 +102,7 @@ def _copy(images: Tensor, inputs: BatchInputs, settings: Settings, index: int) -
         found = [_part(rows, images, None, jitter, inputs, settings) for rows in slices]
         gradient = _joined(torch.cat, [part.gradient for part in found])
         return Evaluation(_sums(found), gradient, _importance(found), [])
-    assert inputs.generator is not None
+    assert inputs.generator is not None and isinstance(images, Tensor)
     whole = images.detach().requires_grad_()
     progress = inputs.iteration_tensor.to(torch.float32) / settings.iterations
     seen = apply(settings.augment, whole, progress, inputs.generator)
@@ -117,7 +121,7 @@ class _Part(NamedTuple):
 
     Attributes:
         values: the un-weighted objectives, times the part's share of the batch.
-        gradient: [b, C, H, W], of the part's images, or None.
+        gradient: [b, C, H, W], of the part's images or of their field, or None.
         of_seen: [b, C, H, W], of its augmented images, or None.
         importance: [b, K], or None.
     """
@@ -130,15 +134,15 @@ class _Part(NamedTuple):
 
 def _part(
     rows: slice,
-    images: Tensor,
+    images: Tensor | SigmoidImages,
     seen: Tensor | None,
     jitter: tuple[Tensor, Tensor],
     inputs: BatchInputs,
     settings: Settings,
 ) -> _Part:
     teacher, batch = settings.teacher, len(images)
-    own = images[rows].requires_grad_()
-    view = own if seen is None else seen[rows].requires_grad_()
+    own, leaf = _leaf(images, rows)
+    view = None if seen is None else seen[rows].requires_grad_()
     shift, flip = jitter
     if shift.dim() == 2:
         shift, flip = shift[rows], flip[rows]
@@ -147,10 +151,14 @@ def _part(
     scored = settings.importance.taps(teacher.depth) if inputs.score else ()
     kept = inputs.kept[rows]
     output = teacher(
-        view, kept, jitter=(shift, flip), importance=inputs.score, taps={*taps, *scored}
+        own if view is None else view,
+        kept,
+        jitter=(shift, flip),
+        importance=inputs.score,
+        taps={*taps, *scored},
     )
     given = LossInputs(
-        images=own,
+        images=own if isinstance(own, Tensor) else own.tensor,
         view=view,
         logits=output.logits,
         targets=None if inputs.targets is None else inputs.targets[rows],
@@ -165,7 +173,7 @@ def _part(
         jitter=(shift, flip),
         taps=output.taps,
     )
-    values = [value_of(objective, given) if due else own.new_zeros(()) for objective, due in pairs]
+    values = [value_of(objective, given) if due else leaf.new_zeros(()) for objective, due in pairs]
     if len(own) < batch:
         values = [value * (len(own) / batch) for value in values]
     # A weight of 1 is left out: it would cost a kernel forward and another backward.
@@ -175,15 +183,25 @@ def _part(
             for objective, value in zip(settings.objectives, values, strict=True)
         ]
     ).sum()
-    leaves = [own] if seen is None else [own, view]
+    leaves = [leaf] if view is None else [leaf, view]
     of_taps = [output.taps[name] for name in scored if settings.importance.differentiates]
     found = _gradients(loss, [*leaves, *of_taps])
     importance = None
     if output.importance is not None:
         gradients = dict(zip(scored, found[len(leaves) :], strict=False))
-        importance = _score(rows.start, view, kept, output, gradients, settings)
-    of_seen = None if seen is None else found[1]
+        shown = given.images if view is None else view
+        importance = _score(rows.start, shown, kept, output, gradients, settings)
+    of_seen = None if view is None else found[1]
     return _Part([value.detach() for value in values], found[0], of_seen, importance)
+
+
+def _leaf(images: Tensor | SigmoidImages, rows: slice) -> tuple[Tensor | SigmoidImages, Tensor]:
+    """Some of the images, and the leaf that their gradient ends at: themselves or their field."""
+    if isinstance(images, Tensor):
+        leaf = images[rows].detach().requires_grad_()
+        return leaf, leaf
+    leaf = images.field[rows].detach().requires_grad_()
+    return images.part(rows, leaf), leaf
 
 
 def _score(

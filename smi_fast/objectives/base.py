@@ -20,12 +20,33 @@ if TYPE_CHECKING:
     from smi_fast.teacher.space import ImageSpace
 
 
+class _Images:
+    """A field of a dataclass: images, or a function that makes them when they are first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: LossInputs | None, kind: type | None = None) -> Tensor:
+        if owner is None:
+            raise AttributeError(self._name)  # the field has no default
+        images: Tensor | Callable[[], Tensor] = vars(owner)[self._name]
+        if not isinstance(images, Tensor):
+            # Who reads them first may want no gradient; who reads them next may want one.
+            with torch.enable_grad():
+                images = vars(owner)[self._name] = images()
+        return images
+
+    def __set__(self, owner: LossInputs, images: Tensor | Callable[[], Tensor]) -> None:
+        vars(owner)[self._name] = images
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
     """What the objectives of one iteration may read.
 
     Attributes:
-        images: [B, C, H, W], normalised, neither augmented nor jittered.
+        images: [B, C, H, W], normalised, neither augmented nor jittered. They may be computed at
+            the first read only: read them where they are needed.
         view: [B, C, H, W], the augmented images, which the teacher sees under jitter; None where
             they are the images.
         logits: [B, classes], of the jittered images' kept patches.
@@ -44,7 +65,7 @@ class LossInputs:
             :mod:`smi_fast.teacher.taps`.
     """
 
-    images: Tensor
+    images: _Images = _Images()
     view: Tensor | None = None
     logits: Tensor
     targets: Tensor | None
@@ -62,12 +83,13 @@ class LossInputs:
     @cached_property
     def jittered(self) -> Tensor:
         """[B, C, H, W], the whole augmented images under jitter, computed at the first read."""
-        view = self.images if self.view is None else self.view
-        return view if self.jitter is None else jitter_images(view, *self.jitter)
+        with torch.enable_grad():
+            view = self.images if self.view is None else self.view
+            return view if self.jitter is None else jitter_images(view, *self.jitter)
 
     def rows_of(self, drawn: Tensor) -> Tensor:
         """The rows of these images, of a tensor with a row for each image of the whole batch."""
-        return drawn[self.first : self.first + len(self.images)]
+        return drawn[self.first : self.first + len(self.kept)]
 
 
 class Objective(ABC):

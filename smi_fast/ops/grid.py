@@ -64,5 +64,9 @@ def neighbourhood_mean(scores: Tensor, kept: Tensor, grid: tuple[int, int]) -> T
 
 def pixel_mask(kept: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """A mask bool [B, 1, height, width], true at the pixels of the patches kept int64 [B, K]."""
-    patches = patch_mask(kept, height // patch_size, width // patch_size)
+    return spread(patch_mask(kept, height // patch_size, width // patch_size), patch_size)
+
+
+def spread(patches: Tensor, patch_size: int) -> Tensor:
+    """A mask bool [B, 1, H, W] of pixels, from that of patches [B, rows, columns]."""
     return patches.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]

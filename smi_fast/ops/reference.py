@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smi_fast.ops.grid import NEIGHBOURS, pixel_mask, window_indices
+from smi_fast.ops.grid import NEIGHBOURS, pixel_mask, spread, window_indices
 
 ADAM_EPS = 1e-8
 
@@ -53,11 +53,6 @@ def gather_patches_backward(
     return images.view(len(grad), channels, height, width)
 
 
-def _spread(frozen: Tensor, patch_size: int) -> Tensor:
-    """A mask bool [B, 1, H, W] of pixels, from that of patches [B, rows, columns]."""
-    return frozen.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
-
-
 def gather_sigmoid_patches(
     field: Tensor,
     kept: Tensor,
@@ -72,7 +67,7 @@ def gather_sigmoid_patches(
     """See :func:`smi_fast.ops.gather_sigmoid_patches`."""
     images = (torch.sigmoid(field) - mean[:, None, None]) / std[:, None, None]
     if frozen is not None and background is not None:
-        images = torch.where(_spread(frozen, patch_size), background, images)
+        images = torch.where(spread(frozen, patch_size), background, images)
     return gather_patches(images, kept, shift, flip, patch_size)
 
 
@@ -93,7 +88,7 @@ def gather_sigmoid_patches_backward(
     slope = torch.sigmoid(field) * torch.sigmoid(-field)
     gradient = images * slope / std[:, None, None]
     if frozen is not None:
-        gradient = gradient.masked_fill(_spread(frozen, patch_size), 0)
+        gradient = gradient.masked_fill(spread(frozen, patch_size), 0)
     # Where no window lies it is zero even if the field isn't finite.
     windows = torch.ones_like(grad)
     covered = gather_patches_backward(windows, kept, shift, flip, patch_size, height, width)

@@ -4,5 +4,6 @@ from smi_fast.parametrizations.base import Parametrization
 from smi_fast.parametrizations.fourier import Fourier
 from smi_fast.parametrizations.pixels import Pixels
 from smi_fast.parametrizations.pyramid import Pyramid
+from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 
-__all__ = ["Fourier", "Parametrization", "Pixels", "Pyramid"]
+__all__ = ["Fourier", "Parametrization", "Pixels", "Pyramid", "SigmoidParametrization"]

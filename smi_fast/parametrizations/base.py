@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from smi_fast.teacher.sigmoid_images import SigmoidImages
     from smi_fast.teacher.space import ImageSpace
 
 P = TypeVar("P", bound="Parametrization")
@@ -62,6 +63,13 @@ class Parametrization(ABC):
     @abstractmethod
     def images(self, parameters: Tensor) -> Tensor:
         """Images [B, C, H, W] in normalised space, differentiable; of the space's data type."""
+
+    def lazy_images(self, parameters: Tensor) -> Tensor | SigmoidImages:
+        """The images, or what they are computed from where they are read.
+
+        The loop calls it. :class:`SigmoidParametrization` has images that are computed later.
+        """
+        return self.images(parameters)
 
     def parameters_of(self, images: Tensor) -> Tensor:
         """Parameters whose images are these [B, C, H, W].

@@ -9,18 +9,17 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from smi_fast.parametrizations.base import Parametrization, check_start, parameters_like
+from smi_fast.parametrizations.base import check_start, parameters_like
+from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 from smi_fast.teacher.space import ImageSpace
 
-# Pixels are kept this far from black and white when a given image is turned into parameters.
-MARGIN = 1e-3
 # Square root of the covariance of colours (red, green, blue) in ImageNet, as published with
 # "Feature Visualization" (Olah et al., Distill, 2017); scaled to a largest column norm of 1 below.
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
 @dataclass(frozen=True)
-class Fourier(Parametrization):
+class Fourier(SigmoidParametrization):
     """Pixels are ``sigmoid(u)``, where u is the inverse Fourier transform of scaled parameters.
 
     With z [B, C, H, W // 2 + 1] complex, stored as its real and imaginary parts, equal to::
@@ -76,18 +75,18 @@ class Fourier(Parametrization):
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return (noise * self.start).to(self._scale)
 
-    def images(self, parameters: Tensor) -> Tensor:
+    def field(self, parameters: Tensor) -> Tensor:
         space = self.space
         spectrum = torch.view_as_complex(parameters) * self._scale
         if not len(parameters):  # the transform takes no empty batch
             return spectrum.real[..., :1, :1].expand(-1, -1, space.height, space.width)
-        u = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
+        u: Tensor = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", self._colours, u)
-        return space.normalize(torch.sigmoid(u)).to(space.mean.dtype)
+        return u
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        u = self.space.denormalize(images.to(self._scale.dtype)).clamp(MARGIN, 1 - MARGIN).logit()
+        u = self.field_of(images)
         if self._colours is not None:
             u = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self._colours), u)
         return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.parametrizations.base import Parametrization, check_start, parameters_like
-from smi_fast.parametrizations.fourier import MARGIN
+from smi_fast.parametrizations.base import check_start, parameters_like
+from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 from smi_fast.teacher.space import ImageSpace
 
 
 @dataclass(frozen=True)
-class Pyramid(Parametrization):
+class Pyramid(SigmoidParametrization):
     """Pixels are ``sigmoid(u)``, where u is a sum of images of several sizes.
 
     The longer side of the smallest image has ``smallest`` pixels, each next one twice as many, and
@@ -73,20 +73,18 @@ class Pyramid(Parametrization):
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return (noise * self.start).to(parameters_like(self.space))
 
-    def images(self, parameters: Tensor) -> Tensor:
+    def field(self, parameters: Tensor) -> Tensor:
         sizes = [(rows.shape[1], columns.shape[1]) for rows, columns in self._levels]
         parts = parameters.split([height * width for height, width in sizes], dim=2)
         levels = [
             rows @ part.unflatten(2, size) @ columns.mT
             for part, size, (rows, columns) in zip(parts, sizes, self._levels, strict=True)
         ]
-        images = self.space.normalize(torch.sigmoid(torch.stack(levels).sum(0)))
-        return images.to(self.space.mean.dtype)
+        return torch.stack(levels).sum(0)
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        space = self.space
         rows, columns = self._levels[-1]
-        u = space.denormalize(images.to(rows.dtype)).clamp(MARGIN, 1 - MARGIN).logit()
+        u = self.field_of(images)
         # The matrices of the largest image are multiples of the identity; the other images are 0.
         full = (u / (rows[0, 0] * columns[0, 0])).flatten(2)
         smaller = sum(r.shape[1] * c.shape[1] for r, c in self._levels[:-1])

@@ -1,6 +1,7 @@
 """Teachers: images in, tokens and logits out, computed for kept patches only."""
 
+from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.sparse_vit import Jitter, SparseOutput, SparseViT
 from smi_fast.teacher.support import UnsupportedTeacher
 
-__all__ = ["Jitter", "SparseOutput", "SparseViT", "UnsupportedTeacher"]
+__all__ = ["Jitter", "SigmoidImages", "SparseOutput", "SparseViT", "UnsupportedTeacher"]

@@ -20,6 +20,7 @@ from smi_fast.teacher.blocks import Blocks
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.probe import probe as compare
 from smi_fast.teacher.rotary import rotations
+from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.support import check_teacher, freeze
 from smi_fast.teacher.taps import parse
 
@@ -165,7 +166,7 @@ class SparseViT(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | SigmoidImages,
         kept: Tensor | None = None,
         *,
         jitter: Jitter | None = None,
@@ -175,7 +176,8 @@ class SparseViT(nn.Module):
         """Logits of the kept patches of images, or of jittered images.
 
         Args:
-            images: [B, C, H, W] of the model's image size, normalised as the model expects.
+            images: [B, C, H, W] of the model's image size, normalised as the model expects; or
+                what their patches are computed from.
             kept: int64 [B, K], distinct patches of the un-jittered grid; None for all.
             jitter: (shift, flip), for all images or for each, as in
                 :func:`smi_fast.ops.gather_patches`; None for no jitter.
@@ -189,13 +191,10 @@ class SparseViT(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._weights.follow()
-        self._check_images(images)
+        self._check_images(images.field if isinstance(images, SigmoidImages) else images)
         if kept is None:
             kept = self.every_patch(len(images))
-        shift, flip = jitter if jitter is not None else ((0, 0), False)
-        patches, positions = ops.gather_patches(
-            images, kept, shift, flip, patch_size=self.patch_size, backend=self.backend
-        )
+        patches, positions = self._gather(images, kept, jitter)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
         x, row, tapped = self._blocks(
             self._embed(patches, positions), wanted, importance, rotations(self.vit, positions)
@@ -204,6 +203,28 @@ class SparseViT(nn.Module):
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
         return SparseOutput(self.vit.forward_head(x), row, tapped)
+
+    def _gather(
+        self, images: Tensor | SigmoidImages, kept: Tensor, jitter: Jitter | None
+    ) -> tuple[Tensor, Tensor]:
+        """The kept patches [B, K, C·P·P] and their positions [B, K]."""
+        shift, flip = jitter if jitter is not None else ((0, 0), False)
+        if isinstance(images, Tensor):
+            return ops.gather_patches(
+                images, kept, shift, flip, patch_size=self.patch_size, backend=self.backend
+            )
+        return ops.gather_sigmoid_patches(
+            images.field,
+            kept,
+            shift,
+            flip,
+            mean=images.space.mean,
+            std=images.space.std,
+            background=images.background,
+            frozen=images.frozen,
+            patch_size=self.patch_size,
+            backend=self.backend,
+        )
 
     def _check_images(self, images: Tensor) -> None:
         size = (self.channels, *self.image_size)

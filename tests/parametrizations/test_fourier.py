@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smi_fast import CrossEntropy, Dense, Fourier, SparseInverter, StopSchedule, load_teacher
-from smi_fast.parametrizations.fourier import MARGIN
+from smi_fast.parametrizations.sigmoid import MARGIN
 from smi_fast.teacher.space import ImageSpace
 from tests.helpers.parametrizations import SIZES, logits_of_pixels, space
 

@@ -8,6 +8,7 @@ RATE = "tests/test_learning_rate.py"
 LOOP = "tests/inversion/test_loop.py"
 VIEWS = "tests/inversion/test_views.py"
 PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
+SIGMOID = "tests/parametrizations/test_sigmoid.py"
 
 REBIRTH = "tests/inversion/test_rebirth_loop.py"
 
@@ -95,9 +96,16 @@ MUTANTS = (
             f"{PARAMETRIZATIONS}::test_images_may_be_memory_of_the_parameters",
         ),
         Mutant(
+            "state-frozen",
+            "return images.over(self.background, self.frozen)",
+            "return images",
+            "Under jitter kept windows show stopped pixels as the parameters now have them.",
+            f"{SIGMOID}::test_a_run_is_that_on_whole_images",
+        ),
+        Mutant(
             "state-background-kept",
-            "torch.where(self.settings.teacher.pixel_mask(self.kept), images, self.background)",
-            "images",
+            "return torch.where(mask, self.background, images)",
+            "return images",
             "Stopped pixels go on changing.",
             f"{PARAMETRIZATIONS}::test_stopped_pixels_stay_as_they_were_at_their_stop",
         ),

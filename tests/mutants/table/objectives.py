@@ -245,5 +245,13 @@ MUTANTS = (
             "if not names:",
             "Two objectives have the same column of the history.",
         ),
+        Mutant(
+            "objectives-lazy-images",
+            "            with torch.enable_grad():\n                images = vars",
+            "            if True:\n                images = vars",
+            "An objective that reads the images without a gradient cuts off that of the others.",
+            "tests/parametrizations/test_sigmoid.py::"
+            "test_who_reads_images_without_a_gradient_leaves_them_theirs",
+        ),
     ),
 )

@@ -163,12 +163,6 @@ MUTANTS = (
             'torch.einsum("ji,bjhw->bihw", self._colours, u)',
             "Colours are mixed by the transposed matrix.",
         ),
-        Mutant(
-            "fourier-margin",
-            ".clamp(MARGIN, 1 - MARGIN).logit()",
-            ".logit()",
-            "A black pixel has infinite parameters.",
-        ),
     ),
     *of_file(
         "smi_fast/schedules/rebirth.py",
@@ -212,6 +206,23 @@ MUTANTS = (
             "F.pad(full, (smaller, 0))",
             "F.pad(full, (0, smaller))",
             "A given image goes into the smallest levels.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/parametrizations/sigmoid.py",
+        "tests/parametrizations/test_sigmoid.py",
+        Mutant(
+            "sigmoid-subclass",
+            "if type(self).images is not SigmoidParametrization.images:",
+            "if False:",
+            "The teacher doesn't see what a subclass makes of the images.",
+        ),
+        Mutant(
+            "sigmoid-margin",
+            ".clamp(MARGIN, 1 - MARGIN).logit()",
+            ".logit()",
+            "A black pixel has infinite parameters.",
+            FOURIER,
         ),
     ),
     *of_file(
