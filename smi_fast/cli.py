@@ -192,9 +192,21 @@ def invert(
         typer.Option(
             help="recipe: the recipe's own; smi: stops at iterations 50, 100, 200, 300; "
             "smi-scaled: stops at the same fractions of --iterations as these are of 4000; once: "
-            "one stop, at a tenth of them, which keeps 47 % of the patches; dense: no stops."
+            "one stop, at a tenth of them, which keeps 47 % of the patches; rebirth: --factor "
+            "images of each trajectory, which share no patch; dense: no stops."
         ),
     ] = "recipe",
+    factor: Annotated[
+        int | None,
+        typer.Option(help="Images of a trajectory of --schedule rebirth; by default 7."),
+    ] = None,
+    importance: Annotated[
+        str,
+        typer.Option(
+            help="What patches are ranked by: attention, rollout, gradient or random, each also "
+            "with smoothed- before it."
+        ),
+    ] = "attention",
     recipe: Annotated[
         str,
         typer.Option(
@@ -221,7 +233,8 @@ def invert(
         typer.Option(help="Constant learning rate; by default the recipe's, 0.2 for clear."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Number of images inverted together.")
+        int,
+        typer.Option(min=1, help="Number of images, or of trajectories, inverted together."),
     ] = 40,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of noise, jitter and soft targets, below 2**64.")
@@ -287,10 +300,12 @@ def invert(
         options.check_most("--iterations", iterations, options.MOST_ITERATIONS)
         rate = published.lr if lr is None else lr
         published = replace(published, iterations=iterations, lr=rate)
-        stops = _schedule(schedule, published)
+        stops = _schedule(schedule, published, factor)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        inverter = SparseInverter(model, **published.options(schedule=stops, backend=backend))
+        inverter = SparseInverter(
+            model, **published.options(schedule=stops, importance=importance, backend=backend)
+        )
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
         check_strip(strip, iterations)
@@ -378,8 +393,8 @@ def _summarise(pool: Pool, schedule: Schedule) -> None:
     print(f"look at {pool.path / CONTACT_SHEET}")
 
 
-def _schedule(name: str, recipe: Recipe) -> Schedule:
-    from smi_fast.schedules import Dense, StopSchedule
+def _schedule(name: str, recipe: Recipe, factor: int | None) -> Schedule:
+    from smi_fast.schedules import Dense, PatchRebirth, StopSchedule
 
     iterations = recipe.iterations
     schedules: dict[str, Callable[[], Schedule]] = {
@@ -387,10 +402,13 @@ def _schedule(name: str, recipe: Recipe) -> Schedule:
         "smi": StopSchedule,
         "smi-scaled": partial(StopSchedule.scaled, iterations),
         "once": partial(StopSchedule.once, iterations),
+        "rebirth": lambda: PatchRebirth(factor or 7).bind(iterations),
         "dense": Dense,
     }
     if name not in schedules:
         raise ValueError(f"expected a schedule among {', '.join(schedules)}, got {name!r}")
+    if factor is not None and name != "rebirth":
+        raise ValueError(f"expected --schedule rebirth with --factor, got {name!r}")
     schedule = schedules[name]()
     last = max(schedule.at, default=0)
     if iterations <= last:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from smi_fast.pool import METADATA, UNFINISHED, Pool, PoolError
 from smi_fast.pool.pictures import draw_loss
 from smi_fast.provenance import describe, versions
 from smi_fast.recipes import Recipe
+from smi_fast.schedules import images_of_a_trajectory
 
 # What each image says of the inverter's options; all of them are in the settings of the pool.
 PROVENANCE = ("teacher_sha256", "schedule", "parametrization", "precision", "backend")
@@ -81,7 +82,10 @@ def fill(
         inverter: inverts each batch.
         labels: class of each image of the whole pool.
         recipe: turns labels into targets.
-        batch_size: number of images in a batch.
+        batch_size: number of trajectories in a batch. Each gives one image, unless the schedule
+            takes several out of it, as :class:`smi_fast.PatchRebirth` does. These go to images
+            with the same label that follow each other; of the last trajectory of a label, its
+            first images may do.
         seed: from 0; decides noise, jitter and soft targets, see :func:`batch_seed`.
         judge: what says what it sees in each whole image, see :func:`smi_fast.judge.load_judge`.
         strip: number of moments of each image's inversion that ``report/progress/`` shows, at equal
@@ -112,8 +116,8 @@ def fill(
     same = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
     same |= provenance or {}
     draw_loss(pool)  # a killed run may not have come to it
-    for start in range(held, len(labels), batch_size):
-        wanted = list(labels[start : start + batch_size])
+    for batch in _batches(labels, held, inverter, batch_size):
+        start, wanted = batch[0].start, [trajectory.label for trajectory in batch]
         generator = torch.Generator().manual_seed(batch_seed(seed, start))
         moments = _Moments(inverter, strip)
         watch: dict[str, Any] = {"callback": moments} if strip else {}
@@ -133,19 +137,19 @@ def fill(
                 f"interrupted after {result.iterations} iterations: the unfinished images of this "
                 f"batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
             )
-        seen = [{}] * len(wanted) if judge is None else verdicts(judge, result.images)
+        made = _made(result, batch, inverter)
+        seen = [{}] * len(made.records) if judge is None else verdicts(judge, made.images)
         records = [
-            {**record, **word, **same}
-            for record, word in zip(_records(result, wanted), seen, strict=True)
+            {**record, **word, **same} for record, word in zip(made.records, seen, strict=True)
         ]
         loss = {"stops": list(inverter.schedule.at), "history": result.history}
         pool.add(
-            result.images,
-            result.masks,
+            made.images,
+            made.masks,
             records,
             loss=loss,
             seconds=result.seconds,
-            moments=moments.seen,
+            moments=[moment[made.rows] for moment in moments.seen],
         )
         draw_loss(pool)
 
@@ -190,7 +194,7 @@ def _explained_memory(size: int) -> Iterator[None]:
 
 def _check_held(pool: Pool, labels: Sequence[int]) -> int:
     """The number of images in the pool, which must be of the first labels, with the entries of
-    :func:`_records`.
+    :func:`_made`.
     """
     records = pool.records
     if len(records) > len(labels):
@@ -212,14 +216,87 @@ def _check_held(pool: Pool, labels: Sequence[int]) -> int:
     return len(records)
 
 
-def _records(result: InversionResult, wanted: Sequence[int]) -> list[dict[str, Any]]:
-    predictions, confidences = result.logits.argmax(1).tolist(), result.confidence.tolist()
-    return [
+class _Trajectory(NamedTuple):
+    """A trajectory of a pool.
+
+    Attributes:
+        number: in the pool.
+        start: index of its first image.
+        label: class of its images.
+        images: how many of its images the pool takes.
+    """
+
+    number: int
+    start: int
+    label: int
+    images: int
+
+
+def _batches(
+    labels: Sequence[int], held: int, inverter: SparseInverter, size: int
+) -> list[list[_Trajectory]]:
+    """The batches that are left of a pool that holds some images.
+
+    Raises:
+        PoolError: the pool ends amid a trajectory.
+    """
+    most = images_of_a_trajectory(inverter.schedule)
+    found: list[_Trajectory] = []
+    for start, label in enumerate(labels):
+        last = found[-1] if found else None
+        if last is not None and last.label == label and last.images < most:
+            found[-1] = last._replace(images=last.images + 1)
+        else:
+            found.append(_Trajectory(len(found), start, label, 1))
+    left = [trajectory for trajectory in found if trajectory.start >= held]
+    if (left[0].start if left else len(labels)) != held:
+        raise PoolError(
+            f"expected whole trajectories of {most} images in the pool, got {held} images: make it "
+            "anew"
+        )
+    return [left[first : first + size] for first in range(0, len(left), size)]
+
+
+class _Made(NamedTuple):
+    """The images of a batch that go into the pool.
+
+    Attributes:
+        images: [S, 3, H, W] in [0, 1].
+        masks: bool [S, rows, columns].
+        rows: int64 [S] on the CPU, the trajectory of each image in the batch.
+        records: of each image.
+    """
+
+    images: Tensor
+    masks: Tensor
+    rows: Tensor
+    records: list[dict[str, Any]]
+
+
+def _made(result: InversionResult, batch: Sequence[_Trajectory], inverter: SparseInverter) -> _Made:
+    most = images_of_a_trajectory(inverter.schedule)
+    counts = torch.tensor([trajectory.images for trajectory in batch])
+    rows = torch.arange(len(batch)).repeat_interleave(counts)
+    if most == 1:
+        images, masks, ages = result.images, result.masks, [result.iterations] * len(batch)
+        logits, confidence = result.logits, result.confidence
+    else:
+        found = result.sparse_images()
+        chosen = torch.cat([most * i + torch.arange(t.images) for i, t in enumerate(batch)])
+        chosen = chosen.to(result.images.device)
+        images, masks = found.canvases[found.trajectory[chosen]], found.masks[chosen]
+        ages = found.age[chosen].tolist()
+        logits, confidence = found.logits[chosen], found.confidence[chosen]
+    records = [
         {
-            "label": label,
+            "label": batch[row].label,
             "prediction": prediction,
-            "confidence": confidence,
-            "iterations": result.iterations,
+            "confidence": sure,
+            "iterations": age,
+            **({} if most == 1 else {"trajectory": batch[row].number}),
         }
-        for label, prediction, confidence in zip(wanted, predictions, confidences, strict=True)
+        for row, prediction, sure, age in zip(
+            rows.tolist(), logits.argmax(1).tolist(), confidence.tolist(), ages, strict=True
+        )
     ]
+    return _Made(images, masks, rows, records)

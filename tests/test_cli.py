@@ -118,6 +118,22 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
+def test_rebirth_takes_several_images_out_of_a_trajectory(smi: Smi, tmp_path: Path) -> None:
+    options = "--schedule", "rebirth", "--factor", 2, "--iterations", 4, "--importance", "rollout"
+    code, out, _ = smi.invert(tmp_path, *options, "--per-class", 3)
+    records = Pool(tmp_path).records
+    assert code == 0 and "9 images" in out and "of the 32 kept patches of each" in out
+    assert [record["trajectory"] for record in records] == [0, 0, 1, 2, 2, 3, 4, 4, 5]
+    assert [record["iterations"] for record in records] == [2, 4, 2] * 3
+    assert {record["schedule"] for record in records} == {
+        "PatchRebirth(v=2, at=(2,), order='importance')"
+    }
+    assert Pool(tmp_path).settings["importance"] == "Rollout()"
+    assert smi.invert(tmp_path, *options, "--per-class", 3, "--resume")[0] == 0
+    code, _, err = smi.invert(tmp_path, *options[:-1], "random", "--per-class", 3, "--resume")
+    assert code == 2 and "made with importance = " in err
+
+
 def test_existing_pool_is_kept_unless_told(smi: Smi, tmp_path: Path) -> None:
     smi.invert(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

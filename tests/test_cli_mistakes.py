@@ -37,7 +37,12 @@ def test_unwritable_folder(smi: Smi, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--teacher", "no_such_vit"), "fashion-canvas or a timm model, got 'no_such_vit'"),
-        (("--schedule", "sometimes"), "smi, smi-scaled, once, dense, got 'sometimes'"),
+        (("--schedule", "sometimes"), "smi, smi-scaled, once, rebirth, dense, got 'sometimes'"),
+        (("--schedule", "rebirth"), "expected v = 7 or more iterations, got 3"),
+        (("--schedule", "rebirth", "--factor", 1), "expected v, .* from 2, got 1"),
+        (("--schedule", "rebirth", "--factor", 65, "--iterations", 65), "at most 64, .* got 65"),
+        (("--factor", 2), "expected --schedule rebirth with --factor, got 'dense'"),
+        (("--importance", "size"), "expected importance attention, .*got 'size'"),
         (("--schedule", "smi"), "the stop at 300 is past the end of 3 iterations"),
         (("--classes", "0-10"), "classes in 0..9, got 10"),
         (("--classes", "x"), "classes such as 0-9 or 3,17,20-24, got 'x'"),

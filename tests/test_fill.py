@@ -11,9 +11,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smi_fast import CrossEntropy, InversionResult, NonFiniteLoss, SparseInverter, recipes
+from smi_fast import (
+    CrossEntropy,
+    InversionResult,
+    NonFiniteLoss,
+    PatchRebirth,
+    SparseInverter,
+    recipes,
+)
 from smi_fast.fill import Interrupted, fill
-from smi_fast.pool import LOSS_CURVES, SECONDS, Pool
+from smi_fast.pool import LOSS_CURVES, SECONDS, Pool, PoolError
 from smi_fast.provenance import describe, versions
 from tests.helpers.inversions import make
 from tests.helpers.pools import SETTINGS, files, read
@@ -35,7 +42,7 @@ def filled(
 ) -> Pool:
     pool = Pool.resume(path, SETTINGS, ["a", "b", "c", "d", "e"], background=background)
     options = {"recipe": recipes.smi(), "batch_size": 2, "progress": False, **options}
-    fill(pool, inverter, LABELS, **options)
+    fill(pool, inverter, options.pop("labels", LABELS), **options)
     return pool
 
 
@@ -142,6 +149,60 @@ def test_an_interrupted_fill_goes_on_where_it_stood(
     filled(tmp_path / "parts", inverter, seed=1)
     whole, parts = (files(tmp_path / name) for name in ("whole", "parts"))
     assert whole == parts
+
+
+REBIRTH = (4, 4, 4, 0, 0, 1, 1, 1, 1)
+
+
+@quick
+def test_patch_rebirth_gives_images_with_the_same_label(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    """Nine images of three labels take five trajectories of three, or of what is left."""
+    inverter = make(teacher, schedule=PatchRebirth(3))
+    pool = filled(tmp_path, inverter, labels=REBIRTH, strip=1, seed=3)
+    records = pool.records
+    assert [record["label"] for record in records] == list(REBIRTH)
+    assert [record["trajectory"] for record in records] == [0, 0, 0, 1, 1, 2, 2, 2, 3]
+    assert [record["iterations"] for record in records] == [3, 6, 10, 3, 6, 3, 6, 10, 3]
+    assert [record["batch_size"] for record in records] == [5] * 5 + [4] * 4
+    for start, labels, rows in ((0, [4, 0], [0, 1, 2, 3, 4]), (5, [1, 1], [0, 1, 2, 3])):
+        generator = torch.Generator().manual_seed((3 << 32) + start)
+        found = inverter.invert(labels, generator=generator, progress=False).sparse_images()
+        masked = (found.over("mean") * 255).round().permute(0, 2, 3, 1).numpy()
+        for record, row in zip(records[start:], rows, strict=False):
+            assert record["kept"] == found.kept[row].tolist()
+            assert record["confidence"] == found.confidence[row].item()
+            assert record["prediction"] == found.logits[row].argmax().item()
+            np.testing.assert_array_equal(read(tmp_path / record["masked_file_name"]), masked[row])
+            strip = read(tmp_path / f"report/progress/{record['index']:06}.png")
+            np.testing.assert_array_equal(strip, read(tmp_path / record["file_name"]))
+
+
+@quick
+def test_an_interrupted_fill_of_trajectories_goes_on(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "whole", make(teacher, schedule=PatchRebirth(3)), labels=REBIRTH)
+    inverter = make(teacher, schedule=PatchRebirth(3))
+    with monkeypatch.context() as patch:
+        interrupting(patch, inverter, batch=1)
+        with pytest.raises(Interrupted):
+            filled(tmp_path / "parts", inverter, labels=REBIRTH)
+    assert len(Pool(tmp_path / "parts").records) == 5
+    filled(tmp_path / "parts", inverter, labels=REBIRTH)
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+@quick
+def test_a_pool_that_ends_amid_a_trajectory_is_refused(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    filled(tmp_path, make(teacher), labels=(4, 4))
+    with pytest.raises(
+        PoolError, match=r"expected whole trajectories of 3 images .*, got 2 images"
+    ):
+        filled(tmp_path, make(teacher, schedule=PatchRebirth(3)), labels=REBIRTH)
 
 
 @quick

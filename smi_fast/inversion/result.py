@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from smi_fast.background import Background, over
-from smi_fast.inversion.sparse_images import SparseImages, collect, to_patches
+from smi_fast.inversion.sparse_images import SparseImages, collect, confidence, to_patches
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -133,13 +132,7 @@ class InversionResult:
         Raises:
             ValueError: the targets are neither classes [B] nor probabilities [B, classes].
         """
-        targets = self.targets
-        one_each = targets is not None and targets.dtype == torch.int64 and targets.dim() == 1
-        if targets is None or not (one_each or targets.shape == self.logits.shape):
-            got = "none" if targets is None else f"{targets.dtype} {list(targets.shape)}"
-            raise ValueError(f"expected targets that are classes or probabilities, got {got}")
-        labels = targets if one_each else targets.argmax(1)
-        return self.logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        return confidence(self.logits, self.targets)
 
     @property
     def seconds(self) -> float:

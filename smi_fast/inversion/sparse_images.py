@@ -48,6 +48,11 @@ class SparseImages:
         """bool [S, rows, columns], the patches of each image."""
         return patch_mask(self.kept, *self.grid)
 
+    @property
+    def confidence(self) -> Tensor:
+        """[S], as :attr:`InversionResult.confidence <smi_fast.InversionResult.confidence>`."""
+        return confidence(self.logits, self.targets)
+
     def over(self, background: Background = "mean") -> Tensor:
         """Pixels [S, C, H, W] in [0, 1]: the patches of each image over a background.
 
@@ -58,6 +63,24 @@ class SparseImages:
             ValueError: no background.
         """
         return over(self.canvases[self.trajectory], self.masks, background)
+
+
+def confidence(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """The probability of the (most probable) target, [B].
+
+    Args:
+        logits: [B, classes].
+        targets: of the images.
+
+    Raises:
+        ValueError: the targets are neither classes [B] nor probabilities [B, classes].
+    """
+    one_each = targets is not None and targets.dtype == torch.int64 and targets.dim() == 1
+    if targets is None or not (one_each or targets.shape == logits.shape):
+        got = "none" if targets is None else f"{targets.dtype} {list(targets.shape)}"
+        raise ValueError(f"expected targets that are classes or probabilities, got {got}")
+    labels = targets if one_each else targets.argmax(1)
+    return logits.softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def collect(

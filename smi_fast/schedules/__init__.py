@@ -7,6 +7,7 @@ from smi_fast.schedules.base import (
     WrongSelection,
     bound,
     check,
+    images_of_a_trajectory,
     promised,
     still_iterations,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "WrongSelection",
     "bound",
     "check",
+    "images_of_a_trajectory",
     "promised",
     "still_iterations",
 ]

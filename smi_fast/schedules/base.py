@@ -50,7 +50,8 @@ class Schedule(Protocol):
 
     The loop asks :meth:`select` once at each stop and checks the answer with :func:`check`. A
     schedule whose stops depend on the length of the run has a method ``bind(iterations)`` too: it
-    returns the schedule of that run, which the loop takes in its place.
+    returns the schedule of that run, which the loop takes in its place. One whose patches leave as
+    finished images has ``images``, the number of sparse images that a trajectory gives.
 
     >>> class Half:
     ...     at = (5,)
@@ -111,6 +112,15 @@ def bound(schedule: Schedule, iterations: int) -> Schedule:
         return schedule
     of_run: Schedule = schedule.bind(iterations)
     return of_run
+
+
+def images_of_a_trajectory(schedule: Schedule) -> int:
+    """How many sparse images a trajectory gives: ``images`` of the schedule, where it has them.
+
+    >>> images_of_a_trajectory(Dense()), images_of_a_trajectory(PatchRebirth(v=4))
+    (1, 4)
+    """
+    return int(getattr(schedule, "images", 1))
 
 
 def promised(schedule: Schedule, patches: int) -> dict[int, int]:

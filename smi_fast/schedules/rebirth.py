@@ -42,7 +42,7 @@ class PatchRebirth:
     """
 
     v: int = 7
-    at: tuple[int, ...] | None = None
+    at: tuple[int, ...] = ()
     order: str = "importance"
 
     def __post_init__(self) -> None:
@@ -50,11 +50,14 @@ class PatchRebirth:
             raise ValueError(f"expected v, images of a trajectory, from 2, got {self.v!r}")
         if self.order not in ORDERS:
             raise ValueError(f"expected order {', '.join(ORDERS)}, got {self.order!r}")
-        if self.at is None:
-            return
         object.__setattr__(self, "at", check_stops(self.at))
-        if len(self.at) != self.v - 1:
+        if self.at and len(self.at) != self.v - 1:
             raise ValueError(f"expected {self.v - 1} stops for v = {self.v}, got {self.at}")
+
+    @property
+    def images(self) -> int:
+        """Sparse images of a trajectory."""
+        return self.v
 
     def bind(self, iterations: int) -> PatchRebirth:
         """The schedule of a run of T iterations.
@@ -62,7 +65,7 @@ class PatchRebirth:
         Raises:
             ValueError: less than v iterations, or a stop past their end.
         """
-        if self.at is None:
+        if not self.at:
             if iterations < self.v:
                 raise ValueError(f"expected v = {self.v} or more iterations, got {iterations}")
             at = tuple(k * (iterations // self.v) for k in range(1, self.v))
@@ -79,7 +82,6 @@ class PatchRebirth:
         return tuple((self.v - k) * (patches // self.v) for k in range(1, self.v))
 
     def select(self, stop: Stop) -> Selection:
-        assert self.at is not None
         groups = self.v - self.at.index(stop.iteration)
         size = stop.kept.shape[1] // groups
         order = self._scores(stop).argsort(dim=1, descending=True, stable=True)

@@ -296,7 +296,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/inversion/result.py",
+        "smi_fast/inversion/sparse_images.py",
         f"{INVERTER}::test_soft_targets",
         Mutant(
             "result-confidence",

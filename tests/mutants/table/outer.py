@@ -198,9 +198,15 @@ MUTANTS = (
         ),
         Mutant(
             "fill-resume",
-            "range(held, len(labels), batch_size)",
-            "range(0, len(labels), batch_size)",
+            "if trajectory.start >= held]",
+            "]",
             "A resumed run inverts the first labels again.",
+        ),
+        Mutant(
+            "fill-trajectory",
+            "last.label == label and last.images < most",
+            "last.images < most",
+            "An image has the label of the trajectory before it.",
         ),
         Mutant(
             "fill-unfinished",
