@@ -51,6 +51,12 @@ MUTANTS = (
             ":].sum(-1)",
             "A token that holds the loss down is the least important.",
         ),
+        Mutant(
+            "importance-device",
+            "or scores.is_complex() or scores.device != kept.device:",
+            "or scores.is_complex():",
+            "Scores on another device reach the schedule.",
+        ),
     ),
     *of_file(
         "smi_fast/schedules/base.py",
