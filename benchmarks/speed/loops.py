@@ -16,6 +16,7 @@ from benchmarks.baselines import published_loop as published
 from smi_fast import SparseInverter, SparseViT, StopSchedule, recipes
 from smi_fast.jitter import Jitter
 from smi_fast.ops.backends import AUTO
+from smi_fast.recipes import Recipe
 
 BATCHES = {"deit_tiny": 8, "deit_small": 8, "deit_base": 4}
 QUICK_BATCH = 2
@@ -73,14 +74,19 @@ def published_loop(workload: Workload) -> Loop:
     return run
 
 
-def our_loop(workload: Workload, backend: str = AUTO, background: str = "frozen") -> Loop:
+def our_loop(
+    workload: Workload,
+    backend: str = AUTO,
+    background: str = "frozen",
+    recipe: Recipe = recipes.smi(),  # noqa: B008
+) -> Loop:
     """smi_fast's loop."""
     teacher = SparseViT(workload.vit, backend=backend)
     with torch.no_grad():
         teacher(workload.init[:1])  # The first forward pass folds the weights.
 
     def run(stops: StopSchedule, iterations: int, callback: Callback) -> None:
-        options = recipes.smi().options(schedule=stops, iterations=iterations)
+        options = recipe.options(schedule=stops, iterations=iterations)
         inverter = SparseInverter(
             teacher,
             mean=workload.mean,
