@@ -98,14 +98,14 @@ MUTANTS = (
         POOL,
         Mutant(
             "pool-delete-first",
-            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
-            "                delete_file(path / name)\n"
-            "            for folder in reversed(folders):\n"
-            "                delete_pictures(folder)\n",
-            "            for folder in reversed(folders):\n"
-            "                delete_pictures(folder)\n"
-            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
-            "                delete_file(path / name)\n",
+            "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
+            "            delete_file(path / name)\n"
+            "        for folder in reversed(folders):\n"
+            "            delete_pictures(folder)\n",
+            "        for folder in reversed(folders):\n"
+            "            delete_pictures(folder)\n"
+            "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
+            "            delete_file(path / name)\n",
             "An interrupted overwrite leaves lines whose files don't exist.",
         ),
         Mutant(
