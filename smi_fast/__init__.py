@@ -46,6 +46,7 @@ _NAMES = {
     "schedules": (
         "Dense",
         "PatchRebirth",
+        "ResolutionSchedule",
         "Schedule",
         "Selection",
         "Stop",
