@@ -154,11 +154,14 @@ def test_an_interrupted_run_gives_whole_images(teacher: VisionTransformer, numbe
 
 def test_replaced_weights_are_those_of_the_small_teacher_too(teacher: VisionTransformer) -> None:
     changed = copy.deepcopy(teacher)
-    inverter = make(changed, schedule=SCHEDULE)
+    inverter, sparse = make(changed, schedule=SCHEDULE), SparseViT(changed)
     for name in ("pos_embed", "norm.weight"):
         parent = changed.get_submodule(name.rpartition(".")[0])
         weight = changed.get_parameter(name).detach() * 1.5
         setattr(parent, name.rpartition(".")[2], torch.nn.Parameter(weight))
+    small = torch.randn(2, 3, *SMALL, dtype=torch.float64)
+    expected = SparseViT(changed).at_size(SMALL)(small).logits
+    assert torch.equal(sparse.at_size(SMALL)(small).logits, expected)
     images = frames(inverter)[0]
     expected = frames(make(changed, schedule=SCHEDULE))[0]
     assert all(map(torch.equal, images, expected))
