@@ -21,10 +21,12 @@ from smi_fast.objectives import AttentionPrior as AttentionPrior
 from smi_fast.objectives import BatchNormMatching as BatchNormMatching
 from smi_fast.objectives import BinaryCrossEntropy as BinaryCrossEntropy
 from smi_fast.objectives import CrossEntropy as CrossEntropy
+from smi_fast.objectives import EmbeddingTarget as EmbeddingTarget
 from smi_fast.objectives import GaussianSimilarity as GaussianSimilarity
 from smi_fast.objectives import HeadSimilarity as HeadSimilarity
 from smi_fast.objectives import L2Norm as L2Norm
 from smi_fast.objectives import LossInputs as LossInputs
+from smi_fast.objectives import NeuronTarget as NeuronTarget
 from smi_fast.objectives import Objective as Objective
 from smi_fast.objectives import PatchSeamTV as PatchSeamTV
 from smi_fast.objectives import PatchSimilarity as PatchSimilarity

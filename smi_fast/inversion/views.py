@@ -15,8 +15,9 @@ from torch import Tensor
 from smi_fast.augmentations import apply
 from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
-from smi_fast.objectives import LossInputs, value_of
+from smi_fast.objectives import LossInputs, Objective, value_of
 from smi_fast.teacher import SigmoidImages, SparseOutput
+from smi_fast.teacher.taps import blocks_read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,6 +157,7 @@ def _part(
         jitter=(shift, flip),
         importance=inputs.score,
         taps={*taps, *scored},
+        until=None if inputs.score or _logits_are_read(pairs) else blocks_read(taps, teacher.depth),
     )
     given = LossInputs(
         images=own if isinstance(own, Tensor) else own.tensor,
@@ -193,6 +195,10 @@ def _part(
         importance = _score(rows.start, shown, kept, output, gradients, settings)
     of_seen = None if view is None else found[1]
     return _Part([value.detach() for value in values], found[0], of_seen, importance)
+
+
+def _logits_are_read(pairs: list[tuple[Objective, bool]]) -> bool:
+    return any(due and objective.reads_logits for objective, due in pairs)
 
 
 def _leaf(images: Tensor | SigmoidImages, rows: slice) -> tuple[Tensor | SigmoidImages, Tensor]:

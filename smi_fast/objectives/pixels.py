@@ -46,6 +46,7 @@ class TotalVariation(Objective):
     weight: float = 1e-4
     norm: str = "l2"
     per_image: bool = True
+    reads_logits = False
 
     def __post_init__(self) -> None:
         if self.norm not in ("l1", "l2"):
@@ -96,6 +97,7 @@ class L2Norm(Objective):
     weight: float = 1e-5
     name: str = "l2_norm"
     per_image: bool = True
+    reads_logits = False
 
     @property
     def separable(self) -> bool:  # type: ignore[override]
@@ -146,6 +148,7 @@ class PatchSeamTV(Objective):
 
     weight: float = 1e-4
     name: str = "patch_seams"
+    reads_logits = False
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         images, size = inputs.images, inputs.teacher.patch_size
@@ -188,6 +191,7 @@ class VariationTarget(Objective):
     """
 
     name = "variation_target"
+    reads_logits = False
 
     def __init__(self, low: float = 2500.0, high: float = 3000.0, weight: float = 0.05) -> None:
         if not 0 <= low <= high:

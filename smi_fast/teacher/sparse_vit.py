@@ -22,7 +22,7 @@ from smi_fast.teacher.probe import probe as compare
 from smi_fast.teacher.rotary import rotations
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.support import check_teacher, freeze
-from smi_fast.teacher.taps import parse
+from smi_fast.teacher.taps import check_until, parse
 
 Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
 
@@ -31,13 +31,14 @@ class SparseOutput(NamedTuple):
     """Output of :class:`SparseViT`.
 
     Attributes:
-        logits: [B, classes], or the embedding [B, width] of a teacher without a head.
+        logits: [B, classes], or the embedding [B, width] of a teacher without a head; None where
+            the pass ended early (``until``).
         importance: [B, K], the importance of each kept patch, without gradient; None unless it was
             asked for.
         taps: the requested tensors by name, see :mod:`smi_fast.teacher.taps`.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     importance: Tensor | None
     taps: dict[str, Tensor]
 
@@ -107,6 +108,11 @@ class SparseViT(nn.Module):
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.vit.blocks)
+
+    @property
+    def output_width(self) -> int:
+        """Length of an output: of the logits, or of the embedding of a teacher without a head."""
+        return self.num_classes or int(self.vit.embed_dim)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -199,6 +205,7 @@ class SparseViT(nn.Module):
         jitter: Jitter | None = None,
         importance: bool = False,
         taps: Collection[str] = (),
+        until: int | None = None,
     ) -> SparseOutput:
         """Logits of the kept patches of images, or of jittered images.
 
@@ -210,10 +217,12 @@ class SparseViT(nn.Module):
                 :func:`smi_fast.ops.gather_patches`; None for no jitter.
             importance: also return the importance of each kept patch.
             taps: names of intermediate tensors to return, see :mod:`smi_fast.teacher.taps`.
+            until: an early exit: number of the first blocks that may run, in 0..depth. They give
+                the taps, and there are no logits. None for all blocks and logits.
 
         Raises:
-            ValueError: wrong shape, data type or device of the images or of ``kept``, or an unknown
-                tap.
+            ValueError: wrong shape, data type or device of the images or of ``kept``, an unknown
+                tap, or ``until`` out of range, in front of a tap or together with importance.
             BackendUnavailable: the backend can't run these images.
         """
         if not torch.compiler.is_compiling():
@@ -221,11 +230,18 @@ class SparseViT(nn.Module):
         self._check_images(images.field if isinstance(images, SigmoidImages) else images)
         if kept is None:
             kept = self.every_patch(len(images))
-        patches, positions = self._gather(images, kept, jitter)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
-        x, row, tapped = self._blocks(
-            self._embed(patches, positions), wanted, importance, rotations(self.vit, positions)
-        )
+        if until is not None:
+            check_until(until, wanted, self.depth)
+            if importance:
+                raise ValueError(f"expected until=None with importance, got until={until}")
+            if not wanted:
+                return SparseOutput(None, None, {})
+        patches, positions = self._gather(images, kept, jitter)
+        x, turned = self._embed(patches, positions), rotations(self.vit, positions)
+        if until is not None:
+            return SparseOutput(None, None, self._blocks.read(x, wanted, turned))
+        x, row, tapped = self._blocks(x, wanted, importance, turned)
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])

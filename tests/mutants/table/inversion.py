@@ -159,6 +159,20 @@ MUTANTS = (
         "smi_fast/inversion/views.py",
         VIEWS,
         Mutant(
+            "views-early-exit",
+            "until=None if inputs.score or _logits_are_read(pairs) else",
+            "until=None if True else",
+            "Every block runs, whatever the loss reads.",
+            "tests/teacher/test_early_exit.py::test_a_loss_runs_the_blocks_that_it_reads",
+        ),
+        Mutant(
+            "views-due-logits",
+            "any(due and objective.reads_logits",
+            "any(objective.reads_logits",
+            "An objective that isn't due makes every block run.",
+            "tests/teacher/test_early_exit.py",
+        ),
+        Mutant(
             "views-weight",
             "value if objective.weight == 1 else objective.weight * value",
             "value",

@@ -9,6 +9,7 @@ IMPORTANCE = f"{SPARSE}::test_importance_is_the_attention_of_what_the_head_reads
 TAPS = "tests/teacher/test_taps.py::test_each_tap_is_what_the_block_computes"
 PROBE = "tests/teacher/test_probe.py"
 SUPPORT = "tests/teacher/test_support.py::test_what_cannot_be_exact_is_refused_by_name"
+EXIT = "tests/teacher/test_early_exit.py"
 EVA = "tests/teacher/test_eva.py"
 WEIGHTS = "tests/teacher/test_weights.py"
 
@@ -49,6 +50,13 @@ MUTANTS = (
             "The row is that of the second token.",
         ),
         Mutant(
+            "blocks-early-exit",
+            "found, goes_on=False)",
+            "found, goes_on=True)",
+            "An early exit computes what no tap reads.",
+            f"{EXIT}::test_nothing_runs_that_the_last_tap_does_not_need",
+        ),
+        Mutant(
             "blocks-norm",
             "out = attention.norm(out)",
             "",
@@ -85,6 +93,22 @@ MUTANTS = (
             "pool.q_norm(q) @ pool.k_norm(k).mT",
             "Map pooling scores patches without its scale.",
             f"{SPARSE}::test_importance_of_map_pooling_is_its_own_attention",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/mlp.py",
+        "tests/teacher/test_taps.py::test_the_hidden_layer_of_a_gated_mlp",
+        Mutant(
+            "mlp-gate",
+            "if mlp.gate_last else mlp.act(first) * second",
+            "if True else mlp.act(first) * second",
+            "The wrong half of a gated MLP is activated.",
+        ),
+        Mutant(
+            "mlp-norm",
+            "mlp.norm(mlp.drop1(found))",
+            "mlp.drop1(found)",
+            "The hidden layer isn't normed.",
         ),
     ),
     *of_file(
@@ -248,6 +272,13 @@ MUTANTS = (
             "form.format(abs(block))",
             "A block from the end is one from the start.",
             "tests/objectives/test_every_objective.py tests/objectives/test_patch_similarity.py",
+        ),
+        Mutant(
+            "taps-until",
+            "if index >= until for name",
+            "if index > until for name",
+            "A tap of the first block behind an early exit is asked for.",
+            f"{EXIT}::test_what_is_no_early_exit_is_refused",
         ),
     ),
     *of_file(
