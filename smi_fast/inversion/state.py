@@ -211,7 +211,7 @@ class InversionState:
             tensors = tuple(tensor.flatten(2)[:, :, None] for tensor in tensors)  # type: ignore[assignment]
         ops.adam_clamp_(
             *tensors,
-            step=self.iteration[0] if self._begun is None else (self.iteration - self._begun)[0],
+            step=self._adam_step,
             lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -221,6 +221,11 @@ class InversionState:
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,
         )
+
+    @property
+    def _adam_step(self) -> Tensor:
+        """int64 [], updates of the parameters since their moments were 0."""
+        return (self.iteration if self._begun is None else self.iteration - self._begun)[0]
 
     @property
     def _moving(self) -> tuple[Tensor, ...]:

@@ -118,8 +118,8 @@ MUTANTS = (
         ),
         Mutant(
             "state-step",
-            "step=self.iteration[0],",
-            "step=self.iteration[0] + 1,",
+            "step=self._adam_step,",
+            "step=self._adam_step + 1,",
             "Adam's bias correction is one iteration ahead.",
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
