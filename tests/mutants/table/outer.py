@@ -12,6 +12,16 @@ CORRECTNESS = "tests/verify/test_correctness.py::test_wrong_kernel_is_seen"
 
 MUTANTS = (
     *of_file(
+        "examples/linear_gradient_matching.py",
+        "tests/test_examples.py",
+        Mutant(
+            "example-gradient",
+            "wrong = (features @ head.T).softmax(1) - F.one_hot(labels, len(head))",
+            "wrong = (features @ head.T).softmax(1)",
+            "The closed gradient of a linear head forgets the labels.",
+        ),
+    ),
+    *of_file(
         "smi_fast/convert/build.py",
         CONVERT,
         Mutant(
