@@ -282,15 +282,15 @@ MUTANTS = (
         INVERTER,
         Mutant(
             "inverter-refresh",
-            "        teacher.refresh()\n",
+            "        self.teacher.refresh()\n",
             "",
             "An inversion takes over what was folded from other weights.",
             "tests/teacher/test_weights.py::test_every_inversion_starts_with_a_refresh",
         ),
         Mutant(
             "inverter-check",
-            "state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))",
-            "state.keep(self.schedule.select(stop))",
+            "state.keep(check(selection, stop, count))",
+            "state.keep(selection)",
             "The answer of a schedule is not checked.",
             f"{GROUPS}::test_a_broken_promise_ends_the_inversion",
         ),
