@@ -48,6 +48,7 @@ _NAMES = {
     "schedules": (
         "Dense",
         "PatchRebirth",
+        "ResolutionSchedule",
         "Schedule",
         "Selection",
         "Stop",

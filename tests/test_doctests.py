@@ -64,6 +64,7 @@ WITH_EXAMPLES = [
     "smi_fast.recipes.by_name",
     "smi_fast.schedules.Dense",
     "smi_fast.schedules.PatchRebirth",
+    "smi_fast.schedules.ResolutionSchedule",
     "smi_fast.schedules.Schedule",
     "smi_fast.schedules.StopSchedule",
     "smi_fast.teacher.SigmoidImages",

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from benchmarks.baselines import published_loop
 from benchmarks.quality.recognition import published_stops
-from smi_fast import Dense, PatchRebirth, Schedule, SparseInverter, SparseViT, StopSchedule, recipes
+from smi_fast import (
+    Dense,
+    PatchRebirth,
+    ResolutionSchedule,
+    Schedule,
+    SparseInverter,
+    SparseViT,
+    StopSchedule,
+    recipes,
+)
 from smi_fast.jitter import Jitter
 from smi_fast.ops.grid import patch_mask
 from smi_fast.teacher.space import ImageSpace
@@ -177,6 +186,11 @@ def rebirth(v: int, order: str, iterations: int) -> Schedule:
     return PatchRebirth(v, order=order)
 
 
+def growing(keep: float, at: float, iterations: int) -> Schedule:
+    """Half the side at first."""
+    return ResolutionSchedule((32, 64), (max(1, round(at * iterations)),), keep)
+
+
 def _published(schedule: Any, reranked: bool = False) -> Contender:
     prepare = partial(published, schedule, reranked)
     return Contender(prepare=prepare, lengths=PUBLISHED_LENGTHS)
@@ -198,6 +212,8 @@ CONTENDERS = {
     ),
     "published stops": Contender(prepare=partial(ours, published_stops)),
     DEFAULT: Contender(prepare=partial(ours, StopSchedule.once)),
+    "resolution": Contender(prepare=partial(ours, partial(growing, 1.0, 0.5))),
+    "resolution, 30 of 64 patches": Contender(prepare=partial(ours, partial(growing, 0.47, 0.1))),
     "rebirth, v = 2": _rebirth(2),
     "rebirth, v = 4": _rebirth(4),
     "rebirth, v = 7": _rebirth(7),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,9 +50,7 @@ class Timing:
         whole = bound(self.schedule(iterations), iterations)
         length = self.early + TYPICAL
         at = tuple(length * number for number in range(1, len(whole.at) + 1))
-        if isinstance(whole, PatchRebirth):
-            return PatchRebirth(whole.v, at), length * (len(at) + 1)
-        return StopSchedule(at, getattr(whole, "drop", ())), length * (len(at) + 1)
+        return replace(whole, at=at), length * (len(at) + 1)
 
 
 def _no_stops(iterations: int) -> Schedule:

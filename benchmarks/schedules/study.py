@@ -174,7 +174,7 @@ def draw(contenders: Entries, ceiling: float) -> Figure:
             entries = by_length.values()
             x = [entry["seconds_per_image"]["mean"] for entry in entries]
             dashed = "--" if name.startswith("published, ") else "-"
-            colour = f"C{index % 10}" if index < 10 else "#333333"
+            colour = ("#333333", "#9db4c8")[index % 2] if index >= 10 else f"C{index}"
             y = [entry[column]["mean"] for entry in entries]
             axes.plot(x, y, dashed, marker="o", markersize=3.5, color=colour, label=name)
         axes.axhline(ceiling, color="#888888", linestyle=":")

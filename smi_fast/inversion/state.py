@@ -12,6 +12,7 @@ from smi_fast import ops
 from smi_fast.augmentations import name_of
 from smi_fast.inversion.result import FinishedGroup
 from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.sizes import enlarged_parameters
 from smi_fast.inversion.views import BatchInputs, evaluate, parts
 from smi_fast.ops.grid import patch_mask, spread
 from smi_fast.schedules import Selection
@@ -60,15 +61,20 @@ class InversionState:
     exp_avg_sq: Tensor = field(init=False)
     iteration: Tensor = field(init=False)
     record: Tensor = field(init=False)
+    _begun: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.parameters) for _ in range(2))
+        self._begin()
         self.iteration = torch.zeros(1, dtype=torch.int64, device=self.parameters.device)
         augment, objectives = self.settings.augment, self.settings.objectives
         self._names = [] if augment is None else [f"augment {name_of(augment)}"]
         self._names += [*(objective.name for objective in objectives), "gradient"]
         columns = len(self._names)
         self.record = self.parameters.new_zeros(len(self.shift), columns, dtype=torch.float64)
+
+    def _begin(self) -> None:
+        """Begin to move the parameters, with moments of 0."""
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.parameters) for _ in range(2))
         bounds = self.settings.parametrization.bounds()
         self._low, self._high = (bound.to(self.parameters) for bound in bounds)
 
@@ -102,6 +108,23 @@ class InversionState:
             self.background = self.images().clone()
             self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid)
         self.kept = selection.kept
+
+    @torch.no_grad()
+    def enlarge(self, settings: Settings, kept: Tensor) -> None:
+        """Take a stop at which images grow: Adam begins anew from the enlarged images.
+
+        Args:
+            settings: of the larger size.
+            kept: int64 [B, K] of its grid.
+        """
+        self.parameters = enlarged_parameters(settings, self.images())
+        self.settings = settings
+        self._begun = self.iteration.clone()
+        self._begin()
+        self.background = self.frozen = None
+        self.kept = kept
+        if kept.shape[1] < settings.teacher.num_patches:
+            self.keep(Selection(kept))
 
     def _finish(self, patches: Tensor) -> FinishedGroup:
         settings, images = self.settings, self.images()
@@ -188,7 +211,7 @@ class InversionState:
             tensors = tuple(tensor.flatten(2)[:, :, None] for tensor in tensors)  # type: ignore[assignment]
         ops.adam_clamp_(
             *tensors,
-            step=self.iteration[0],
+            step=self._adam_step,
             lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -198,6 +221,11 @@ class InversionState:
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,
         )
+
+    @property
+    def _adam_step(self) -> Tensor:
+        """int64 [], updates of the parameters since their moments were 0."""
+        return (self.iteration if self._begun is None else self.iteration - self._begun)[0]
 
     @property
     def _moving(self) -> tuple[Tensor, ...]:

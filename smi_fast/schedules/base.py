@@ -51,7 +51,10 @@ class Schedule(Protocol):
     The loop asks :meth:`select` once at each stop and checks the answer with :func:`check`. A
     schedule whose stops depend on the length of the run has a method ``bind(iterations)`` too: it
     returns the schedule of that run, which the loop takes in its place. One whose patches leave as
-    finished images has ``images``, the number of sparse images that a trajectory gives.
+    finished images has ``images``, the number of sparse images that a trajectory gives. One whose
+    images grow has ``image_sizes(image_size)``: the (height, width) of each phase between stops, of
+    which the last is the teacher's. Where a stop changes the size, ``Selection.kept`` is of the
+    larger grid.
 
     >>> class Half:
     ...     at = (5,)
@@ -146,17 +149,56 @@ def promised(schedule: Schedule, patches: int) -> dict[int, int]:
     return dict(zip(at, counts, strict=True))
 
 
+def sizes_of(
+    schedule: Schedule, image_size: tuple[int, int], patch_size: int
+) -> dict[int, tuple[int, int]]:
+    """The (height, width) of images by the iteration from which they have it, first 0.
+
+    Args:
+        schedule: has stops that :func:`promised` has checked.
+        image_size: (height, width) of the teacher.
+        patch_size: side of a patch, in pixels.
+
+    Raises:
+        ValueError: not one size for each phase, the teacher's not the last, or one that isn't whole
+            patches.
+    """
+    first = (0, *schedule.at)
+    if not hasattr(schedule, "image_sizes"):
+        return dict.fromkeys(first, image_size)
+    sizes = tuple(map(tuple, schedule.image_sizes(image_size)))
+    if len(sizes) != len(first) or sizes[-1] != image_size:
+        raise ValueError(
+            f"expected image sizes for {len(first)} phases, the teacher's {image_size} last, "
+            f"got {', '.join(map(_size, sizes))}"
+        )
+    for size in sizes:
+        if any(side < patch_size or side % patch_size for side in size):
+            raise ValueError(
+                f"expected image sizes that patches of {patch_size} pixels divide, "
+                f"got {_size(size)}"
+            )
+    return {at: (int(height), int(width)) for at, (height, width) in zip(first, sizes, strict=True)}
+
+
+def _size(size: Iterable[float]) -> str:
+    return " x ".join(f"{side:g}" for side in size)
+
+
 class WrongSelection(ValueError):
     """A schedule answered something else than it promised."""
 
 
-def check(selection: Selection, stop: Stop, count: int) -> Selection:
+def check(
+    selection: Selection, stop: Stop, count: int, grid: tuple[int, int] | None = None
+) -> Selection:
     """The selection, when it is a valid answer at a stop.
 
     Args:
         selection: the schedule's answer.
         stop: what it was asked.
         count: how many patches it promised to keep.
+        grid: (rows, columns) after a stop at which images grow; None where they don't.
 
     Raises:
         WrongSelection: another count; patches that weren't kept, repeat, or don't ascend; or a
@@ -167,7 +209,12 @@ def check(selection: Selection, stop: Stop, count: int) -> Selection:
             f"expected a Selection from the schedule at {stop.iteration}, "
             f"got {type(selection).__name__}"
         )
-    _check_set("kept", selection.kept, stop, count)
+    if grid is not None and selection.finished is not None:
+        raise WrongSelection(
+            f"expected no finished patches where images grow, the schedule at {stop.iteration} "
+            "answered some"
+        )
+    _check_set("kept", selection.kept, stop, count, grid)
     if selection.finished is not None:
         _check_set("finished", selection.finished, stop, None)
         together = torch.cat([selection.kept, selection.finished], dim=1).sort(dim=1).values
@@ -179,7 +226,13 @@ def check(selection: Selection, stop: Stop, count: int) -> Selection:
     return selection
 
 
-def _check_set(name: str, patches: Tensor, stop: Stop, count: int | None) -> None:
+def _check_set(
+    name: str,
+    patches: Tensor,
+    stop: Stop,
+    count: int | None,
+    grown: tuple[int, int] | None = None,
+) -> None:
     at, batch = stop.iteration, len(stop.kept)
     if not isinstance(patches, Tensor):
         raise WrongSelection(
@@ -201,6 +254,9 @@ def _check_set(name: str, patches: Tensor, stop: Stop, count: int | None) -> Non
             f"expected {name} distinct and ascending from the schedule at {at}, "
             f"got {patches.tolist()}"
         )
+    if grown is not None:
+        _check_range(name, patches, at, grown)
+        return
     total = stop.grid[0] * stop.grid[1]
     # Out of range patches would index past the mask, so they count as the patch after the last.
     inside = torch.where((patches >= 0) & (patches < total), patches, total)
@@ -209,6 +265,15 @@ def _check_set(name: str, patches: Tensor, stop: Stop, count: int | None) -> Non
     if not bool(was_kept.gather(1, inside).all()):
         raise WrongSelection(
             f"expected {name} among the patches kept so far from the schedule at {at}, "
+            f"got {patches.tolist()}"
+        )
+
+
+def _check_range(name: str, patches: Tensor, at: int, grid: tuple[int, int]) -> None:
+    total = grid[0] * grid[1]
+    if bool(((patches < 0) | (patches >= total)).any()):
+        raise WrongSelection(
+            f"expected {name} in 0..{total - 1} of the larger grid from the schedule at {at}, "
             f"got {patches.tolist()}"
         )
 

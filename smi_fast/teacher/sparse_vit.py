@@ -158,6 +158,33 @@ class SparseViT(nn.Module):
         """Stay in eval mode: a frozen teacher has no training mode."""
         return super().train(False)
 
+    def at_size(self, image_size: tuple[int, int], *, probe: bool = True) -> SparseViT:
+        """The same teacher for images of another size, over the same weights.
+
+        timm resamples its position embeddings (``set_input_size``), so they alone are copied: make
+        another one after they have changed.
+
+        >>> SparseViT(teacher).at_size((32, 32)).grid
+        (4, 4)
+
+        Args:
+            image_size: (height, width) in pixels, which the patch size divides.
+            probe: as of :class:`SparseViT`.
+
+        Raises:
+            ValueError: the patch size doesn't divide it.
+            UnsupportedTeacher: the teacher can't be computed exactly at this size.
+        """
+        if any(side < self.patch_size or side % self.patch_size for side in image_size):
+            raise ValueError(
+                f"expected a size that patches of {self.patch_size} pixels divide, "
+                f"got {tuple(image_size)}"
+            )
+        self._weights.follow()
+        resized = freeze(self.vit)
+        resized.set_input_size(img_size=image_size)
+        return SparseViT(resized, backend=self.backend, probe=probe)
+
     def every_patch(self, batch: int) -> Tensor:
         """The set ``kept`` of all patches, int64 [batch, rows·columns]."""
         return torch.arange(self.num_patches, device=self.device).expand(batch, -1)

@@ -4,6 +4,8 @@ from tests.mutants.mutant import Mutant, of_file
 
 CHECK = "tests/schedules/test_check.py"
 STOPS = "tests/schedules/test_stops.py"
+RESOLUTION = "tests/schedules/test_resolution.py"
+LOOP = "tests/inversion/test_resolution_loop.py"
 REBIRTH = "tests/schedules/test_rebirth.py"
 COMPACT = "tests/schedules/test_compact.py"
 INVERTER = "tests/inversion/test_inverter.py"
@@ -59,8 +61,87 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/schedules/resolution.py",
+        RESOLUTION,
+        Mutant(
+            "resolution-part",
+            "* before // after",
+            "% before",
+            "A patch takes the importance of another one than the one that it is a part of.",
+        ),
+        Mutant(
+            "resolution-proportion",
+            "height * size / max(image_size), width * size",
+            "size, width * size",
+            "Small images of a rectangle are squares.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/sizes.py",
+        f"{LOOP}::test_shifts_are_scaled_to_the_nearest_pixel",
+        Mutant(
+            "resolution-shift",
+            "if size != image_size:",
+            "if False:",
+            "Small images are shifted as far as large ones.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        f"{LOOP}::test_equals_one_inversion_after_another",
+        Mutant(
+            "resolution-adam",
+            "self._begun = self.iteration.clone()",
+            "self._begun = None",
+            "Adam's correction counts the iterations of small images, whose moments are gone.",
+        ),
+        Mutant(
+            "resolution-moments",
+            "        self._begin()\n        self.background = self.frozen = None",
+            "        self.exp_avg = torch.zeros_like(self.parameters)\n"
+            "        self.exp_avg_sq = torch.ones_like(self.parameters)\n"
+            "        self.background = self.frozen = None",
+            "The squares of Adam don't begin at 0 when images grow.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/inverter.py",
+        LOOP,
+        Mutant(
+            "resolution-begin",
+            "_begin(larger, len(state.kept), generator)",
+            "None",
+            "Objectives go on with what they drew for the smaller grid.",
+            f"{LOOP}::test_objectives_begin_anew_for_the_larger_grid",
+        ),
+        Mutant(
+            "resolution-interrupted",
+            "state.enlarge(self.settings, teacher.every_patch(len(state.kept)))",
+            "teacher = state.settings.teacher",
+            "A run that is interrupted early gives small images.",
+            f"{LOOP}::test_an_interrupted_run_gives_whole_images",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        f"{LOOP}::test_replaced_weights_are_those_of_the_small_teacher_too",
+        Mutant(
+            "resolution-weights",
+            "        self._weights.follow()\n        resized = freeze(self.vit)",
+            "        resized = freeze(self.vit)",
+            "A teacher of another size has the weights from before they were replaced.",
+        ),
+    ),
+    *of_file(
         "smi_fast/schedules/base.py",
         CHECK,
+        Mutant(
+            "resolution-range",
+            "if bool(((patches < 0) | (patches >= total)).any()):",
+            "if bool((patches < 0).any()):",
+            "Patches past the larger grid are taken.",
+            RESOLUTION,
+        ),
         Mutant(
             "still-stop",
             "for t in schedule.at for before in (0, 1))",
