@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smi_fast import __version__, options
+from smi_fast import __version__, options, pool_commands
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(pool_commands.app, name="pool")
 
 
 class CommandError(Exception):
