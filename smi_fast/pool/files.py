@@ -62,6 +62,19 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
+def file_names(folder: Path) -> set[str]:
+    """The names of the files in a folder; none where it is missing.
+
+    Raises:
+        OSError: the system's error.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return {entry.name for entry in found if entry.is_file()}
+    except FileNotFoundError:
+        return set()
+
+
 def delete_file(path: Path) -> None:
     """Delete a file and what an interrupted write left of it; a missing file is no error."""
     path.unlink(missing_ok=True)
@@ -79,11 +92,11 @@ def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
     """
     if folder.is_symlink() or not folder.is_dir():
         return
-    for path in list(folder.iterdir()):
-        found = _PICTURE.fullmatch(path.name)
-        if found is None or path.is_dir():
+    for name in os.listdir(folder):
+        found = _PICTURE.fullmatch(name)
+        if found is None or int(found[1] or found[2]) not in numbers:
             continue
-        if int(found[1] or found[2]) in numbers:
-            path.unlink()
+        if not (folder / name).is_dir():
+            (folder / name).unlink()
     with suppress(OSError):
         folder.rmdir()

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from sys import intern
 from typing import Any
 
-from smi_fast.pool.layout import files_of
+from smi_fast.pool.layout import FOLDERS, files_of
 
 Record = dict[str, Any]
+# The entries whose text is another one in each record.
+_DISTINCT = {*FOLDERS, "sha256"}
 
 
 def to_line(entries: Mapping[str, Any]) -> bytes:
@@ -44,11 +47,11 @@ def whole_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int]:
+def parse(lines: Iterable[bytes], class_names: Sequence[str]) -> tuple[list[Record], int]:
     """The records of whole batches, and the number of bytes that they take.
 
     Args:
-        content: of the file.
+        lines: of the file, each with its end; one without an end is the last that counts.
         class_names: of all classes of the teacher, by index.
 
     Raises:
@@ -57,8 +60,10 @@ def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int
     records: list[Record] = []
     start = end = size = whole = 0  # the last batch is records[start:end]
     batch = -1
-    for index, line in enumerate(whole_lines(content).splitlines(keepends=True)):
-        record = from_json(line)
+    for index, line in enumerate(lines):
+        if not line.endswith(b"\n"):
+            break
+        record = to_record(line)
         if index == end:
             batch, start, end = batch + 1, end, end + _number(record, "batch_size", least=1)
         if not _belongs(record, index, batch, end - start, class_names):
@@ -68,6 +73,25 @@ def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int
         if index + 1 == end:
             whole = size
     return records[: end if len(records) == end else start], whole
+
+
+def to_record(line: bytes) -> Any:
+    """The entries of a line. Equal texts of different lines are one object, to save memory.
+
+    Raises:
+        ValueError: no JSON, NaN and Infinity included.
+    """
+    return _DECODE(line.decode())
+
+
+def _sharing(pairs: list[tuple[str, Any]]) -> Record:
+    return {
+        intern(key): intern(value) if type(value) is str and key not in _DISTINCT else value
+        for key, value in pairs
+    }
+
+
+_DECODE = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_sharing).decode
 
 
 def _number(record: Any, key: str, least: int) -> int:
@@ -100,7 +124,7 @@ def append(path: Path, content: bytes, size: int | None = None) -> int:
         path: the file.
         content: the lines.
         size: of the file so far, in bytes, beyond which it is cut off; by default that of its
-            whole lines.
+            whole lines, for which the file is read.
 
     Raises:
         OSError: the system's error; :func:`cut` undoes what was written.

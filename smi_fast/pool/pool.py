@@ -29,20 +29,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor
 
-from smi_fast.background import Background, over
+from smi_fast.background import Background
 from smi_fast.pool import metadata
-from smi_fast.pool.batch import check_batch, check_labels, to_uint8
+from smi_fast.pool.batch import encode, png, to_uint8
 from smi_fast.pool.card import card
+from smi_fast.pool.check import check_present
+from smi_fast.pool.deletion import delete_pool, delete_strays
 from smi_fast.pool.files import (
     PoolError,
-    delete_file,
     delete_pictures,
     explained,
     unfinished_name,
@@ -51,21 +50,17 @@ from smi_fast.pool.files import (
 from smi_fast.pool.layout import (
     CARD,
     CLASSES,
-    FOLDERS,
     LOCK,
     LOSS,
     METADATA,
-    PROGRESS,
-    REPORTS,
     SECONDS,
     SETTINGS,
     UNFINISHED,
     class_folder,
-    files_of,
     picture_name,
 )
 from smi_fast.pool.metadata import Record
-from smi_fast.pool.settings import Settings, make_settings, not_a_pool, parse_settings
+from smi_fast.pool.settings import Settings, check_same, make_settings, not_a_pool, parse_settings
 
 # What a process that was killed before it wrote the settings may have left.
 _TRACES = {LOCK, unfinished_name(Path(SETTINGS)).name}
@@ -93,8 +88,10 @@ class Pool:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: FileLock | None = None
-        # Images, batches and bytes of the metadata, which only the holder of the lock may cache.
-        self._held = self._batches = self._size = 0
+        # The records and the bytes of the metadata, which only the holder of the lock may cache.
+        self._records: list[Record] | None = None
+        self._size = 0
+        self._seconds_size: int | None = None
 
     @classmethod
     def create(
@@ -154,9 +151,11 @@ class Pool:
             if old is None:
                 pool._start(wanted, overwrite=False)
             else:
-                pool._check_settings(old, wanted)
-                pool._check_files()
-                pool._settle()
+                check_same(pool.path, old, wanted)
+                pool._describe(wanted, anew=False)
+                found = pool._parse()
+                check_present(pool.path, found[0])
+                pool._settle(found)
                 pool._discard_unfinished(before=pool._held)
         return pool
 
@@ -164,7 +163,7 @@ class Pool:
         """Let another process add images. The end of this process does the same."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+            self._lock = self._records = None
 
     def __enter__(self) -> Pool:
         return self
@@ -188,11 +187,13 @@ class Pool:
     def records(self) -> list[Record]:
         """The record of each image, in the order of their index.
 
+        The file is read anew each time, but not while this pool is the one that adds images.
+
         Raises:
             PoolError: the folder holds something else than a pool, its metadata can't be read, or
                 a line isn't the record of its image.
         """
-        return self._parse()[0]
+        return self._parse()[0] if self._records is None else list(self._records)
 
     @property
     def loss(self) -> dict[str, Any] | None:
@@ -221,7 +222,8 @@ class Pool:
             masks: bool [B, rows, columns], true at kept patches.
             records: of each image its ``label``, and further entries as JSON values. The pool adds
                 ``file_name``, ``masked_file_name``, ``mask_file_name``, ``index``, ``batch``,
-                ``batch_size``, ``class_name`` and ``kept``, the patches of the mask.
+                ``batch_size``, ``class_name``, ``kept``, the patches of the mask, and ``sha256`` of
+                the three files after each other.
             loss: of this batch: its ``history``, the values of each objective by its name, and its
                 ``stops``. It replaces that of the batch before.
             seconds: that the batch took.
@@ -235,51 +237,34 @@ class Pool:
         """
         if self._lock is None:
             raise ValueError("expected a pool of Pool.create or Pool.resume, Pool(path) only reads")
-        settings = self.settings
-        names = settings["class_names"]
-        check_batch(images, masks, len(records))
-        for moment in moments:
-            check_batch(moment, masks, len(records))
-        labels = check_labels(records, len(names))
+        where = {"batch": self._batches, "start": self._held}
+        made = encode(self.settings, images, masks, records, moments, **where)
         if not records:
             return
-        pictures: dict[str, Image.Image] = {}
-        lines = []
-        masked = over(images.float(), masks, settings["background"])
-        grey = (masks.cpu().byte() * 255).numpy()
-        pixels = zip(to_uint8(images), to_uint8(masked), grey, strict=True)
-        strips = None if not moments else to_uint8(torch.cat(list(moments), dim=3))
-        kept = [mask.flatten().nonzero()[:, 0].tolist() for mask in masks.cpu()]
-        for i, (record, label, each) in enumerate(zip(records, labels, pixels, strict=True)):
-            index = self._held + i
-            files = files_of(index, label, len(names))
-            pictures |= zip(files.values(), map(Image.fromarray, each), strict=True)
-            if strips is not None:
-                pictures[f"{PROGRESS}/{picture_name(index)}"] = Image.fromarray(strips[i])
-            own = {**files, "index": index, "batch": self._batches, "batch_size": len(records)}
-            own |= {"label": label, "class_name": names[label], "kept": kept[i]}
-            lines.append(metadata.to_line({**own, **record, **own}))
         loss_line = None if loss is None else metadata.to_line(loss)
         time_line = metadata.to_line({"batch": self._batches, "seconds": seconds})
 
         try:
-            for name, picture in pictures.items():
-                self._write(name, partial(picture.save, format="PNG"))
+            for name, content in made.files.items():
+                self._write(name, content)
             if loss_line is not None:
-                self._write_bytes(LOSS, loss_line)
+                self._write(LOSS, loss_line)
             if seconds is not None:
                 with self._explained(SECONDS):
-                    metadata.append(self.path / SECONDS, time_line)
+                    self._seconds_size = metadata.append(
+                        self.path / SECONDS, time_line, self._seconds_size
+                    )
             with self._explained(METADATA):
-                self._size = metadata.append(self.path / METADATA, b"".join(lines), self._size)
+                content = b"".join(made.lines)
+                self._size = metadata.append(self.path / METADATA, content, self._size)
         except BaseException as error:
             with suppress(OSError):
                 if isinstance(error, PoolError):
                     metadata.cut(self.path / METADATA, self._size)
                 self._settle()  # an interrupt may have come after the last line
             raise
-        self._held += len(records)
-        self._batches += 1
+        if self._records is not None:
+            self._records.extend(map(metadata.to_record, made.lines))
         self._discard_unfinished()
 
     def add_unfinished(self, images: Tensor) -> None:
@@ -294,8 +279,7 @@ class Pool:
             PoolError: a file can't be written.
         """
         for index, pixels in enumerate(to_uint8(images), start=self._held):
-            save = partial(Image.fromarray(pixels).save, format="PNG")
-            self._write(f"{UNFINISHED}/{picture_name(index)}", save)
+            self._write(f"{UNFINISHED}/{picture_name(index)}", png(pixels))
 
     def _read(self, name: str, parse: Callable[[bytes], Any], missing: Any) -> Any:
         with explained(f"reading {self.path / name}"):
@@ -309,28 +293,36 @@ class Pool:
         settings = self._settings()
         if settings is None:
             return [], 0
-        parse = partial(metadata.parse, class_names=settings["class_names"])
-        found: tuple[list[Record], int] = self._read(METADATA, parse, missing=([], 0))
-        return found
+        path = self.path / METADATA
+        with explained(f"reading {path}"):
+            try:
+                with path.open("rb") as lines:
+                    return metadata.parse(lines, settings["class_names"])
+            except FileNotFoundError:
+                return [], 0
 
-    def _settle(self) -> None:
-        """Count what the pool holds, and delete what an interrupted batch left."""
-        records, self._size = self._parse()
-        self._held = len(records)
-        self._batches = records[-1]["batch"] + 1 if records else 0
+    @property
+    def _held(self) -> int:
+        """The number of images."""
+        return len(self._records or ())
+
+    @property
+    def _batches(self) -> int:
+        return self._records[-1]["batch"] + 1 if self._records else 0
+
+    def _settle(self, found: tuple[list[Record], int] | None = None) -> None:
+        """Hold what the pool has, and delete what an interrupted batch left."""
+        self._records, self._size = found or self._parse()
         with explained(f"writing {self.path / METADATA}"):
             metadata.cut(self.path / METADATA, self._size)
-        self._discard_strays()
+        delete_strays(self.path, self._held)
 
     def _explained(self, name: str) -> Any:
         return explained(f"writing {self.path / name}", f"; images safe in the pool: {self._held}")
 
-    def _write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+    def _write(self, name: str, content: bytes) -> None:
         with self._explained(name):
-            write_atomically(self.path / name, write)
-
-    def _write_bytes(self, name: str, content: bytes) -> None:
-        self._write(name, lambda file: file.write(content))
+            write_atomically(self.path / name, lambda file: file.write(content))
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
@@ -370,14 +362,14 @@ class Pool:
     def _start(self, settings: Settings, overwrite: bool) -> None:
         if self._settings() is not None:
             if overwrite:
-                self._delete()
+                delete_pool(self.path)
             elif self.records:
                 raise PoolError(
                     f"{self.path} is not empty: continue it with --resume or replace it with "
                     "--overwrite"
                 )
         content = json.dumps(settings, indent=2, allow_nan=False) + "\n"
-        self._write_bytes(SETTINGS, content.encode())
+        self._write(SETTINGS, content.encode())
         self._describe(settings, anew=True)
         self._settle()
 
@@ -387,73 +379,12 @@ class Pool:
         folders = "".join(f"{class_folder(label, count)}\n" for label in range(count))
         for name, content in ((CLASSES, folders), (CARD, card(settings))):
             if anew or not (self.path / name).exists():
-                self._write_bytes(name, content.encode())
-
-    def _check_settings(self, old: Settings, settings: Settings) -> None:
-        new = json.loads(json.dumps(settings))
-        for key in old | new:
-            with explained(f"reading {self.path / SETTINGS}"):
-                before, now = (
-                    json.dumps(side[key], sort_keys=True) if key in side else "nothing"
-                    for side in (old, new)
-                )
-            if before != now:
-                raise PoolError(
-                    f"{self.path} can't be resumed: it was made with {key} = {before}, "
-                    f"now it is {now}"
-                )
-        self._describe(settings, anew=False)
-
-    def _check_files(self) -> None:
-        for record in self.records:
-            for key in FOLDERS:
-                path = self.path / record[key]
-                with explained(f"reading {path}"):
-                    found = path.is_file()
-                if not found:
-                    raise PoolError(
-                        f"{path} is missing: put it back, or make the pool anew with --overwrite"
-                    )
-
-    def _class_folders(self) -> list[Path]:
-        """The folders of classes, and above each three the one that holds them."""
-        found = []
-        for folder in map(self.path.__truediv__, FOLDERS.values()):
-            found.append(folder)
-            if folder.is_dir() and not folder.is_symlink():
-                found += [each for each in folder.iterdir() if each.name.isdecimal()]
-        return found
-
-    def _discard_strays(self) -> None:
-        """Delete the images without a line, which loaders of folders would find."""
-        with suppress(OSError):
-            for folder in (*reversed(self._class_folders()), self.path / PROGRESS):
-                delete_pictures(folder, range(self._held, sys.maxsize))
+                self._write(name, content.encode())
 
     def _discard_unfinished(self, before: int = sys.maxsize) -> None:
         """Delete unfinished images, or only those with a smaller number."""
         with suppress(OSError):
             delete_pictures(self.path / UNFINISHED, range(before))
-
-    def _delete(self) -> None:
-        """Delete everything but the settings, which mark the folder as a pool until the end.
-
-        The metadata goes first, so that no line outlives its files.
-        """
-        with explained(f"reading {self.path}"):
-            folders = [*self._class_folders(), self.path / UNFINISHED, self.path / PROGRESS]
-        for folder in filter(Path.is_symlink, (*folders, self.path / "report")):
-            raise PoolError(
-                f"{folder} is a symbolic link, which is not followed, so {self.path} is not "
-                "overwritten"
-            )
-        with explained(f"deleting {self.path}"):
-            for name in (METADATA, CLASSES, CARD, *REPORTS):
-                delete_file(self.path / name)
-            for folder in reversed(folders):
-                delete_pictures(folder)
-            with suppress(OSError):
-                (self.path / "report").rmdir()
 
 
 def _parse_loss(content: bytes) -> dict[str, Any]:

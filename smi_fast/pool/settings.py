@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from smi_fast.background import Background, check_background
-from smi_fast.pool.files import PoolError
+from smi_fast.pool.files import PoolError, explained
 from smi_fast.pool.layout import FORMAT, SETTINGS
 from smi_fast.pool.metadata import from_json
 
@@ -54,6 +55,25 @@ def parse_settings(content: bytes, path: Path) -> Settings:
     if not _are_names(settings.get("class_names")):
         raise ValueError("class_names are not the names of classes")
     return dict(settings)
+
+
+def check_same(path: Path, old: Settings, new: Settings) -> None:
+    """Refuse to continue the pool in ``path`` with other settings than its own.
+
+    Raises:
+        PoolError: they differ; the message names the first entry that does.
+    """
+    new = json.loads(json.dumps(new))
+    for key in old | new:
+        with explained(f"reading {path / SETTINGS}"):
+            before, now = (
+                json.dumps(side[key], sort_keys=True) if key in side else "nothing"
+                for side in (old, new)
+            )
+        if before != now:
+            raise PoolError(
+                f"{path} can't be resumed: it was made with {key} = {before}, now it is {now}"
+            )
 
 
 def not_a_pool(path: Path) -> PoolError:

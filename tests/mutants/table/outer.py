@@ -57,59 +57,67 @@ MUTANTS = (
         ),
         Mutant(
             "pool-metadata-first",
-            "            for name, picture in pictures.items():\n",
-            '            metadata.append(self.path / METADATA, b"".join(lines), self._size)\n'
-            "            for name, picture in pictures.items():\n",
+            "            for name, content in made.files.items():\n",
+            '            metadata.append(self.path / METADATA, b"".join(made.lines), self._size)\n'
+            "            for name, content in made.files.items():\n",
             "An interrupted batch has lines whose files don't exist.",
         ),
         Mutant(
             "pool-unfinished",
-            "        self._batches += 1\n        self._discard_unfinished()\n",
-            "        self._batches += 1\n",
+            "made.lines))\n        self._discard_unfinished()\n",
+            "made.lines))\n",
             "Unfinished images stay after their batch was added.",
         ),
         Mutant(
-            "pool-delete-first",
-            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
-            "                delete_file(self.path / name)\n"
-            "            for folder in reversed(folders):\n"
-            "                delete_pictures(folder)\n",
-            "            for folder in reversed(folders):\n"
-            "                delete_pictures(folder)\n"
-            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
-            "                delete_file(self.path / name)\n",
-            "An interrupted overwrite leaves lines whose files don't exist.",
-        ),
-        Mutant(
             "pool-missing",
-            "pool._check_files()",
-            "pass",
+            "                check_present(pool.path, found[0])\n",
+            "",
             "A pool that lacks a file is resumed.",
         ),
         Mutant(
-            "pool-link",
-            'for folder in filter(Path.is_symlink, (*folders, self.path / "report")):',
-            "for folder in filter(Path.is_symlink, []):",
-            "An overwrite that leaves a linked folder alone says nothing.",
+            "pool-parse",
+            "return self._parse()[0] if self._records is None else list(self._records)",
+            "return self._parse()[0]",
+            "Each batch reads the whole metadata.",
         ),
         Mutant(
             "pool-number",
-            "index = self._held + i",
-            "index = i",
+            '"start": self._held}',
+            '"start": 0}',
             "A second batch replaces the first.",
         ),
         Mutant(
-            "pool-background",
-            'masks, settings["background"])',
-            'masks, "mean")',
-            "Masked images have the mean colour whatever the pool says.",
-        ),
-        Mutant(
             "pool-strays",
-            "        self._discard_strays()\n",
+            "        delete_strays(self.path, self._held)\n",
             "",
             "Loaders of folders find the images of a batch that was killed.",
         ),
+    ),
+    *of_file(
+        "smi_fast/pool/deletion.py",
+        POOL,
+        Mutant(
+            "pool-delete-first",
+            "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
+            "            delete_file(path / name)\n"
+            "        for folder in reversed(folders):\n"
+            "            delete_pictures(folder)\n",
+            "        for folder in reversed(folders):\n"
+            "            delete_pictures(folder)\n"
+            "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
+            "            delete_file(path / name)\n",
+            "An interrupted overwrite leaves lines whose files don't exist.",
+        ),
+        Mutant(
+            "pool-link",
+            'for folder in filter(Path.is_symlink, (*folders, path / "report")):',
+            "for folder in filter(Path.is_symlink, []):",
+            "An overwrite that leaves a linked folder alone says nothing.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/settings.py",
+        POOL,
         Mutant(
             "pool-order-of-keys",
             "json.dumps(side[key], sort_keys=True)",
@@ -126,6 +134,12 @@ MUTANTS = (
             ".mul(255).byte()",
             "Pixels are cut off instead of rounded.",
         ),
+        Mutant(
+            "pool-background",
+            'masks, settings["background"])',
+            'masks, "mean")',
+            "Masked images have the mean colour whatever the pool says.",
+        ),
     ),
     *of_file(
         "smi_fast/pool/metadata.py",
@@ -135,6 +149,12 @@ MUTANTS = (
             "return records[: end if len(records) == end else start], whole",
             "return records, whole",
             "A part of a batch counts, and the next one starts from another seed.",
+        ),
+        Mutant(
+            "metadata-texts",
+            "intern(value) if",
+            "value if",
+            "Each record holds the same long texts once more.",
         ),
         Mutant(
             "metadata-cut",
@@ -191,8 +211,8 @@ MUTANTS = (
         ),
         Mutant(
             "files-foreign",
-            "if found is None or path.is_dir():",
-            "if path.is_dir():",
+            "        found = _PICTURE.fullmatch(name)\n",
+            '        found = _PICTURE.search("000000.png")\n',
             "An overwrite deletes files that the pool didn't write.",
         ),
     ),

@@ -1,0 +1,55 @@
+"""What of a pool's folder is deleted: images without a line, or the whole pool."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from smi_fast.pool.files import PoolError, delete_file, delete_pictures, explained
+from smi_fast.pool.layout import CARD, CLASSES, FOLDERS, METADATA, PROGRESS, REPORTS, UNFINISHED
+
+
+def delete_strays(path: Path, held: int) -> None:
+    """Delete the images from index ``held`` on, which loaders of folders would find.
+
+    Args:
+        path: folder of the pool.
+        held: number of images that have a line.
+    """
+    with suppress(OSError):
+        for folder in (*reversed(_class_folders(path)), path / PROGRESS):
+            delete_pictures(folder, range(held, sys.maxsize))
+
+
+def delete_pool(path: Path) -> None:
+    """Delete everything but the settings, which mark the folder as a pool until the end.
+
+    The metadata goes first, so that no line outlives its files.
+
+    Raises:
+        PoolError: a folder is a symbolic link, or a file can't be deleted.
+    """
+    with explained(f"reading {path}"):
+        folders = [*_class_folders(path), path / UNFINISHED, path / PROGRESS]
+    for folder in filter(Path.is_symlink, (*folders, path / "report")):
+        raise PoolError(
+            f"{folder} is a symbolic link, which is not followed, so {path} is not overwritten"
+        )
+    with explained(f"deleting {path}"):
+        for name in (METADATA, CLASSES, CARD, *REPORTS):
+            delete_file(path / name)
+        for folder in reversed(folders):
+            delete_pictures(folder)
+        with suppress(OSError):
+            (path / "report").rmdir()
+
+
+def _class_folders(path: Path) -> list[Path]:
+    """The folders of classes, and above each three the one that holds them."""
+    found = []
+    for folder in map(path.__truediv__, FOLDERS.values()):
+        found.append(folder)
+        if folder.is_dir() and not folder.is_symlink():
+            found += [each for each in folder.iterdir() if each.name.isdecimal()]
+    return found
