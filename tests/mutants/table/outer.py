@@ -243,8 +243,8 @@ MUTANTS = (
         ),
         Mutant(
             "files-foreign",
-            "        found = _PICTURE.fullmatch(name)\n",
-            '        found = _PICTURE.search("000000.png")\n',
+            "    found = _PICTURE.fullmatch(name)\n",
+            '    found = _PICTURE.search("000000.png")\n',
             "An overwrite deletes files that the pool didn't write.",
         ),
     ),
