@@ -6,8 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smi_fast import __version__, options
+from smi_fast.cli_visualize import visualize
+from smi_fast.options import CommandError
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +32,6 @@ app = typer.Typer(
 )
 
 
-class CommandError(Exception):
-    """What the user can mend; the message says what was expected and what came."""
-
-
 def main() -> None:
     """Run the command.
 
@@ -48,15 +45,6 @@ def main() -> None:
             raise
         print(f"smi-fast: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-@contextmanager
-def _wrong_options() -> Iterator[None]:
-    """Turn a ValueError into a CommandError, where it says which option has a wrong value."""
-    try:
-        yield
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -166,7 +154,7 @@ def verify(
 
     from smi_fast.verify import correctness, report
 
-    with _wrong_options():
+    with options.wrong_options():
         one = None if device == "all" else torch.device(options.parse_device(device))
     chosen = correctness.devices() if one is None else [one]
     right = report.verify(out, chosen, limit)
@@ -285,7 +273,7 @@ def invert(
 
     # The pool is opened after everything that can be wrong has been tried, because --overwrite
     # deletes the old one.
-    with _wrong_options():
+    with options.wrong_options():
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
         if cnn is None and cnn_checkpoint is not None:
@@ -354,6 +342,9 @@ def invert(
             print(stopped, file=sys.stderr)
             raise typer.Exit(130) from None
         _summarise(pool, inverter.schedule)
+
+
+app.command()(visualize)
 
 
 @app.command()
