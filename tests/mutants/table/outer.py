@@ -22,6 +22,34 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/visualize.py",
+        "tests/test_visualize.py",
+        Mutant(
+            "visualize-labels",
+            '{"label": first + i,',
+            '{"label": i,',
+            "The second batch of neurons has the names of the first.",
+        ),
+        Mutant(
+            "visualize-resume",
+            "if start < held:",
+            "if False:",
+            "A resumed pool has its first neurons twice.",
+        ),
+        Mutant(
+            "visualize-kept",
+            "        result.kept,\n",
+            "",
+            "The activation is that of the whole image.",
+        ),
+        Mutant(
+            "visualize-importance",
+            "if before >= 0 else Attention()",
+            "if False else Attention()",
+            "Sparse images keep the patches that the class token attends to.",
+        ),
+    ),
+    *of_file(
         "smi_fast/convert/build.py",
         CONVERT,
         Mutant(
