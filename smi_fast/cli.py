@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smi_fast import __version__, options
+from smi_fast import __version__, cli_pool, options
 from smi_fast.cli_visualize import visualize
 from smi_fast.options import CommandError
 
@@ -30,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_pool.app, name="pool")
 
 
 def main() -> None:
