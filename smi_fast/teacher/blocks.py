@@ -124,8 +124,8 @@ class Blocks:
         for index, share in self.narrow.items():
             x = self._run(way, x, done, index)
             with torch.no_grad():
-                row = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)
-            places = most_attended(row, share)
+                attention = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)
+            places = most_attended(attention, share)
             left = left.gather(1, places)
             x = x.take_along_dim(with_prefix(places, self._prefix)[:, :, None], 1)
             turned = [

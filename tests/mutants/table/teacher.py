@@ -27,8 +27,8 @@ MUTANTS = (
         ),
         Mutant(
             "narrow-block",
-            "row = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)",
-            "row = self._class_row(way, x, index - 1)[:, :, self._prefix :].mean(1)",
+            "attention = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)",
+            "attention = self._class_row(way, x, index - 1)[:, :, self._prefix :].mean(1)",
             "Tokens are chosen by the weights of the block before.",
         ),
         Mutant(
