@@ -6,8 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smi_fast import __version__, options
+from smi_fast import __version__, cli_pool, options
+from smi_fast.cli_visualize import visualize
+from smi_fast.options import CommandError
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class CommandError(Exception):
-    """What the user can mend; the message says what was expected and what came."""
+app.add_typer(cli_pool.app, name="pool")
 
 
 def main() -> None:
@@ -48,15 +46,6 @@ def main() -> None:
             raise
         print(f"smi-fast: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-@contextmanager
-def _wrong_options() -> Iterator[None]:
-    """Turn a ValueError into a CommandError, where it says which option has a wrong value."""
-    try:
-        yield
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -166,7 +155,7 @@ def verify(
 
     from smi_fast.verify import correctness, report
 
-    with _wrong_options():
+    with options.wrong_options():
         one = None if device == "all" else torch.device(options.parse_device(device))
     chosen = correctness.devices() if one is None else [one]
     right = report.verify(out, chosen, limit)
@@ -285,7 +274,7 @@ def invert(
 
     # The pool is opened after everything that can be wrong has been tried, because --overwrite
     # deletes the old one.
-    with _wrong_options():
+    with options.wrong_options():
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
         if cnn is None and cnn_checkpoint is not None:
@@ -354,6 +343,9 @@ def invert(
             print(stopped, file=sys.stderr)
             raise typer.Exit(130) from None
         _summarise(pool, inverter.schedule)
+
+
+app.command()(visualize)
 
 
 @app.command()

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # The jitter and the loss of each iteration are held in memory, the record of each image too.
 MOST_ITERATIONS = MOST_IMAGES = 1_000_000
 MOST_SEED = 2**64 - 1
+
+
+class CommandError(Exception):
+    """What the user can mend; the message says what was expected and what came."""
+
+
+@contextmanager
+def wrong_options() -> Iterator[None]:
+    """Turn a ValueError into a CommandError, where it says which option has a wrong value."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def parse_background(text: str) -> str | tuple[float, ...]:

@@ -126,8 +126,9 @@ class NeuronTarget(Objective):
                 f"expected {name} as whole numbers of {' or '.join(map(str, dims))} dimensions, "
                 f"got {given.dtype} {list(given.shape)}"
             )
-        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < width:
-            raise ValueError(f"expected {name} in 0..{width - 1}, got {given.tolist()}")
+        wrong = given[(given < 0) | (given >= width)]
+        if wrong.numel():
+            raise ValueError(f"expected {name} in 0..{width - 1}, got {int(wrong.flatten()[0])}")
 
     def _check_directions(
         self, given: Tensor, name: str, dims: tuple[int, ...], teacher: SparseViT

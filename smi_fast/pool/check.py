@@ -1,31 +1,88 @@
-"""Whether a pool has the files that its records name."""
+"""Whether a pool is whole: every file there, and what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smi_fast.pool.files import PoolError, explained, file_names
+import numpy as np
+from PIL import Image
+
+from smi_fast.pool.batch import fingerprint
+from smi_fast.pool.contents import strays
+from smi_fast.pool.files import explained
 from smi_fast.pool.layout import FOLDERS
+from smi_fast.pool.pool import Pool
 
 
-def check_present(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a pool in ``path`` that lacks a file of an image.
+def find_faults(path: str | Path) -> Iterator[str]:
+    """Each fault of a pool, as a sentence; none of a pool that is whole.
+
+    Of each image it reads the three files: they must be there, have the hash of the record and the
+    size of the pool's first image, and the mask must show the record's kept patches. The label of
+    a record must be that of its folder. A picture without a record is a fault too.
+
+    >>> result = invert(teacher, [1], iterations=3, schedule=Dense(), progress=False)
+    >>> pool = Pool.create(folder / "pool", {"seed": 0}, ["cat", "dog"])
+    >>> pool.add(result.images, result.masks, [{"label": 1}])
+    >>> (folder / "pool/masks/0001/000000.png").write_bytes(b"damaged")
+    7
+    >>> list(smi_fast.pool.check.find_faults(folder / "pool"))
+    ['image 0: its files are not those that were written, by their hash']
+
+    Args:
+        path: folder of the pool.
 
     Raises:
-        PoolError: it lacks one, or its folders can't be read.
+        PoolError: the folder holds no pool, its metadata can't be read, or a line isn't the record
+            of its image.
     """
-    # Listing a folder takes far less time than asking for each of its files.
-    names: dict[str, set[str]] = {}
+    path, pool = Path(path), Pool(path)
+    records, _ = pool.records, pool.settings  # an empty folder has records, but no settings
+    size: tuple[int, int] | None = None
     for record in records:
-        for key in FOLDERS:
-            folder, _, name = record[key].rpartition("/")
-            if folder not in names:
-                with explained(f"reading {path / folder}"):
-                    names[folder] = file_names(path / folder)
-            if name not in names[folder]:
-                raise PoolError(
-                    f"{path / record[key]} is missing: put it back, or make the pool anew with "
-                    "--overwrite"
-                )
+        try:
+            contents = [(path / record[key]).read_bytes() for key in FOLDERS]
+        except OSError as error:
+            yield f"image {record['index']}: {error.filename} can't be read: {error.strerror}"
+            continue
+        # Records of the first pools of this version have no hash.
+        if "sha256" in record and fingerprint(contents) != record["sha256"]:
+            yield (
+                f"image {record['index']}: its files are not those that were written, by their hash"
+            )
+            continue
+        try:
+            whole, masked, mask = map(_pixels, contents)
+        except Exception as error:  # Pillow has no common class for what a damaged file raises
+            yield f"image {record['index']}: a file is no picture: {error}"
+            continue
+        size = size or whole.shape[:2]
+        fault = _fault_of_pixels(record, whole, masked, mask, size)
+        if fault:
+            yield f"image {record['index']}: {fault}"
+    with explained(f"reading {path}"):
+        yield from (f"{path / stray} has no record" for stray in strays(path, records))
+
+
+def _pixels(content: bytes) -> np.ndarray[Any, Any]:
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.asarray(picture)
+
+
+def _fault_of_pixels(
+    record: Mapping[str, Any],
+    whole: np.ndarray[Any, Any],
+    masked: np.ndarray[Any, Any],
+    mask: np.ndarray[Any, Any],
+    size: tuple[int, ...],
+) -> str | None:
+    for name, pixels in (("whole", whole), ("masked", masked)):
+        if pixels.shape != (*size, 3):
+            return f"expected a {name} image of {[*size, 3]}, got {list(pixels.shape)}"
+    if mask.ndim != 2 or any(side % count for side, count in zip(size, mask.shape, strict=True)):
+        return f"expected a mask that divides {list(size)} pixels, got {list(mask.shape)}"
+    kept = np.flatnonzero(mask).tolist()
+    return None if kept == record.get("kept") else "its mask is not that of its kept patches"

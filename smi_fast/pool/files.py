@@ -81,6 +81,12 @@ def delete_file(path: Path) -> None:
     unfinished_name(path).unlink(missing_ok=True)
 
 
+def is_picture(name: str, numbers: range = range(sys.maxsize)) -> bool:
+    """Whether a file has the name of a picture with one of the numbers, or of a part of it."""
+    found = _PICTURE.fullmatch(name)
+    return found is not None and int(found[1] or found[2]) in numbers
+
+
 def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
     """Delete the pictures that a pool wrote into a folder, and the folder when it is then empty.
 
@@ -93,10 +99,7 @@ def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     for name in os.listdir(folder):
-        found = _PICTURE.fullmatch(name)
-        if found is None or int(found[1] or found[2]) not in numbers:
-            continue
-        if not (folder / name).is_dir():
+        if is_picture(name, numbers) and not (folder / name).is_dir():
             (folder / name).unlink()
     with suppress(OSError):
         folder.rmdir()

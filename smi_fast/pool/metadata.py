@@ -117,6 +117,21 @@ def _belongs(
     )
 
 
+def parse_loss(content: bytes) -> dict[str, Any]:
+    """The loss of a batch, from its file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    loss = from_json(content)
+    history, stops = (isinstance(loss, dict) and loss.get(key) for key in ("history", "stops"))
+    lists = [stops, *history.values()] if isinstance(history, dict) else [None]
+    for numbers in lists:
+        if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError("it is not the loss of a batch")
+    return dict(loss)
+
+
 def append(path: Path, content: bytes, size: int | None = None) -> int:
     """Append whole lines and return the size of the file.
 

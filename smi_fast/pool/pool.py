@@ -36,10 +36,9 @@ from torch import Tensor
 
 from smi_fast.background import Background
 from smi_fast.pool import metadata
-from smi_fast.pool.batch import encode, png, to_uint8
+from smi_fast.pool.batch import Encoded, encode, png, to_uint8
 from smi_fast.pool.card import card
-from smi_fast.pool.check import check_present
-from smi_fast.pool.deletion import delete_pool, delete_strays
+from smi_fast.pool.contents import check_present, delete_pool, delete_strays
 from smi_fast.pool.files import (
     PoolError,
     delete_pictures,
@@ -202,7 +201,7 @@ class Pool:
         Raises:
             PoolError: the file can't be read, or holds something else.
         """
-        loss: dict[str, Any] | None = self._read(LOSS, _parse_loss, missing=None)
+        loss: dict[str, Any] | None = self._read(LOSS, metadata.parse_loss, missing=None)
         return loss
 
     def add(
@@ -235,15 +234,29 @@ class Pool:
                 NaN or an infinity, or the pool was opened to be read only.
             PoolError: a file can't be written. The pool is then as it was before.
         """
-        if self._lock is None:
-            raise ValueError("expected a pool of Pool.create or Pool.resume, Pool(path) only reads")
         where = {"batch": self._batches, "start": self._held}
         made = encode(self.settings, images, masks, records, moments, **where)
-        if not records:
+        self.add_encoded(made, loss=loss, seconds=seconds)
+
+    def add_encoded(
+        self,
+        made: Encoded,
+        *,
+        loss: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Add a batch of :func:`smi_fast.pool.batch.encode`, see :meth:`add`.
+
+        Raises:
+            ValueError: the pool was opened to be read only.
+            PoolError: a file can't be written. The pool is then as it was before.
+        """
+        if self._lock is None or self._records is None:
+            raise ValueError("expected a pool of Pool.create or Pool.resume, Pool(path) only reads")
+        if not made.lines:
             return
         loss_line = None if loss is None else metadata.to_line(loss)
         time_line = metadata.to_line({"batch": self._batches, "seconds": seconds})
-
         try:
             for name, content in made.files.items():
                 self._write(name, content)
@@ -251,9 +264,8 @@ class Pool:
                 self._write(LOSS, loss_line)
             if seconds is not None:
                 with self._explained(SECONDS):
-                    self._seconds_size = metadata.append(
-                        self.path / SECONDS, time_line, self._seconds_size
-                    )
+                    size = self._seconds_size
+                    self._seconds_size = metadata.append(self.path / SECONDS, time_line, size)
             with self._explained(METADATA):
                 content = b"".join(made.lines)
                 self._size = metadata.append(self.path / METADATA, content, self._size)
@@ -263,8 +275,7 @@ class Pool:
                     metadata.cut(self.path / METADATA, self._size)
                 self._settle()  # an interrupt may have come after the last line
             raise
-        if self._records is not None:
-            self._records.extend(map(metadata.to_record, made.lines))
+        self._records.extend(map(metadata.to_record, made.lines))
         self._discard_unfinished()
 
     def add_unfinished(self, images: Tensor) -> None:
@@ -385,13 +396,3 @@ class Pool:
         """Delete unfinished images, or only those with a smaller number."""
         with suppress(OSError):
             delete_pictures(self.path / UNFINISHED, range(before))
-
-
-def _parse_loss(content: bytes) -> dict[str, Any]:
-    loss = metadata.from_json(content)
-    history, stops = (isinstance(loss, dict) and loss.get(key) for key in ("history", "stops"))
-    lists = [stops, *history.values()] if isinstance(history, dict) else [None]
-    for numbers in lists:
-        if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError("it is not the loss of a batch")
-    return dict(loss)

@@ -22,6 +22,34 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/visualize.py",
+        "tests/test_visualize.py",
+        Mutant(
+            "visualize-labels",
+            '{"label": first + i,',
+            '{"label": i,',
+            "The second batch of neurons has the names of the first.",
+        ),
+        Mutant(
+            "visualize-resume",
+            "if start < held:",
+            "if False:",
+            "A resumed pool has its first neurons twice.",
+        ),
+        Mutant(
+            "visualize-kept",
+            "        result.kept,\n",
+            "",
+            "The activation is that of the whole image.",
+        ),
+        Mutant(
+            "visualize-importance",
+            "if before >= 0 else Attention()",
+            "if False else Attention()",
+            "Sparse images keep the patches that the class token attends to.",
+        ),
+    ),
+    *of_file(
         "smi_fast/convert/build.py",
         CONVERT,
         Mutant(
@@ -94,7 +122,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/pool/deletion.py",
+        "smi_fast/pool/contents.py",
         POOL,
         Mutant(
             "pool-delete-first",
@@ -113,6 +141,38 @@ MUTANTS = (
             'for folder in filter(Path.is_symlink, (*folders, path / "report")):',
             "for folder in filter(Path.is_symlink, []):",
             "An overwrite that leaves a linked folder alone says nothing.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/check.py",
+        "tests/pool/test_check.py",
+        Mutant(
+            "check-hash",
+            'fingerprint(contents) != record["sha256"]:',
+            "not contents:",
+            "A picture that was replaced by another is taken for whole.",
+        ),
+        Mutant(
+            "check-mask",
+            'if kept == record.get("kept") else',
+            "if True else",
+            "A mask of other patches is taken for whole.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/merge.py",
+        "tests/pool/test_merge.py",
+        Mutant(
+            "merge-trajectory",
+            'record["trajectory"] + trajectory',
+            'record["trajectory"]',
+            "Trajectories of different pools share a number.",
+        ),
+        Mutant(
+            "merge-held",
+            "_check_held(made.path, held[start : start + len(new)], new)",
+            "pass",
+            "A merge goes on from the images of other pools.",
         ),
     ),
     *of_file(
@@ -211,8 +271,8 @@ MUTANTS = (
         ),
         Mutant(
             "files-foreign",
-            "        found = _PICTURE.fullmatch(name)\n",
-            '        found = _PICTURE.search("000000.png")\n',
+            "    found = _PICTURE.fullmatch(name)\n",
+            '    found = _PICTURE.search("000000.png")\n',
             "An overwrite deletes files that the pool didn't write.",
         ),
     ),

@@ -1,13 +1,55 @@
-"""What of a pool's folder is deleted: images without a line, or the whole pool."""
+"""The files of a pool: which are missing, which have no line, and the deletion of them all."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from smi_fast.pool.files import PoolError, delete_file, delete_pictures, explained
+from smi_fast.pool.files import (
+    PoolError,
+    delete_file,
+    delete_pictures,
+    explained,
+    file_names,
+    is_picture,
+)
 from smi_fast.pool.layout import CARD, CLASSES, FOLDERS, METADATA, PROGRESS, REPORTS, UNFINISHED
+
+
+def check_present(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a pool in ``path`` that lacks a file of an image.
+
+    Raises:
+        PoolError: it lacks one, or its folders can't be read.
+    """
+    # Listing a folder takes far less time than asking for each of its files.
+    names: dict[str, set[str]] = {}
+    for record in records:
+        for key in FOLDERS:
+            folder, _, name = record[key].rpartition("/")
+            if folder not in names:
+                with explained(f"reading {path / folder}"):
+                    names[folder] = file_names(path / folder)
+            if name not in names[folder]:
+                raise PoolError(
+                    f"{path / record[key]} is missing: put it back, or make the pool anew with "
+                    "--overwrite"
+                )
+
+
+def strays(path: Path, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The pictures that no record names, which loaders of folders would find."""
+    named = {record[key] for record in records for key in FOLDERS}
+    found = [
+        f"{folder.relative_to(path).as_posix()}/{name}"
+        for folder in _class_folders(path)
+        for name in sorted(file_names(folder))
+        if is_picture(name)
+    ]
+    return [name for name in found if name not in named]
 
 
 def delete_strays(path: Path, held: int) -> None:
