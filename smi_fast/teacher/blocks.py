@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from smi_fast import engine, ops
 from smi_fast.engine import Engine
 from smi_fast.teacher.attention import attend_first_rows, first_row_probabilities, project_qkv
 from smi_fast.teacher.mlp import behind_hidden, hidden_layer
+from smi_fast.teacher.narrowing import most_attended, with_prefix
 from smi_fast.teacher.taps import (
     HIDDEN,
     KEYS,
@@ -63,6 +65,10 @@ class Blocks:
         prefix: prefix tokens in front of the patches.
         rows_read: the first tokens after the last block that the head reads; None for all.
         backend: which implementation of the ops to use.
+
+    Attributes:
+        narrow: share of the patches' tokens that goes into each of some blocks and on, see
+            :class:`smi_fast.SparseViT`.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Blocks:
         self._prefix, self._rows_read = prefix, rows_read
         self._backend = backend
         self._engines = engine.candidates(blocks)
+        self.narrow: dict[int, float] = {}
 
     def refresh(self) -> None:
         """Forget what engines derived from the weights."""
@@ -96,8 +103,40 @@ class Blocks:
         """
         way, last = self._way(x, rotations), len(self._blocks) - 1
         found: dict[str, Tensor] = {}
+        if self.narrow:
+            return self._narrowed(way, x, taps, importance)
         x = self._before(way, x, last, taps, found)
         x, row = self._last(way, x, taps.get(last, {}), importance, found)
+        return BlocksOutput(x, row, found)
+
+    def _narrowed(
+        self, way: Way, x: Tensor, taps: dict[int, dict[str, str]], importance: bool
+    ) -> BlocksOutput:
+        """Run all blocks, from the first narrowed one on with fewer tokens. All taps are before it.
+
+        The importance of patches that don't reach the last block is 0.
+        """
+        found: dict[str, Tensor] = {}
+        kept = x.shape[1] - self._prefix
+        left = torch.arange(kept, device=x.device).expand(len(x), -1)
+        done, last = min(self.narrow), len(self._blocks) - 1
+        x = self._before(way, x, done, taps, found)
+        for index, share in self.narrow.items():
+            x = self._run(way, x, done, index)
+            with torch.no_grad():
+                attention = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)
+            places = most_attended(attention, share)
+            left = left.gather(1, places)
+            x = x.take_along_dim(with_prefix(places, self._prefix)[:, :, None], 1)
+            turned = [
+                None if r is None else r.take_along_dim(places[:, :, None, None], 1)
+                for r in way.rotations
+            ]
+            way, done = Way(way.engine, turned), index
+        x = self._run(way, x, done, last)
+        x, row = self._last(way, x, {}, importance, found)
+        if row is not None:
+            row = row.new_zeros(len(row), kept).scatter(1, left, row)
         return BlocksOutput(x, row, found)
 
     def read(
