@@ -161,7 +161,7 @@ class Blocks:
         """
         packed = x.device.type == "cpu" and rotations is None
         rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
-        turned = rotations or [None] * len(self._blocks)
+        turned: Sequence[Tensor | None] = rotations or [None] * len(self._blocks)
         x, last = rows.pack(x), self._blocks[-1]
         for block, rotation in zip(self._blocks, turned, strict=True):
             y = block.norm1(x)
