@@ -23,6 +23,7 @@ from torch import Tensor
 
 from smi_fast.ops.grid import neighbourhood_mean
 from smi_fast.teacher import SparseViT
+from smi_fast.teacher.narrowing import refuse_narrowed
 from smi_fast.teacher.taps import of_blocks, parse
 
 SMOOTHED = "smoothed-"
@@ -299,7 +300,8 @@ def as_importance(given: Scores, teacher: SparseViT) -> Importance:
     """
     importance = _as_importance(given)
     try:
-        parse(importance.taps(teacher.depth), teacher.depth, teacher.num_prefix_tokens)
+        taps = importance.taps(teacher.depth)
+        refuse_narrowed(parse(taps, teacher.depth, teacher.num_prefix_tokens), teacher.narrow)
     except ValueError as error:
         raise ValueError(f"importance {given!r} can't score this teacher: {error}") from error
     return importance

@@ -16,7 +16,15 @@ from benchmarks.schedules import contenders, deit, study, timed
 from benchmarks.schedules.contenders import CONTENDERS, Contender, Made
 from benchmarks.schedules.timed import Job
 from benchmarks.speed.loops import PhaseSeconds, Workload
-from smi_fast import Dense, PatchRebirth, SparseInverter, StopSchedule, load_teacher, recipes
+from smi_fast import (
+    Dense,
+    PatchRebirth,
+    SparseInverter,
+    SparseViT,
+    StopSchedule,
+    load_teacher,
+    recipes,
+)
 
 T = 8
 STOPS = StopSchedule((2, 4), (0.5, 0.5))
@@ -66,6 +74,17 @@ def test_rebirth_gives_several_images_of_a_trajectory(vit: VisionTransformer) ->
     assert found.updates.tolist() == [2, 4, 6, 8] * 2
     assert (found.masks.view(2, 4, 8, 8).sum(1) == 1).all()
     assert found.patch_iterations == 2 * (64 + 48 + 32 + 16)
+
+
+def test_logits_of_a_narrowed_run_are_those_of_the_whole_network(vit: VisionTransformer) -> None:
+    narrow, whole = (run(CONTENDERS[name].prepare, vit) for name in ("default, narrow", "default"))
+    assert not torch.equal(narrow.pixels, whole.pixels)
+    teacher = SparseViT(vit)
+    images = (narrow.pixels - torch.tensor(vit.pretrained_cfg["mean"])[:, None, None]) / (
+        torch.tensor(vit.pretrained_cfg["std"])[:, None, None]
+    )
+    kept = narrow.masks.flatten(1).nonzero()[:, 1].view(2, -1)
+    torch.testing.assert_close(narrow.logits, teacher(images, kept).logits, rtol=0, atol=1e-3)
 
 
 def test_snapshots_are_dense_images_at_the_times_of_rebirth(vit: VisionTransformer) -> None:

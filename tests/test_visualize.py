@@ -94,6 +94,7 @@ def test_resume_gives_what_an_uninterrupted_run_gives(
 ) -> None:
     given = ("visualize", *QUICK, "--channels", "0-2", "--batch-size", 2, "--quiet", "--out")
     assert smi(*given, tmp_path / "whole")[0] == 0
+    assert [record["label"] for record in Pool(tmp_path / "whole").records] == 2 * [0, 1, 2]
     calls: list[int] = []
     step = Loop._checked_step
 

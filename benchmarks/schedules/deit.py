@@ -26,6 +26,8 @@ from smi_fast.schedules import Schedule, bound, images_of_a_trajectory
 # Iterations of a timed block: the first ones of each phase, among them the one in which our loop
 # packs its weights, and those after them, whose median stands for the rest of the phase.
 EARLY, TYPICAL = 13, 3
+# Half of the tokens in the second half of the twelve blocks.
+NARROW = {6: 0.5}
 METHOD = (
     "Each round runs every loop once, for a block of 16 iterations in each phase, the published "
     "dense loop for 4. The seconds of a whole run are composed: a phase takes the seconds of its "
@@ -66,6 +68,7 @@ TIMINGS = {
     OUR_DENSE: Timing(our_loop, _no_stops),
     "published stops": Timing(our_loop, StopSchedule.scaled),
     "default": Timing(partial(our_loop, recipe=recipes.clear()), StopSchedule.once),
+    "published stops, narrow": Timing(partial(our_loop, narrow=NARROW), StopSchedule.scaled),
     **{f"rebirth, v = {v}": Timing(our_loop, partial(_rebirth, v)) for v in (2, 4, 7)},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -79,9 +79,10 @@ def our_loop(
     backend: str = AUTO,
     background: str = "frozen",
     recipe: Recipe = recipes.smi(),  # noqa: B008
+    narrow: Mapping[int, float] | None = None,
 ) -> Loop:
     """smi_fast's loop."""
-    teacher = SparseViT(workload.vit, backend=backend)
+    teacher = SparseViT(workload.vit, backend=backend, narrow=narrow)
     with torch.no_grad():
         teacher(workload.init[:1])  # The first forward pass folds the weights.
 

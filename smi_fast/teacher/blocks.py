@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from smi_fast import engine, ops
 from smi_fast.engine import Engine
 from smi_fast.teacher.attention import attend_first_rows, first_row_probabilities, project_qkv
 from smi_fast.teacher.mlp import behind_hidden, hidden_layer
+from smi_fast.teacher.narrowing import most_attended, with_prefix
+from smi_fast.teacher.ragged import RaggedRows
 from smi_fast.teacher.taps import (
     HIDDEN,
     KEYS,
@@ -63,6 +66,10 @@ class Blocks:
         prefix: prefix tokens in front of the patches.
         rows_read: the first tokens after the last block that the head reads; None for all.
         backend: which implementation of the ops to use.
+
+    Attributes:
+        narrow: share of the patches' tokens that goes into each of some blocks and on, see
+            :class:`smi_fast.SparseViT`.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Blocks:
         self._prefix, self._rows_read = prefix, rows_read
         self._backend = backend
         self._engines = engine.candidates(blocks)
+        self.narrow: dict[int, float] = {}
 
     def refresh(self) -> None:
         """Forget what engines derived from the weights."""
@@ -96,9 +104,80 @@ class Blocks:
         """
         way, last = self._way(x, rotations), len(self._blocks) - 1
         found: dict[str, Tensor] = {}
+        if self.narrow:
+            return self._narrowed(way, x, taps, importance)
         x = self._before(way, x, last, taps, found)
         x, row = self._last(way, x, taps.get(last, {}), importance, found)
         return BlocksOutput(x, row, found)
+
+    def _narrowed(
+        self, way: Way, x: Tensor, taps: dict[int, dict[str, str]], importance: bool
+    ) -> BlocksOutput:
+        """Run all blocks, from the first narrowed one on with fewer tokens. All taps are before it.
+
+        The importance of patches that don't reach the last block is 0.
+        """
+        found: dict[str, Tensor] = {}
+        kept = x.shape[1] - self._prefix
+        left = torch.arange(kept, device=x.device).expand(len(x), -1)
+        done, last = min(self.narrow), len(self._blocks) - 1
+        x = self._before(way, x, done, taps, found)
+        for index, share in self.narrow.items():
+            x = self._run(way, x, done, index)
+            with torch.no_grad():
+                attention = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)
+            places = most_attended(attention, share)
+            left = left.gather(1, places)
+            x = x.take_along_dim(with_prefix(places, self._prefix)[:, :, None], 1)
+            turned = [
+                None if r is None else r.take_along_dim(places[:, :, None, None], 1)
+                for r in way.rotations
+            ]
+            way, done = Way(way.engine, turned), index
+        x = self._run(way, x, done, last)
+        x, row = self._last(way, x, {}, importance, found)
+        if row is not None:
+            row = row.new_zeros(len(row), kept).scatter(1, left, row)
+        return BlocksOutput(x, row, found)
+
+    def ragged(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        importance: bool,
+        rotations: Sequence[Tensor] | None = None,
+    ) -> BlocksOutput:
+        """Run all blocks, one by one, on a number of tokens of its own for each image.
+
+        On the CPU the rows of all images are concatenated, so that padded rows cost no product;
+        rotary positions, and a GPU, whose shapes are not to depend on data, keep them padded.
+
+        Args:
+            x: tokens [B, N, D].
+            lengths: int64 [B], tokens of each image, prefix tokens included; later ones don't
+                count.
+            importance: also return the importance of each patch, 0 for those that don't count.
+            rotations: of patches in each block; None for no rotary embedding.
+        """
+        packed = x.device.type == "cpu" and rotations is None
+        rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
+        turned: Sequence[Tensor | None] = rotations or [None] * len(self._blocks)
+        x, last = rows.pack(x), self._blocks[-1]
+        for block, rotation in zip(self._blocks, turned, strict=True):
+            y = block.norm1(x)
+            qkv = rows.unpack(project_qkv(block.attn, y, rotation))
+            scored = importance and block is last
+            out, row = ops.gather_attention(
+                qkv, lengths=lengths, importance=scored, backend=self._backend
+            )
+            if block is last:
+                read = slice(0, self._rows_read)
+                x, y, out = rows.unpack(x)[:, read], rows.unpack(y)[:, read], out[:, read]
+            else:
+                out = rows.pack(out)
+            x = _after_attention(block, x, y, out)
+            x = _after_mlp(block, x, _hidden(block, x))
+        return BlocksOutput(x, row[:, self._prefix :] if row is not None else None, {})
 
     def read(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,9 @@ from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
 from smi_fast.teacher.frozen import SharedWeights
+from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
 from smi_fast.teacher.probe import probe as compare
+from smi_fast.teacher.ragged import check_lengths
 from smi_fast.teacher.rotary import rotations
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.support import check_teacher, freeze
@@ -68,7 +70,12 @@ class SparseViT(nn.Module):
             its methods are ignored.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         probe: whether to compare logits and pixel gradients of one image with the teacher's own,
-            which costs a forward and a backward pass of each.
+            which costs a forward and a backward pass of each. It is done without ``narrow``.
+        narrow: {block: share}: in front of each of these blocks only this share of the patches'
+            tokens goes on, those that the class token attends to most in it, ``int(K * share)`` of
+            K and at least one, as in EViT (arXiv 2202.07800) but without a fused token. Gradients
+            of what goes on are exact; no gradient goes through the choice. Patches that don't
+            reach the last block have importance 0. By default all tokens go through all blocks.
 
     Attributes:
         channels: channels of an image.
@@ -80,9 +87,17 @@ class SparseViT(nn.Module):
     Raises:
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
+        ValueError: ``narrow`` out of range, or for a teacher whose head reads all tokens.
     """
 
-    def __init__(self, teacher: nn.Module, *, backend: str = AUTO, probe: bool = True) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        backend: str = AUTO,
+        probe: bool = True,
+        narrow: Mapping[int, float] | None = None,
+    ) -> None:
         super().__init__()
         vit = check_teacher(teacher)
         self.backend = check_name(backend)
@@ -98,11 +113,17 @@ class SparseViT(nn.Module):
         if probe and self.device.type != "meta":
             compare(vit, self)
         self.num_classes = _classes(self.vit)
+        self._blocks.narrow = check_narrow(narrow, self.depth, _rows_read(vit))
 
     @property
     def num_patches(self) -> int:
         """Number of patches of a whole image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def narrow(self) -> dict[int, float]:
+        """The share of tokens that goes into each narrowed block, ascending."""
+        return dict(self._blocks.narrow)
 
     @property
     def depth(self) -> int:
@@ -183,7 +204,7 @@ class SparseViT(nn.Module):
         self._weights.follow()
         resized = freeze(self.vit)
         resized.set_input_size(img_size=image_size)
-        return SparseViT(resized, backend=self.backend, probe=probe)
+        return SparseViT(resized, backend=self.backend, probe=probe, narrow=self.narrow)
 
     def every_patch(self, batch: int) -> Tensor:
         """The set ``kept`` of all patches, int64 [batch, rows·columns]."""
@@ -206,6 +227,7 @@ class SparseViT(nn.Module):
         importance: bool = False,
         taps: Collection[str] = (),
         until: int | None = None,
+        lengths: Tensor | None = None,
     ) -> SparseOutput:
         """Logits of the kept patches of images, or of jittered images.
 
@@ -219,10 +241,15 @@ class SparseViT(nn.Module):
             taps: names of intermediate tensors to return, see :mod:`smi_fast.teacher.taps`.
             until: an early exit: number of the first blocks that may run, in 0..depth. They give
                 the taps, and there are no logits. None for all blocks and logits.
+            lengths: int64 [B], how many of ``kept`` count in each image, from 0 to K; later ones
+                are padding, other patches of the image, which reach no logit, have no gradient and
+                importance 0. Blocks then run one by one. None for K in each.
 
         Raises:
             ValueError: wrong shape, data type or device of the images or of ``kept``, an unknown
-                tap, or ``until`` out of range, in front of a tap or together with importance.
+                tap or one of a narrowed block, ``until`` out of range, in front of a tap or
+                together with importance, or ``lengths`` out of range, together with taps, until or
+                narrow, or for a teacher whose head reads all tokens.
             BackendUnavailable: the backend can't run these images.
         """
         if not torch.compiler.is_compiling():
@@ -230,7 +257,12 @@ class SparseViT(nn.Module):
         self._check_images(images.field if isinstance(images, SigmoidImages) else images)
         if kept is None:
             kept = self.every_patch(len(images))
+        if lengths is not None:
+            if until is not None or taps or self._blocks.narrow:
+                raise ValueError("expected no taps, no until and no narrow together with lengths")
+            return self._ragged(images, kept, jitter, importance, lengths)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
+        refuse_narrowed(wanted, self._blocks.narrow)
         if until is not None:
             check_until(until, wanted, self.depth)
             if importance:
@@ -246,6 +278,26 @@ class SparseViT(nn.Module):
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
         return SparseOutput(self.vit.forward_head(x), row, tapped)
+
+    def _ragged(
+        self,
+        images: Tensor | SigmoidImages,
+        kept: Tensor,
+        jitter: Jitter | None,
+        importance: bool,
+        lengths: Tensor,
+    ) -> SparseOutput:
+        if _rows_read(self.vit) is None:
+            raise ValueError(
+                "expected a teacher whose head reads its class token with lengths, got one that "
+                "pools all tokens"
+            )
+        patches, positions = self._gather(images, kept, jitter)
+        check_lengths(lengths, kept)
+        x, turned = self._embed(patches, positions), rotations(self.vit, positions)
+        tokens = lengths + self.num_prefix_tokens
+        x, row, _ = self._blocks.ragged(x, tokens, importance, turned)
+        return SparseOutput(self.vit.forward_head(self.vit.norm(x)), row, {})
 
     def _gather(
         self, images: Tensor | SigmoidImages, kept: Tensor, jitter: Jitter | None

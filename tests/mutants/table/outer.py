@@ -50,6 +50,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/convert/dinov3.py",
+        "tests/convert/test_huggingface.py",
+        Mutant(
+            "dinov3-theta",
+            "rope_temperature=config.rope_theta,",
+            "rope_temperature=100.0,",
+            "Patches turn by other angles than the model's.",
+        ),
+        Mutant(
+            "dinov3-act",
+            "if config.hidden_act != expected:",
+            "if False:",
+            "Another activation is only found out by the proof.",
+        ),
+    ),
+    *of_file(
         "smi_fast/convert/build.py",
         CONVERT,
         Mutant(
