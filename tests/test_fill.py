@@ -282,7 +282,7 @@ def test_a_batch_is_written_while_the_next_is_inverted(
 
     def adding(self: Pool, *arguments: object, **options: object) -> None:
         event = next(additions)
-        assert event is begun[-1] or event.wait(60)
+        assert event is begun[-1] or event.wait(20)
         add(self, *arguments, **options)
 
     monkeypatch.setattr(SparseInverter, "invert", staticmethod(inverting))

@@ -144,17 +144,19 @@ MUTANTS = (
             "pool-delete-first",
             "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
             "            delete_file(path / name)\n"
+            "        delete_parts(path)\n"
             "        for folder in reversed(folders):\n"
             "            delete_pictures(folder)\n",
             "        for folder in reversed(folders):\n"
             "            delete_pictures(folder)\n"
+            "        delete_parts(path)\n"
             "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
             "            delete_file(path / name)\n",
             "An interrupted overwrite leaves lines whose files don't exist.",
         ),
         Mutant(
             "pool-link",
-            'for folder in filter(Path.is_symlink, (*folders, path / "report")):',
+            'for folder in filter(Path.is_symlink, (*folders, path / "report", path / PARTS)):',
             "for folder in filter(Path.is_symlink, []):",
             "An overwrite that leaves a linked folder alone says nothing.",
         ),
