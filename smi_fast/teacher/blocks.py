@@ -14,6 +14,7 @@ from smi_fast.engine import Engine
 from smi_fast.teacher.attention import attend_first_rows, first_row_probabilities, project_qkv
 from smi_fast.teacher.mlp import behind_hidden, hidden_layer
 from smi_fast.teacher.narrowing import most_attended, with_prefix
+from smi_fast.teacher.ragged import RaggedRows
 from smi_fast.teacher.taps import (
     HIDDEN,
     KEYS,
@@ -142,6 +143,45 @@ class Blocks:
         if row is not None:
             row = row.new_zeros(len(row), kept).scatter(1, left, row)
         return BlocksOutput(x, row, found)
+
+    def ragged(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        importance: bool,
+        rotations: Sequence[Tensor] | None = None,
+    ) -> BlocksOutput:
+        """Run all blocks, one by one, on a number of tokens of its own for each image.
+
+        On the CPU the rows of all images are concatenated, so that padded rows cost no product;
+        rotary positions, and a GPU, whose shapes are not to depend on data, keep them padded.
+
+        Args:
+            x: tokens [B, N, D].
+            lengths: int64 [B], tokens of each image, prefix tokens included; later ones don't
+                count.
+            importance: also return the importance of each patch, 0 for those that don't count.
+            rotations: of patches in each block; None for no rotary embedding.
+        """
+        packed = x.device.type == "cpu" and rotations is None
+        rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
+        turned: Sequence[Tensor | None] = rotations or [None] * len(self._blocks)
+        x, last = rows.pack(x), self._blocks[-1]
+        for block, rotation in zip(self._blocks, turned, strict=True):
+            y = block.norm1(x)
+            qkv = rows.unpack(project_qkv(block.attn, y, rotation))
+            scored = importance and block is last
+            out, row = ops.gather_attention(
+                qkv, lengths=lengths, importance=scored, backend=self._backend
+            )
+            if block is last:
+                read = slice(0, self._rows_read)
+                x, y, out = rows.unpack(x)[:, read], rows.unpack(y)[:, read], out[:, read]
+            else:
+                out = rows.pack(out)
+            x = _after_attention(block, x, y, out)
+            x = _after_mlp(block, x, _hidden(block, x))
+        return BlocksOutput(x, row[:, self._prefix :] if row is not None else None, {})
 
     def read(
         self,

@@ -20,6 +20,7 @@ from smi_fast.teacher.blocks import Blocks
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
 from smi_fast.teacher.probe import probe as compare
+from smi_fast.teacher.ragged import check_lengths
 from smi_fast.teacher.rotary import rotations
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.support import check_teacher, freeze
@@ -226,6 +227,7 @@ class SparseViT(nn.Module):
         importance: bool = False,
         taps: Collection[str] = (),
         until: int | None = None,
+        lengths: Tensor | None = None,
     ) -> SparseOutput:
         """Logits of the kept patches of images, or of jittered images.
 
@@ -239,11 +241,15 @@ class SparseViT(nn.Module):
             taps: names of intermediate tensors to return, see :mod:`smi_fast.teacher.taps`.
             until: an early exit: number of the first blocks that may run, in 0..depth. They give
                 the taps, and there are no logits. None for all blocks and logits.
+            lengths: int64 [B], how many of ``kept`` count in each image, from 0 to K; later ones
+                are padding, other patches of the image, which reach no logit, have no gradient and
+                importance 0. Blocks then run one by one. None for K in each.
 
         Raises:
             ValueError: wrong shape, data type or device of the images or of ``kept``, an unknown
-                tap or one of a narrowed block, or ``until`` out of range, in front of a tap or
-                together with importance.
+                tap or one of a narrowed block, ``until`` out of range, in front of a tap or
+                together with importance, or ``lengths`` out of range, together with taps, until or
+                narrow, or for a teacher whose head reads all tokens.
             BackendUnavailable: the backend can't run these images.
         """
         if not torch.compiler.is_compiling():
@@ -251,6 +257,10 @@ class SparseViT(nn.Module):
         self._check_images(images.field if isinstance(images, SigmoidImages) else images)
         if kept is None:
             kept = self.every_patch(len(images))
+        if lengths is not None:
+            if until is not None or taps or self._blocks.narrow:
+                raise ValueError("expected no taps, no until and no narrow together with lengths")
+            return self._ragged(images, kept, jitter, importance, lengths)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
         refuse_narrowed(wanted, self._blocks.narrow)
         if until is not None:
@@ -268,6 +278,26 @@ class SparseViT(nn.Module):
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
         return SparseOutput(self.vit.forward_head(x), row, tapped)
+
+    def _ragged(
+        self,
+        images: Tensor | SigmoidImages,
+        kept: Tensor,
+        jitter: Jitter | None,
+        importance: bool,
+        lengths: Tensor,
+    ) -> SparseOutput:
+        if _rows_read(self.vit) is None:
+            raise ValueError(
+                "expected a teacher whose head reads its class token with lengths, got one that "
+                "pools all tokens"
+            )
+        patches, positions = self._gather(images, kept, jitter)
+        check_lengths(lengths, kept)
+        x, turned = self._embed(patches, positions), rotations(self.vit, positions)
+        tokens = lengths + self.num_prefix_tokens
+        x, row, _ = self._blocks.ragged(x, tokens, importance, turned)
+        return SparseOutput(self.vit.forward_head(self.vit.norm(x)), row, {})
 
     def _gather(
         self, images: Tensor | SigmoidImages, kept: Tensor, jitter: Jitter | None

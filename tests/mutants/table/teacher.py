@@ -14,6 +14,7 @@ EVA = "tests/teacher/test_eva.py"
 WEIGHTS = "tests/teacher/test_weights.py"
 
 NARROW = "tests/teacher/test_narrow.py"
+RAGGED = "tests/teacher/test_ragged.py"
 
 MUTANTS = (
     *of_file(
@@ -37,6 +38,61 @@ MUTANTS = (
             "r[:, : places.shape[1]]",
             "Tokens that go on are rotated as the first ones.",
             f"{NARROW}::test_rotations_go_on_with_their_tokens",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/ragged.py",
+        RAGGED,
+        Mutant(
+            "ragged-rows",
+            "x.new_zeros(len(self.lengths) * self.tokens, *x.shape[2:])",
+            "x.new_ones(len(self.lengths) * self.tokens, *x.shape[2:])",
+            "Rows that don't count are not 0.",
+        ),
+        Mutant(
+            "ragged-length",
+            "torch.arange(tokens, device=lengths.device) < lengths[:, None]",
+            "torch.arange(tokens, device=lengths.device) <= lengths[:, None]",
+            "One patch behind the length of each image costs products.",
+        ),
+        Mutant(
+            "ragged-range",
+            "(lengths < 0) | (lengths > most)",
+            "lengths < 0",
+            "More patches than there are may count.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/blocks.py",
+        f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
+        Mutant(
+            "ragged-attention",
+            "qkv, lengths=lengths, importance=scored",
+            "qkv, importance=scored",
+            "Tokens attend to padding.",
+        ),
+        Mutant(
+            "ragged-packed",
+            'packed = x.device.type == "cpu" and rotations is None',
+            "packed = False",
+            "Padded rows cost matrix products.",
+            f"{RAGGED}::test_padded_rows_cost_no_product",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        RAGGED,
+        Mutant(
+            "ragged-prefix",
+            "tokens = lengths + self.num_prefix_tokens",
+            "tokens = lengths",
+            "The class token counts as a patch.",
+        ),
+        Mutant(
+            "ragged-pooling",
+            "if _rows_read(self.vit) is None:",
+            "if False:",
+            "A teacher that pools all tokens pools padding.",
         ),
     ),
     *of_file(
