@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
-from smi_fast.engine.folding import FoldedBlock, foldable
-from smi_fast.ops import backends
+from smi_fast.engine.folding import FoldedBlock, foldable, has_eva_steps
+from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
 _run_blocks = torch.ops.smi_fast.run_blocks_.default
@@ -58,6 +58,7 @@ class CpuEngine:
     def __init__(self, blocks: nn.Sequential) -> None:
         self._blocks = list(blocks)
         self._unfoldable = next((i for i, block in enumerate(blocks) if not foldable(block)), None)
+        self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
         self._names = [
             (module, name)
             for module in blocks.modules()
@@ -73,7 +74,10 @@ class CpuEngine:
         """Why it can't run these blocks on such tokens, or None when it can."""
         if self._unfoldable is not None:
             return f"blocks.{self._unfoldable} has more than LayerNorm, GELU, SwiGLU and LayerScale"
-        return backends.by_name(self.backend).why_not("gather_attention", device, dtype)
+        reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
+        if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
+            return "the C++ kernels are of an older version, without rotary positions: build anew"
+        return reason
 
     def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""

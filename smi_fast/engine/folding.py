@@ -19,7 +19,7 @@ _IDLE_OR_SCALE = (nn.Identity, LayerScale)
 
 
 def foldable(block: Any) -> bool:
-    """Whether a block has nothing but linear layers, LayerNorm, GELU or SwiGLU, and maybe LayerScale.
+    """Whether a block has only linear layers, LayerNorm, GELU or SwiGLU, and maybe LayerScale.
 
     It may be one of Eva, whose queries and keys are rotated. Subclasses don't count as these,
     because their own forward would be ignored.
@@ -40,6 +40,11 @@ def foldable(block: Any) -> bool:
         and len({layer.out_features for layer in layers[:-1]}) == 1  # k and v have as many heads
         and all(type(scale) in _IDLE_OR_SCALE for scale in scales)
     )
+
+
+def has_eva_steps(block: Any) -> bool:
+    """Whether a :func:`foldable` block may have what Eva has: rotary positions, or SwiGLU."""
+    return type(block) is EvaBlock or type(block.mlp) is not Mlp
 
 
 def _foldable_mlp(mlp: Any) -> bool:

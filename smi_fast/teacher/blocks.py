@@ -133,11 +133,10 @@ class Blocks:
             places = most_attended(attention, share)
             left = left.gather(1, places)
             x = x.take_along_dim(with_prefix(places, self._prefix)[:, :, None], 1)
-            turned = [
-                None if r is None else r.take_along_dim(places[:, :, None, None], 1)
-                for r in way.rotations
-            ]
-            way, done = Way(way.engine, turned), index
+            if way.rotations is not None:
+                turned = places[:, :, None, None]
+                way = way._replace(rotations=[r.take_along_dim(turned, 1) for r in way.rotations])
+            done = index
         x = self._run(way, x, done, last)
         x, row = self._last(way, x, {}, importance, found)
         if row is not None:

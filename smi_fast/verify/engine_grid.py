@@ -26,11 +26,8 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
         yield OpCall(label, "multiply_", (added, grad))
     for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):
-        x, bias, grad = (
-            torch.randn(rows, 2 * width),
-            torch.randn(2 * width),
-            torch.randn(rows, width),
-        )
+        x, bias = torch.randn(rows, 2 * width), torch.randn(2 * width)
+        grad = torch.randn(rows, width)
         label = f"{rows}x{width}"
         yield OpCall(label, "swiglu_", (3 * x, bias, torch.empty(rows, width)))
         yield OpCall(label, "swiglu_backward_", (grad, x, torch.empty(rows, 2 * width)))
