@@ -85,7 +85,7 @@ class CpuEngine:
         key = start, stop, rotations is not None
         if key not in self._runs:
             self._runs[key] = FoldedRun(self._blocks[start:stop], rotary=rotations is not None)
-        return self._runs[key](tokens, rotations and rotations[start:stop])
+        return self._runs[key](tokens, None if rotations is None else rotations[start:stop])
 
     def last_block_rows(
         self, tokens: Tensor, rows: int, rotations: Rotations = None
@@ -97,7 +97,7 @@ class CpuEngine:
         key = rows, rotations is not None
         if key not in self._last:
             self._last[key] = LastBlock(self._blocks[-1], rows, rotary=rotations is not None)
-        return self._last[key](tokens, rotations and rotations[-1])
+        return self._last[key](tokens, None if rotations is None else rotations[-1])
 
     def refresh(self) -> None:
         """Forget what was folded."""
