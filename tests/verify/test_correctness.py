@@ -84,7 +84,7 @@ def test_kernels_of_this_machine_are_right(
     assert smi_fast_verify(monkeypatch, out) == 0
     found = lines(out, "verdict")
     checked = {(v["op"], v["dtype"]) for v in found if v["backend"] == "cpp"}
-    assert len(checked) == 2 * 9 and not any(v["failures"] for v in found)
+    assert len(checked) == 2 * 11 and not any(v["failures"] for v in found)
     assert all(v["error"] <= v["budget"] for v in found if v["error"] is not None)
     (summary,) = lines(out, "summary")
     assert summary["right"] and summary["verdicts"] == len(found)
