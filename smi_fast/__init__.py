@@ -47,6 +47,7 @@ _NAMES = {
     ),
     "schedules": (
         "Dense",
+        "MassSchedule",
         "PatchRebirth",
         "ResolutionSchedule",
         "Schedule",

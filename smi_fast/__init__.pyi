@@ -42,6 +42,7 @@ from smi_fast.parametrizations import Pixels as Pixels
 from smi_fast.parametrizations import Pyramid as Pyramid
 from smi_fast.parametrizations import SigmoidParametrization as SigmoidParametrization
 from smi_fast.schedules import Dense as Dense
+from smi_fast.schedules import MassSchedule as MassSchedule
 from smi_fast.schedules import PatchRebirth as PatchRebirth
 from smi_fast.schedules import ResolutionSchedule as ResolutionSchedule
 from smi_fast.schedules import Schedule as Schedule

@@ -63,6 +63,7 @@ WITH_EXAMPLES = [
     "smi_fast.recipes.Recipe",
     "smi_fast.recipes.by_name",
     "smi_fast.schedules.Dense",
+    "smi_fast.schedules.MassSchedule",
     "smi_fast.schedules.PatchRebirth",
     "smi_fast.schedules.ResolutionSchedule",
     "smi_fast.schedules.Schedule",

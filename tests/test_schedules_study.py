@@ -76,6 +76,13 @@ def test_rebirth_gives_several_images_of_a_trajectory(vit: VisionTransformer) ->
     assert found.patch_iterations == 2 * (64 + 48 + 32 + 16)
 
 
+def test_a_ragged_run_counts_what_each_image_keeps(vit: VisionTransformer) -> None:
+    found = run(CONTENDERS["mass"].prepare, vit)
+    kept = found.masks.sum((1, 2)).double().mean().item()
+    assert 0 < kept < 64 and found.wanted.tolist() == [3, 5]
+    assert found.patch_iterations == 64 + round(7 * kept) and found.updates.tolist() == [T, T]
+
+
 def test_logits_of_a_narrowed_run_are_those_of_the_whole_network(vit: VisionTransformer) -> None:
     narrow, whole = (run(CONTENDERS[name].prepare, vit) for name in ("default, narrow", "default"))
     assert not torch.equal(narrow.pixels, whole.pixels)

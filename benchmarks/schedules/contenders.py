@@ -15,6 +15,8 @@ from benchmarks.baselines import published_loop
 from benchmarks.quality.recognition import published_stops
 from smi_fast import (
     Dense,
+    InversionResult,
+    MassSchedule,
     PatchRebirth,
     ResolutionSchedule,
     Schedule,
@@ -144,6 +146,8 @@ def ours(
 
     def run(targets: Tensor, generator: torch.Generator) -> Made:
         result = inverter.invert(targets, generator=generator, progress=False)
+        if result.lengths is not None:
+            return ragged(result)
         found = result.sparse_images()
         assert found.targets is not None
         pixels, logits = found.canvases[found.trajectory], found.logits
@@ -160,6 +164,21 @@ def ours(
         )
 
     return run
+
+
+def ragged(result: InversionResult) -> Made:
+    """What a run with one ragged stop made; the last phase has the mean number of patches."""
+    assert result.targets is not None and result.lengths is not None
+    first, last = result.timing
+    return Made(
+        result.images,
+        result.masks,
+        result.logits,
+        result.targets,
+        torch.full_like(result.lengths, result.iterations),
+        first.patches * first.iterations
+        + round(result.lengths.double().mean().item() * last.iterations),
+    )
 
 
 def snapshots(count: int, vit: VisionTransformer, iterations: int) -> Run:
@@ -206,6 +225,11 @@ def growing(keep: float, at: float, iterations: int) -> Schedule:
     return ResolutionSchedule((32, 64), (max(1, round(at * iterations)),), keep)
 
 
+def mass(iterations: int) -> Schedule:
+    """A stop when the default has its own; the share is that of the default's patches, about."""
+    return MassSchedule(0.75, at=StopSchedule.once(iterations).at)
+
+
 def _published(schedule: Any, reranked: bool = False) -> Contender:
     prepare = partial(published, schedule, reranked)
     return Contender(prepare=prepare, lengths=PUBLISHED_LENGTHS)
@@ -228,6 +252,7 @@ CONTENDERS = {
     "published stops": Contender(prepare=partial(ours, published_stops)),
     DEFAULT: Contender(prepare=partial(ours, StopSchedule.once)),
     "default, narrow": Contender(prepare=partial(ours, StopSchedule.once, narrow=NARROW)),
+    "mass": Contender(prepare=partial(ours, mass)),
     "resolution": Contender(prepare=partial(ours, partial(growing, 1.0, 0.5))),
     "resolution, 30 of 64 patches": Contender(prepare=partial(ours, partial(growing, 0.47, 0.1))),
     "rebirth, v = 2": _rebirth(2),

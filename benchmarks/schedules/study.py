@@ -114,7 +114,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         found.setdefault((job.name, job.iterations), []).append(figures)
         facts.setdefault(job.name, {})[str(job.iterations)] = {
             "trajectories": job.trajectories,
-            "kept_patches": int(made.images.masks[0].sum()),
+            "kept_patches": rounded(made.images.masks.sum((1, 2)).double().mean().item()),
             "updates_of_a_shown_patch": rounded(made.updates.double().mean().item()),
             "patch_updates_per_image": rounded(
                 made.patch_iterations * job.trajectories / job.images

@@ -24,9 +24,10 @@ from smi_fast.inversion.inputs import (
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
+from smi_fast.inversion.ragged import check_ragged
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.settings import Settings
-from smi_fast.inversion.sizes import at_size, check_sizes, scale_shift
+from smi_fast.inversion.sizes import at_size, begin, check_sizes, scale_shift
 from smi_fast.inversion.state import InversionState
 from smi_fast.inversion.view_inputs import (
     check_augmented,
@@ -173,6 +174,7 @@ class SparseInverter:
         )
         self._sizes = sizes_of(self.schedule, sparse.image_size, sparse.patch_size)
         check_sizes(self.settings, self._sizes)
+        check_ragged(self.settings, self.schedule)
         self._counts = counts
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -302,7 +304,7 @@ class SparseInverter:
             self.schedule,
             generator,
         )
-        _begin(settings, batch, generator)
+        begin(settings, batch, generator)
         state = InversionState(
             settings=settings,
             targets=given,
@@ -334,14 +336,14 @@ class SparseInverter:
             self._counts[iteration],
             self._sizes[iteration],
         )
-        stop = Stop(iteration, state.kept, importance, teacher.grid, generator)
+        stop = Stop(iteration, state.kept, importance, teacher.grid, generator, state.lengths)
         selection = self.schedule.select(stop)
         if size == teacher.image_size:
             state.keep(check(selection, stop, count))
             return
         larger = at_size(self.settings, size)
         state.enlarge(larger, check(selection, stop, count, larger.teacher.grid).kept)
-        _begin(larger, len(state.kept), generator)
+        begin(larger, len(state.kept), generator)
 
     @torch.no_grad()
     def _result(
@@ -357,13 +359,13 @@ class SparseInverter:
             Phase(patches, end - first, stop - start)
             for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
-        logits = state.logits(normalised, kept)
+        logits = state.logits(normalised, kept, state.lengths)
         images = self.settings.space.denormalize(normalised)
         shown = kept if self.final_mask == "kept" else self._reranked(images)
         return InversionResult(
             images,
             kept,
-            patch_mask(shown, *teacher.grid),
+            patch_mask(shown, *teacher.grid, state.lengths if shown is kept else None),
             state.targets,
             logits,
             state.history(),
@@ -371,6 +373,7 @@ class SparseInverter:
             state.done(),
             interrupted,
             tuple(state.finished),
+            state.lengths,
         )
 
     def _reranked(self, images: Tensor) -> Tensor:
@@ -384,13 +387,6 @@ class SparseInverter:
             assert importance is not None
             found.append(importance.topk(count, dim=1).indices)
         return torch.cat(found)
-
-
-def _begin(settings: Settings, batch: int, generator: torch.Generator | None) -> None:
-    """Let objectives and importance draw what they need."""
-    for objective in settings.objectives:
-        objective.begin(settings.teacher, batch, generator)
-    settings.importance.begin(settings.teacher, batch, generator)
 
 
 def _graphs_allowed() -> bool:

@@ -39,6 +39,13 @@ def at_size(settings: Settings, size: Size, *, probe: bool = False) -> Settings:
     )
 
 
+def begin(settings: Settings, batch: int, generator: torch.Generator | None) -> None:
+    """Let objectives and importance draw what they need for images of this size."""
+    for objective in settings.objectives:
+        objective.begin(settings.teacher, batch, generator)
+    settings.importance.begin(settings.teacher, batch, generator)
+
+
 def check_sizes(settings: Settings, sizes: Mapping[int, Size]) -> None:
     """Try what a run does at its stops, on one image.
 

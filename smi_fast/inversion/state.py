@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from smi_fast.inversion.result import FinishedGroup
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.sizes import enlarged_parameters
 from smi_fast.inversion.views import BatchInputs, evaluate, parts
-from smi_fast.ops.grid import patch_mask, spread
+from smi_fast.ops.grid import first, patch_mask, spread
 from smi_fast.schedules import Selection
 from smi_fast.teacher import SigmoidImages
 
@@ -35,6 +36,7 @@ class InversionState:
         shift: int64 [T, 2], in pixels, of each iteration; [T, B, 2] for each image. With R copies
             [T, R, 2] or [T, R, B, 2].
         flip: bool, likewise without the last axis.
+        lengths: int64 [B], how many of ``kept`` count in each image; None where all do.
         generator: on the device; draws what ``augment`` asks for. None without ``augment``.
         background: images [B, C, H, W] as they were at the last stop, where the parametrization
             can't freeze them itself.
@@ -53,6 +55,7 @@ class InversionState:
     kept: Tensor
     shift: Tensor
     flip: Tensor
+    lengths: Tensor | None = field(init=False, default=None)
     generator: torch.Generator | None = None
     background: Tensor | None = field(init=False, default=None)
     frozen: Tensor | None = field(init=False, default=None)
@@ -62,6 +65,8 @@ class InversionState:
     iteration: Tensor = field(init=False)
     record: Tensor = field(init=False)
     _begun: Tensor | None = field(init=False, default=None)
+    # The lengths as numbers of the host.
+    _numbers: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._begin()
@@ -80,7 +85,12 @@ class InversionState:
 
     @property
     def active(self) -> Tensor | None:
-        """int64 [B, K], the patches whose pixels change; None when all pixels change."""
+        """int64 [B, K], the patches whose pixels change; None when all pixels change.
+
+        Where images have numbers of patches of their own, the first patch of an image repeats.
+        """
+        if self.lengths is not None and self.settings.freeze_background:
+            return torch.where(first(self.kept, self.lengths), self.kept, self.kept[:, :1])
         sparse = self.kept.shape[1] < self.settings.teacher.num_patches
         return self.kept if self.settings.freeze_background and sparse else None
 
@@ -106,8 +116,9 @@ class InversionState:
             self.finished.append(self._finish(selection.finished))
         if settings.freeze_background and not settings.parametrization.pixelwise:
             self.background = self.images().clone()
-            self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid)
-        self.kept = selection.kept
+            self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid, selection.lengths)
+        self.kept, self.lengths = selection.kept, selection.lengths
+        self._numbers = None if self.lengths is None else self.lengths.tolist()
 
     @torch.no_grad()
     def enlarge(self, settings: Settings, kept: Tensor) -> None:
@@ -136,10 +147,13 @@ class InversionState:
         )
         return FinishedGroup(self.done(), patches, pixels, self.logits(images, patches))
 
-    def logits(self, images: Tensor, kept: Tensor) -> Tensor:
+    def logits(self, images: Tensor, kept: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits [B, classes] of the patches ``kept`` alone, without jitter."""
-        teacher, rows = self.settings.teacher, parts(len(kept), self.settings.max_batch)
-        return torch.cat([teacher(images[row], kept[row]).logits for row in rows])
+        found = []
+        for row in parts(len(kept), self.settings.max_batch):
+            own = None if lengths is None else lengths[row]
+            found.append(self.settings.teacher(images[row], kept[row], lengths=own).logits)
+        return torch.cat(found)
 
     def step(self, *, score: bool = False, number: int = 0) -> Tensor | None:
         """Take one iteration.
@@ -175,6 +189,7 @@ class InversionState:
             targets=self.targets,
             kept=self.kept,
             active=self.active,
+            lengths=self.lengths,
             shift=shift,
             flip=flip,
             iteration=number,
@@ -209,18 +224,23 @@ class InversionState:
         pixelwise = settings.parametrization.pixelwise
         if not pixelwise:
             tensors = tuple(tensor.flatten(2)[:, :, None] for tensor in tensors)  # type: ignore[assignment]
-        ops.adam_clamp_(
-            *tensors,
+        adam = partial(
+            ops.adam_clamp_,
             step=self._adam_step,
             lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             low=self._low,
             high=self._high,
-            active=self.active if pixelwise else None,
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,
         )
+        if self._numbers is None or not pixelwise or not settings.freeze_background:
+            adam(*tensors, active=self.active if pixelwise else None)
+            return
+        for index, number in enumerate(self._numbers):
+            own = slice(index, index + 1)
+            adam(*(tensor[own] for tensor in tensors), active=self.kept[own, :number])
 
     @property
     def _adam_step(self) -> Tensor:

@@ -28,6 +28,7 @@ class BatchInputs:
         targets: [B, ...] or None.
         kept: int64 [B, K], the patches that the teacher computes.
         active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
+        lengths: int64 [B], how many of ``kept`` count in each image, or None where all do.
         shift: int64 [2] in pixels, or [B, 2] for each image; with R copies [R, 2] or [R, B, 2].
         flip: bool, likewise without the last axis.
         iteration: from 0, as a number of the host.
@@ -39,6 +40,7 @@ class BatchInputs:
     targets: Tensor | None
     kept: Tensor
     active: Tensor | None
+    lengths: Tensor | None = None
     shift: Tensor
     flip: Tensor
     iteration: int
@@ -150,14 +152,19 @@ def _part(
     pairs = [*zip(settings.objectives, settings.due(inputs.iteration), strict=True)]
     taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
     scored = settings.importance.taps(teacher.depth) if inputs.score else ()
-    kept = inputs.kept[rows]
+    kept, lengths = inputs.kept[rows], None if inputs.lengths is None else inputs.lengths[rows]
+    until = None
+    if not inputs.score and not _logits_are_read(pairs):
+        until = blocks_read(taps, teacher.depth)
     output = teacher(
         own if view is None else view,
         kept,
         jitter=(shift, flip),
         importance=inputs.score,
         taps={*taps, *scored},
-        until=None if inputs.score or _logits_are_read(pairs) else blocks_read(taps, teacher.depth),
+        until=until,
+        # Without logits there are no taps either, see check_ragged.
+        lengths=lengths if until is None else None,
     )
     given = LossInputs(
         images=own if isinstance(own, Tensor) else own.tensor,
@@ -166,6 +173,7 @@ def _part(
         targets=None if inputs.targets is None else inputs.targets[rows],
         kept=kept,
         active=None if inputs.active is None else inputs.active[rows],
+        lengths=lengths,
         teacher=teacher,
         space=settings.space,
         backend=settings.backend,

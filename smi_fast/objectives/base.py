@@ -71,7 +71,10 @@ class LossInputs:
             objective ``reads_logits``.
         targets: of the images, [B, ...], such as class indices int64 [B]; or None.
         kept: int64 [B, K], the patches that the teacher computed, ascending.
-        active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
+        active: int64 [B, K], the patches whose pixels change, or None when all pixels change. With
+            ``lengths`` the first patch of an image repeats.
+        lengths: int64 [B], how many of ``kept`` and ``active`` count in each image, the first ones;
+            None where all do.
         teacher: the network that is inverted.
         space: size and normalisation of the images.
         backend: which implementation of the ops to use.
@@ -93,6 +96,7 @@ class LossInputs:
     teacher: SparseViT
     space: ImageSpace
     backend: str = AUTO
+    lengths: Tensor | None = None
     first: int = 0
     iteration: int = 0
     iteration_tensor: Tensor

@@ -13,12 +13,14 @@ from smi_fast.schedules.base import (
     still_iterations,
 )
 from smi_fast.schedules.dense import Dense
+from smi_fast.schedules.mass import MassSchedule
 from smi_fast.schedules.rebirth import PatchRebirth
 from smi_fast.schedules.resolution import ResolutionSchedule
 from smi_fast.schedules.stops import StopSchedule
 
 __all__ = [
     "Dense",
+    "MassSchedule",
     "PatchRebirth",
     "ResolutionSchedule",
     "Schedule",

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from smi_fast.ops.grid import first, patch_mask
+
 
 @dataclass(frozen=True, eq=False)
 class Stop:
@@ -22,6 +24,8 @@ class Stop:
         grid: patches per side, (rows, columns).
         generator: of the run, on the CPU, for a schedule that draws random numbers; None for
             torch's own.
+        lengths: int64 [B], of a ragged schedule how many of ``kept`` count in each image, the first
+            ones; None where all do.
     """
 
     iteration: int
@@ -29,6 +33,13 @@ class Stop:
     importance: Tensor
     grid: tuple[int, int]
     generator: torch.Generator | None = None
+    lengths: Tensor | None = None
+
+    def counts(self) -> Tensor:
+        """bool [B, K], which of ``kept`` count."""
+        if self.lengths is None:
+            return torch.ones_like(self.kept, dtype=torch.bool)
+        return first(self.kept, self.lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +50,13 @@ class Selection:
         kept: int64 [B, K'], the patches that stay, ascending.
         finished: int64 [B, F], patches that leave as a finished sparse image, ascending; None for
             none. Patches in neither set are dropped.
+        lengths: int64 [B], how many of ``kept`` stay in each image, from 1: the first ones. Those
+            behind them are padding, other patches of the grid. None where all stay.
     """
 
     kept: Tensor
     finished: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class Schedule(Protocol):
@@ -54,7 +68,8 @@ class Schedule(Protocol):
     finished images has ``images``, the number of sparse images that a trajectory gives. One whose
     images grow has ``image_sizes(image_size)``: the (height, width) of each phase between stops, of
     which the last is the teacher's. Where a stop changes the size, ``Selection.kept`` is of the
-    larger grid.
+    larger grid. One that keeps another number of patches in each image has ``ragged``, true, and
+    answers with ``lengths``; its counts are then the most that may stay.
 
     >>> class Half:
     ...     at = (5,)
@@ -214,6 +229,14 @@ def check(
             f"expected no finished patches where images grow, the schedule at {stop.iteration} "
             "answered some"
         )
+    if selection.lengths is not None:
+        if selection.finished is not None or grid is not None:
+            raise WrongSelection(
+                f"expected lengths alone, the schedule at {stop.iteration} answered finished "
+                "patches or other image sizes too"
+            )
+        _check_ragged(selection.kept, selection.lengths, stop, count)
+        return selection
     _check_set("kept", selection.kept, stop, count, grid)
     if selection.finished is not None:
         _check_set("finished", selection.finished, stop, None)
@@ -266,6 +289,32 @@ def _check_set(
         raise WrongSelection(
             f"expected {name} among the patches kept so far from the schedule at {at}, "
             f"got {patches.tolist()}"
+        )
+
+
+def _check_ragged(kept: Tensor, lengths: Tensor, stop: Stop, most: int) -> None:
+    at, batch = stop.iteration, len(stop.kept)
+    width = kept.shape[1] if isinstance(kept, Tensor) and kept.dim() == 2 else most
+    _check_set("kept", kept.sort(dim=1).values, stop, min(width, most), stop.grid)
+    fits = isinstance(lengths, Tensor) and lengths.shape == (batch,)
+    if not fits or lengths.dtype != torch.int64 or lengths.device != kept.device:
+        got = f"{lengths.dtype} {list(lengths.shape)}" if isinstance(lengths, Tensor) else lengths
+        raise WrongSelection(
+            f"expected lengths int64 [{batch}] on {kept.device} from the schedule at {at}, "
+            f"got {got}"
+        )
+    if bool(((lengths < 1) | (lengths > kept.shape[1])).any()):
+        raise WrongSelection(
+            f"expected lengths in 1..{kept.shape[1]} from the schedule at {at}, "
+            f"got {lengths.tolist()}"
+        )
+    stays = first(kept, lengths)
+    was_kept = patch_mask(stop.kept, *stop.grid, stop.lengths).flatten(1)
+    ascends = (kept.diff(dim=1) > 0) | ~stays[:, 1:]
+    if not bool(((was_kept.gather(1, kept) | ~stays).all(dim=1) & ascends.all(dim=1)).all()):
+        raise WrongSelection(
+            "expected patches that stay to ascend, among those kept so far, from the schedule at "
+            f"{at}, got the first {lengths.tolist()} of {kept.tolist()}"
         )
 
 

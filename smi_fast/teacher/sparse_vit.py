@@ -206,6 +206,20 @@ class SparseViT(nn.Module):
         resized.set_input_size(img_size=image_size)
         return SparseViT(resized, backend=self.backend, probe=probe, narrow=self.narrow)
 
+    def check_ragged(self) -> None:
+        """Refuse a teacher that doesn't take ``lengths``.
+
+        Raises:
+            ValueError: its head reads all tokens, or it is narrowed.
+        """
+        if _rows_read(self.vit) is None:
+            raise ValueError(
+                "expected a teacher whose head reads its class token with lengths, got one that "
+                "pools all tokens"
+            )
+        if self._blocks.narrow:
+            raise ValueError(f"expected no narrow together with lengths, got {self.narrow}")
+
     def every_patch(self, batch: int) -> Tensor:
         """The set ``kept`` of all patches, int64 [batch, rows·columns]."""
         return torch.arange(self.num_patches, device=self.device).expand(batch, -1)
@@ -258,8 +272,8 @@ class SparseViT(nn.Module):
         if kept is None:
             kept = self.every_patch(len(images))
         if lengths is not None:
-            if until is not None or taps or self._blocks.narrow:
-                raise ValueError("expected no taps, no until and no narrow together with lengths")
+            if until is not None or taps:
+                raise ValueError("expected neither taps nor until together with lengths")
             return self._ragged(images, kept, jitter, importance, lengths)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
         refuse_narrowed(wanted, self._blocks.narrow)
@@ -287,11 +301,7 @@ class SparseViT(nn.Module):
         importance: bool,
         lengths: Tensor,
     ) -> SparseOutput:
-        if _rows_read(self.vit) is None:
-            raise ValueError(
-                "expected a teacher whose head reads its class token with lengths, got one that "
-                "pools all tokens"
-            )
+        self.check_ragged()
         patches, positions = self._gather(images, kept, jitter)
         check_lengths(lengths, kept)
         x, turned = self._embed(patches, positions), rotations(self.vit, positions)

@@ -53,7 +53,7 @@ MUTANTS = (
         REBIRTH,
         Mutant(
             "state-logits",
-            "teacher(images[row], kept[row]).logits",
+            "teacher(images[row], kept[row], lengths=own).logits",
             "teacher(images[row]).logits",
             "The logits are those of every patch.",
             f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
@@ -160,8 +160,8 @@ MUTANTS = (
         VIEWS,
         Mutant(
             "views-early-exit",
-            "until=None if inputs.score or _logits_are_read(pairs) else",
-            "until=None if True else",
+            "if not inputs.score and not _logits_are_read(pairs):",
+            "if False:",
             "Every block runs, whatever the loss reads.",
             "tests/teacher/test_early_exit.py::test_a_loss_runs_the_blocks_that_it_reads",
         ),

@@ -5,6 +5,8 @@ from tests.mutants.mutant import Mutant, of_file
 CHECK = "tests/schedules/test_check.py"
 STOPS = "tests/schedules/test_stops.py"
 RESOLUTION = "tests/schedules/test_resolution.py"
+MASS = "tests/schedules/test_mass.py"
+RAGGED = "tests/inversion/test_ragged_loop.py"
 LOOP = "tests/inversion/test_resolution_loop.py"
 REBIRTH = "tests/schedules/test_rebirth.py"
 COMPACT = "tests/schedules/test_compact.py"
@@ -61,6 +63,97 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/schedules/mass.py",
+        MASS,
+        Mutant(
+            "mass-one-more",
+            "before.sum(dim=1) + 1",
+            "before.sum(dim=1) + 2",
+            "One patch more than needed stays.",
+        ),
+        Mutant(
+            "mass-padding",
+            "torch.where(there, stop.importance.double().clamp(min=0), -1)",
+            "stop.importance.double().clamp(min=0)",
+            "Padding of an earlier stop is kept again.",
+        ),
+        Mutant(
+            "mass-order",
+            "(patches + behind).argsort(dim=1)",
+            "patches.argsort(dim=1)",
+            "Padding stands among the patches that stay.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/base.py",
+        MASS,
+        Mutant(
+            "mass-check-back",
+            "patch_mask(stop.kept, *stop.grid, stop.lengths)",
+            "patch_mask(stop.kept, *stop.grid)",
+            "Patches that were dropped may come back.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/ragged.py",
+        MASS,
+        Mutant(
+            "mass-taps",
+            "tapped = [o.name for o in settings.objectives if o.taps(teacher.depth)]",
+            "tapped: list[str] = []",
+            "A run with taps fails only after the stop.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        f"{RAGGED}::test_only_the_patches_that_count_move",
+        Mutant(
+            "ragged-frozen",
+            "*settings.teacher.grid, selection.lengths)",
+            "*settings.teacher.grid)",
+            "Padding moves with a Fourier series.",
+        ),
+        Mutant(
+            "ragged-adam",
+            "active=self.kept[own, :number])",
+            "active=self.kept[own])",
+            "Adam moves padding by its momentum.",
+        ),
+        Mutant(
+            "ragged-logits",
+            "own = None if lengths is None else lengths[row]",
+            "own = None",
+            "The logits of a result are those of padding too.",
+            f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
+        ),
+    ),
+    *of_file(
+        "smi_fast/objectives/pixels.py",
+        f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
+        Mutant(
+            "ragged-variation",
+            'inputs.backend if inputs.lengths is None else "reference"',
+            "inputs.backend",
+            "Total variation counts a repeated patch more than once.",
+        ),
+        Mutant(
+            "ragged-norm",
+            "inputs.active if inputs.lengths is None else inputs.kept",
+            "inputs.active",
+            "The gradient of the L2 norm is lost where a patch repeats.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/views.py",
+        f"{RAGGED}::test_an_iteration_without_logits",
+        Mutant(
+            "ragged-until",
+            "lengths=lengths if until is None else None",
+            "lengths=lengths",
+            "An iteration that reads no logits fails after the stop.",
+        ),
+    ),
+    *of_file(
         "smi_fast/schedules/resolution.py",
         RESOLUTION,
         Mutant(
@@ -109,7 +202,7 @@ MUTANTS = (
         LOOP,
         Mutant(
             "resolution-begin",
-            "_begin(larger, len(state.kept), generator)",
+            "begin(larger, len(state.kept), generator)",
             "None",
             "Objectives go on with what they drew for the smaller grid.",
             f"{LOOP}::test_objectives_begin_anew_for_the_larger_grid",
