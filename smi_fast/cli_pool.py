@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from smi_fast.pool import Pool
+    from smi_fast.schedules import Schedule
 
 app = typer.Typer(no_args_is_help=True, help="Check and merge pools.")
 _Pool = Annotated[Path, typer.Argument(help="Folder of a pool.")]
@@ -48,3 +52,40 @@ def merge(
         draw_sheet(made)
     draw_loss(made)
     print(f"{images} images in {out}; look at {out / CONTACT_SHEET}")
+
+
+def migrate(
+    pool: Annotated[Path, typer.Argument(help="A pool of the first version, with manifest.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new pool.")],
+) -> None:
+    """Copy a pool of an older version into one of this version; the old one stays."""
+    from smi_fast.pool import CONTACT_SHEET
+    from smi_fast.pool.migrate import migrate as copy
+    from smi_fast.pool.pictures import draw_loss, draw_sheet
+
+    made = copy(pool, out)
+    images = len(made.records)
+    if images:
+        draw_sheet(made)
+    draw_loss(made)
+    print(f"{images} images in {out}; look at {out / CONTACT_SHEET}")
+
+
+def summarise(pool: Pool, schedule: Schedule) -> None:
+    """Print what the teacher and the judge see in a pool, and draw its contact sheet."""
+    from smi_fast.pool import CONTACT_SHEET
+    from smi_fast.pool.pictures import draw_sheet
+
+    records = pool.records
+    right = sum(record["prediction"] == record["label"] for record in records) / len(records)
+    confidence = sum(record["confidence"] for record in records) / len(records)
+    seen = "whole images" if not schedule.at else f"{len(records[0]['kept'])} kept patches of each"
+    print(
+        f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
+        f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
+    )
+    if "judge" in records[0]:
+        agreed = sum(record["judge"] == record["class_name"] for record in records) / len(records)
+        print(f"an independent judge sees it in {agreed:.1%} of the whole images")
+    draw_sheet(pool)
+    print(f"look at {pool.path / CONTACT_SHEET}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,13 +102,17 @@ def labels(ranges: list[range], classes: int, per_class: int) -> list[int]:
 def parse_device(name: str) -> str:
     """The device that a name asks for; for "auto" the GPU if there is one.
 
+    Among processes of torchrun, "auto" gives each process of a machine a GPU of its own.
+
     Raises:
         ValueError: another name, or a GPU that isn't visible.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        number = os.environ.get("LOCAL_RANK")
+        name = "cuda" if number is None else f"cuda:{number}"
+        name = name if torch.cuda.is_available() else "cpu"
     found = re.fullmatch("cuda(?::([0-9]{1,3}))?", name)
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name != "cpu" and (found is None or int(found[1] or 0) >= visible):

@@ -13,7 +13,9 @@ from PIL import Image
 from smi_fast.pool.batch import fingerprint
 from smi_fast.pool.contents import strays
 from smi_fast.pool.files import explained
-from smi_fast.pool.layout import FOLDERS
+from smi_fast.pool.layout import FOLDERS, PARTS
+from smi_fast.pool.metadata import to_record
+from smi_fast.pool.parts import read_parts
 from smi_fast.pool.pool import Pool
 
 
@@ -40,7 +42,7 @@ def find_faults(path: str | Path) -> Iterator[str]:
             of its image.
     """
     path, pool = Path(path), Pool(path)
-    records, _ = pool.records, pool.settings  # an empty folder has records, but no settings
+    names, records = pool.settings["class_names"], pool.records
     size: tuple[int, int] | None = None
     for record in records:
         try:
@@ -63,8 +65,12 @@ def find_faults(path: str | Path) -> Iterator[str]:
         fault = _fault_of_pixels(record, whole, masked, mask, size)
         if fault:
             yield f"image {record['index']}: {fault}"
+    waiting = [to_record(line) for lines in read_parts(path, names, 0).values() for line in lines]
+    waiting = [record for record in waiting if record["index"] >= len(records)]
+    if waiting:
+        yield f"{path / PARTS} has {len(waiting)} images of an unfinished run: --resume takes them"
     with explained(f"reading {path}"):
-        yield from (f"{path / stray} has no record" for stray in strays(path, records))
+        yield from (f"{path / name} has no record" for name in strays(path, [*records, *waiting]))
 
 
 def _pixels(content: bytes) -> np.ndarray[Any, Any]:

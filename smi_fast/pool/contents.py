@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,22 @@ from smi_fast.pool.files import (
     delete_pictures,
     explained,
     file_names,
-    is_picture,
+    picture_number,
 )
-from smi_fast.pool.layout import CARD, CLASSES, FOLDERS, METADATA, PROGRESS, REPORTS, UNFINISHED
+from smi_fast.pool.layout import (
+    CARD,
+    CLASSES,
+    FOLDERS,
+    METADATA,
+    PARTS,
+    PROGRESS,
+    REPORTS,
+    UNFINISHED,
+)
+from smi_fast.pool.parts import delete_parts
 
 
-def check_present(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def check_present(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Refuse a pool in ``path`` that lacks a file of an image.
 
     Raises:
@@ -47,21 +57,22 @@ def strays(path: Path, records: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{folder.relative_to(path).as_posix()}/{name}"
         for folder in _class_folders(path)
         for name in sorted(file_names(folder))
-        if is_picture(name)
+        if picture_number(name) is not None
     ]
     return [name for name in found if name not in named]
 
 
-def delete_strays(path: Path, held: int) -> None:
+def delete_strays(path: Path, held: int, spared: Container[int] = ()) -> None:
     """Delete the images from index ``held`` on, which loaders of folders would find.
 
     Args:
         path: folder of the pool.
-        held: number of images that have a line.
+        held: number of images that have a line in the metadata.
+        spared: images that have one elsewhere.
     """
     with suppress(OSError):
         for folder in (*reversed(_class_folders(path)), path / PROGRESS):
-            delete_pictures(folder, range(held, sys.maxsize))
+            delete_pictures(folder, range(held, sys.maxsize), spared)
 
 
 def delete_pool(path: Path) -> None:
@@ -74,13 +85,14 @@ def delete_pool(path: Path) -> None:
     """
     with explained(f"reading {path}"):
         folders = [*_class_folders(path), path / UNFINISHED, path / PROGRESS]
-    for folder in filter(Path.is_symlink, (*folders, path / "report")):
+    for folder in filter(Path.is_symlink, (*folders, path / "report", path / PARTS)):
         raise PoolError(
             f"{folder} is a symbolic link, which is not followed, so {path} is not overwritten"
         )
     with explained(f"deleting {path}"):
         for name in (METADATA, CLASSES, CARD, *REPORTS):
             delete_file(path / name)
+        delete_parts(path)
         for folder in reversed(folders):
             delete_pictures(folder)
         with suppress(OSError):

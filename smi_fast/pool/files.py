@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -81,13 +81,15 @@ def delete_file(path: Path) -> None:
     unfinished_name(path).unlink(missing_ok=True)
 
 
-def is_picture(name: str, numbers: range = range(sys.maxsize)) -> bool:
-    """Whether a file has the name of a picture with one of the numbers, or of a part of it."""
+def picture_number(name: str) -> int | None:
+    """The number of a picture, also of a part of it; None for another name."""
     found = _PICTURE.fullmatch(name)
-    return found is not None and int(found[1] or found[2]) in numbers
+    return None if found is None else int(found[1] or found[2])
 
 
-def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
+def delete_pictures(
+    folder: Path, numbers: range = range(sys.maxsize), spared: Container[int] = ()
+) -> None:
     """Delete the pictures that a pool wrote into a folder, and the folder when it is then empty.
 
     Files with other names stay, and so does everything behind a symbolic link.
@@ -95,11 +97,15 @@ def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
     Args:
         folder: one of the pool's folders.
         numbers: of the pictures; by default all.
+        spared: numbers of those that stay.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
     for name in os.listdir(folder):
-        if is_picture(name, numbers) and not (folder / name).is_dir():
+        number = picture_number(name)
+        if number is None or number not in numbers or number in spared:
+            continue
+        if not (folder / name).is_dir():
             (folder / name).unlink()
     with suppress(OSError):
         folder.rmdir()

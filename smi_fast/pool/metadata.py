@@ -13,6 +13,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from smi_fast.pool.files import explained
 from smi_fast.pool.layout import FOLDERS, files_of
 
 Record = dict[str, Any]
@@ -45,6 +46,20 @@ def _refuse(constant: str) -> None:
 def whole_lines(content: bytes) -> bytes:
     """The content up to its last line that has an end."""
     return content[: content.rfind(b"\n") + 1]
+
+
+def read(path: Path, class_names: Sequence[str]) -> tuple[list[Record], int]:
+    """What :func:`parse` finds in a file; nothing where there is none.
+
+    Raises:
+        PoolError: it can't be read, or a line isn't the record of its image.
+    """
+    with explained(f"reading {path}"):
+        try:
+            with path.open("rb") as lines:
+                return parse(lines, class_names)
+        except FileNotFoundError:
+            return [], 0
 
 
 def parse(lines: Iterable[bytes], class_names: Sequence[str]) -> tuple[list[Record], int]:
@@ -92,6 +107,13 @@ def _sharing(pairs: list[tuple[str, Any]]) -> Record:
 
 
 _DECODE = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_sharing).decode
+
+
+def numbers_of_a_batch(record: Any, class_names: Sequence[str]) -> tuple[int, int, int] | None:
+    """Batch, its size and the image's index, of a record of its own; None for another value."""
+    batch, size = _number(record, "batch", least=0), _number(record, "batch_size", least=1)
+    index = _number(record, "index", least=0)
+    return (batch, size, index) if _belongs(record, index, batch, size, class_names) else None
 
 
 def _number(record: Any, key: str, least: int) -> int:

@@ -12,6 +12,7 @@ A pool is a folder::
     report/loss.json         the loss of the last batch, in each iteration
     report/seconds.jsonl     how long each batch took
     report/progress/         moments of each image's inversion side by side, if they were kept
+    parts/                   lines that the processes of a group have not put into the metadata yet
     .lock                    held by the process that adds images
 
 The settings decide every byte of it but those of ``report/seconds.jsonl``.
@@ -25,9 +26,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +38,13 @@ from torch import Tensor
 from smi_fast.background import Background
 from smi_fast.pool import metadata
 from smi_fast.pool.batch import Encoded, encode, png, to_uint8
-from smi_fast.pool.card import card
+from smi_fast.pool.card import descriptions
 from smi_fast.pool.contents import check_present, delete_pool, delete_strays
-from smi_fast.pool.files import (
-    PoolError,
-    delete_pictures,
-    explained,
-    unfinished_name,
-    write_atomically,
-)
-from smi_fast.pool.layout import (
-    CARD,
-    CLASSES,
-    LOCK,
-    LOSS,
-    METADATA,
-    SECONDS,
-    SETTINGS,
-    UNFINISHED,
-    class_folder,
-    picture_name,
-)
+from smi_fast.pool.files import PoolError, delete_pictures, explained, write_atomically
+from smi_fast.pool.layout import LOCK, LOSS, METADATA, SECONDS, SETTINGS, UNFINISHED, picture_name
 from smi_fast.pool.metadata import Record
-from smi_fast.pool.settings import Settings, check_same, make_settings, not_a_pool, parse_settings
-
-# What a process that was killed before it wrote the settings may have left.
-_TRACES = {LOCK, unfinished_name(Path(SETTINGS)).name}
+from smi_fast.pool.parts import check_free, images_of, read_parts, settle_parts, take
+from smi_fast.pool.settings import Settings, check_same, make_settings, read_settings
 
 
 class Pool:
@@ -91,6 +73,7 @@ class Pool:
         self._records: list[Record] | None = None
         self._size = 0
         self._seconds_size: int | None = None
+        self._ahead: dict[int, list[bytes]] = {}
 
     @classmethod
     def create(
@@ -146,7 +129,7 @@ class Pool:
         """
         pool, wanted = cls(path), make_settings(settings, class_names, background)
         with pool._opening():
-            old = pool._settings()
+            old = read_settings(pool.path)
             if old is None:
                 pool._start(wanted, overwrite=False)
             else:
@@ -177,7 +160,7 @@ class Pool:
         Raises:
             PoolError: the folder holds no pool, or its settings can't be read.
         """
-        settings = self._settings()
+        settings = read_settings(self.path)
         if settings is None:
             raise PoolError(f"expected a pool in {self.path}, got an empty or missing folder")
         return settings
@@ -201,8 +184,21 @@ class Pool:
         Raises:
             PoolError: the file can't be read, or holds something else.
         """
-        loss: dict[str, Any] | None = self._read(LOSS, metadata.parse_loss, missing=None)
-        return loss
+        with explained(f"reading {self.path / LOSS}"):
+            try:
+                return metadata.parse_loss((self.path / LOSS).read_bytes())
+            except FileNotFoundError:
+                return None
+
+    @property
+    def batches(self) -> int:
+        """The number of batches that it held when it was opened, and that were added since."""
+        return self._records[-1]["batch"] + 1 if self._records else 0
+
+    @property
+    def ahead(self) -> dict[int, range]:
+        """The images of batches that a group made before their turn came, by the batch's number."""
+        return images_of(self._ahead)
 
     def add(
         self,
@@ -234,7 +230,7 @@ class Pool:
                 NaN or an infinity, or the pool was opened to be read only.
             PoolError: a file can't be written. The pool is then as it was before.
         """
-        where = {"batch": self._batches, "start": self._held}
+        where = {"batch": self.batches, "start": self._held}
         made = encode(self.settings, images, masks, records, moments, **where)
         self.add_encoded(made, loss=loss, seconds=seconds)
 
@@ -256,7 +252,7 @@ class Pool:
         if not made.lines:
             return
         loss_line = None if loss is None else metadata.to_line(loss)
-        time_line = metadata.to_line({"batch": self._batches, "seconds": seconds})
+        time_line = metadata.to_line({"batch": self.batches, "seconds": seconds})
         try:
             for name, content in made.files.items():
                 self._write(name, content)
@@ -277,6 +273,10 @@ class Pool:
             raise
         self._records.extend(map(metadata.to_record, made.lines))
         self._discard_unfinished()
+        if self._ahead:
+            self._absorb()
+            if not self._ahead:
+                settle_parts(self.path, {})
 
     def add_unfinished(self, images: Tensor) -> None:
         """Save the images of an interrupted batch as ``unfinished/000000.png`` and so on.
@@ -292,41 +292,48 @@ class Pool:
         for index, pixels in enumerate(to_uint8(images), start=self._held):
             self._write(f"{UNFINISHED}/{picture_name(index)}", png(pixels))
 
-    def _read(self, name: str, parse: Callable[[bytes], Any], missing: Any) -> Any:
-        with explained(f"reading {self.path / name}"):
-            try:
-                return parse((self.path / name).read_bytes())
-            except FileNotFoundError:
-                return missing
+    def gather(self) -> None:
+        """Take over what the processes of a group have added, as far as its turn has come.
+
+        Raises:
+            PoolError: a part of the metadata is damaged, one of its pictures is missing, or a file
+                can't be written.
+        """
+        names = self.settings["class_names"]
+        self._ahead = read_parts(self.path, names, self.batches)
+        check_present(self.path, map(metadata.to_record, chain(*self._ahead.values())))
+        self._absorb()
+        settle_parts(self.path, self._ahead)
+
+    def _absorb(self) -> None:
+        """Append the batches of parts whose turn has come to the metadata."""
+        lines = take(self._ahead, self.batches, self._held)
+        if lines and self._records is not None:
+            with self._explained(METADATA):
+                path = self.path / METADATA
+                self._size = metadata.append(path, b"".join(lines), self._size)
+            self._records.extend(map(metadata.to_record, lines))
 
     def _parse(self) -> tuple[list[Record], int]:
         """The records, and the number of bytes that they take."""
-        settings = self._settings()
+        settings = read_settings(self.path)
         if settings is None:
             return [], 0
-        path = self.path / METADATA
-        with explained(f"reading {path}"):
-            try:
-                with path.open("rb") as lines:
-                    return metadata.parse(lines, settings["class_names"])
-            except FileNotFoundError:
-                return [], 0
+        return metadata.read(self.path / METADATA, settings["class_names"])
 
     @property
     def _held(self) -> int:
         """The number of images."""
         return len(self._records or ())
 
-    @property
-    def _batches(self) -> int:
-        return self._records[-1]["batch"] + 1 if self._records else 0
-
     def _settle(self, found: tuple[list[Record], int] | None = None) -> None:
         """Hold what the pool has, and delete what an interrupted batch left."""
         self._records, self._size = found or self._parse()
         with explained(f"writing {self.path / METADATA}"):
             metadata.cut(self.path / METADATA, self._size)
-        delete_strays(self.path, self._held)
+        self.gather()
+        ahead = {index for images in self.ahead.values() for index in images}
+        delete_strays(self.path, self._held, ahead)
 
     def _explained(self, name: str) -> Any:
         return explained(f"writing {self.path / name}", f"; images safe in the pool: {self._held}")
@@ -338,7 +345,9 @@ class Pool:
     @contextmanager
     def _opening(self) -> Iterator[None]:
         """Hold the lock from here on, unless the body fails."""
-        self._settings()  # before the lock, which is a file, so that none is put among foreign ones
+        read_settings(
+            self.path
+        )  # before the lock, which is a file, so that none is put among foreign ones
         lock = FileLock(self.path / LOCK, timeout=0)
         with explained(f"opening {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -348,30 +357,14 @@ class Pool:
                 raise PoolError(f"another process adds images to {self.path}") from None
         self._lock = lock
         try:
+            check_free(self.path)
             yield
         except BaseException:
             self.close()
             raise
 
-    def _settings(self) -> Settings | None:
-        """The settings, or None where there is no pool yet.
-
-        Raises:
-            PoolError: the folder holds something else than a pool.
-        """
-        with explained(f"opening {self.path}"):
-            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        if names <= _TRACES:
-            return None
-        settings: Settings | None = self._read(
-            SETTINGS, partial(parse_settings, path=self.path), missing=None
-        )
-        if settings is None:
-            raise not_a_pool(self.path)
-        return settings
-
     def _start(self, settings: Settings, overwrite: bool) -> None:
-        if self._settings() is not None:
+        if read_settings(self.path) is not None:
             if overwrite:
                 delete_pool(self.path)
             elif self.records:
@@ -385,12 +378,10 @@ class Pool:
         self._settle()
 
     def _describe(self, settings: Settings, anew: bool) -> None:
-        """Write what explains the pool to loaders and readers, where it is missing or for all."""
-        count = len(settings["class_names"])
-        folders = "".join(f"{class_folder(label, count)}\n" for label in range(count))
-        for name, content in ((CLASSES, folders), (CARD, card(settings))):
+        """Write what explains the pool, where it is missing or for all."""
+        for name, content in descriptions(settings).items():
             if anew or not (self.path / name).exists():
-                self._write(name, content.encode())
+                self._write(name, content)
 
     def _discard_unfinished(self, before: int = sys.maxsize) -> None:
         """Delete unfinished images, or only those with a smaller number."""

@@ -132,7 +132,7 @@ MUTANTS = (
         ),
         Mutant(
             "pool-strays",
-            "        delete_strays(self.path, self._held)\n",
+            "        delete_strays(self.path, self._held, ahead)\n",
             "",
             "Loaders of folders find the images of a batch that was killed.",
         ),
@@ -144,19 +144,54 @@ MUTANTS = (
             "pool-delete-first",
             "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
             "            delete_file(path / name)\n"
+            "        delete_parts(path)\n"
             "        for folder in reversed(folders):\n"
             "            delete_pictures(folder)\n",
             "        for folder in reversed(folders):\n"
             "            delete_pictures(folder)\n"
+            "        delete_parts(path)\n"
             "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
             "            delete_file(path / name)\n",
             "An interrupted overwrite leaves lines whose files don't exist.",
         ),
         Mutant(
             "pool-link",
-            'for folder in filter(Path.is_symlink, (*folders, path / "report")):',
+            'for folder in filter(Path.is_symlink, (*folders, path / "report", path / PARTS)):',
             "for folder in filter(Path.is_symlink, []):",
             "An overwrite that leaves a linked folder alone says nothing.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/parts.py",
+        "tests/pool/test_parts.py",
+        Mutant(
+            "parts-torn",
+            "        if len(lines) == size:\n",
+            "        if lines:\n",
+            "A part of a batch counts.",
+        ),
+        Mutant(
+            "parts-turn",
+            "        if number not in ahead:\n            break\n",
+            "        if number not in ahead:\n            continue\n",
+            "Batches come into the metadata before those that are missing.",
+        ),
+        Mutant(
+            "parts-free",
+            "    for file in _files(path, _LOCKS):\n",
+            "    for file in ():\n",
+            "A pool is resumed while a process of a group still adds images.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/group.py",
+        "tests/test_group.py",
+        Mutant(
+            "group-next",
+            'int(self._store.add("next", 1)) - 1',
+            'int(self._store.add(f"next{self.rank}", 1)) - 1',
+            "Each process makes all batches.",
+            "tests/test_group.py::test_numbers_are_given_out_once",
         ),
     ),
     *of_file(
@@ -293,6 +328,38 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/plan.py",
+        FILL,
+        Mutant(
+            "fill-resume",
+            "if trajectory.start >= plan.held]",
+            "]",
+            "A resumed run inverts the first labels again.",
+        ),
+        Mutant(
+            "fill-trajectory",
+            "last.label == label and last.images < most",
+            "last.images < most",
+            "An image has the label of the trajectory before it.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/writer.py",
+        FILL,
+        Mutant(
+            "writer-thread",
+            "        self._last = self._threads.submit(job)\n",
+            "        job()\n",
+            "The next batch waits until the one before is written.",
+        ),
+        Mutant(
+            "writer-error",
+            "        if kind is None:\n            self.wait()\n",
+            "",
+            "The last batch is lost without a word.",
+        ),
+    ),
+    *of_file(
         "smi_fast/fill.py",
         FILL,
         Mutant(
@@ -303,20 +370,14 @@ MUTANTS = (
             "tests/test_batch_seeds.py",
         ),
         Mutant(
-            "fill-resume",
-            "if trajectory.start >= held]",
-            "]",
-            "A resumed run inverts the first labels again.",
-        ),
-        Mutant(
-            "fill-trajectory",
-            "last.label == label and last.images < most",
-            "last.images < most",
-            "An image has the label of the trajectory before it.",
+            "fill-loss",
+            "if number == last if part else last not in plan.ahead:",
+            "if True:",
+            "The pool shows the loss of the batch that was written last.",
         ),
         Mutant(
             "fill-unfinished",
-            "pool.add_unfinished(error.result.images)",
+            "unfinished(error.result.images)",
             "pass",
             "The images before a NaN are lost.",
         ),
