@@ -188,6 +188,16 @@ def test_the_price_is_the_least_of_the_lengths_that_reach_the_level() -> None:
     assert found["a"] == {"seconds": 2, "iterations": 20} and found["b"] is None
 
 
+def test_every_contender_has_a_colour_of_its_own() -> None:
+    figures = {"seconds_per_image": 0.1, "judge": 0.5, "judge_of_kept_patches_over_mean": 0.4}
+    entry = {name: {"mean": value} for name, value in figures.items()}
+    panels = study.draw({name: {"25": entry} for name in CONTENDERS}, 0.8).axes
+    for axes, height in zip(panels, (0.5, 0.4), strict=True):
+        lines = axes.lines[: len(CONTENDERS)]
+        assert len({line.get_color() for line in lines}) == len(CONTENDERS)
+        assert {(*line.get_xdata(), *line.get_ydata()) for line in lines} == {(0.1, height)}
+
+
 def test_memory_is_a_share_of_our_dense_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"dense": 200_000_000, "rebirth, v = 4": 50_000_000}
     monkeypatch.setattr(study, "in_new_process", lambda function, name, images: peaks[name])
