@@ -205,6 +205,24 @@ def test_memory_is_a_share_of_our_dense_loop(monkeypatch: pytest.MonkeyPatch) ->
     assert found["rebirth, v = 4"] == {"peak_mb": 50.0, "share_of_dense": 0.25}
 
 
+def test_phases_of_small_images_have_fewer_patches() -> None:
+    schedule = deit.TIMINGS["resolution"].schedule(400)
+    assert deit.phases_of(schedule, 400, (224, 224), 16) == [(49, 40), (92, 360)]
+    assert deit.phases_of(StopSchedule.once(400), 400, (224, 224), 16) == [(196, 40), (92, 360)]
+    assert deit.phases_of(PatchRebirth(2).bind(400), 400, (224, 224), 16) == [(196, 200), (98, 200)]
+
+
+def test_a_block_of_small_images_runs() -> None:
+    vit = VisionTransformer(patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    workload = Workload(vit.eval(), torch.tensor([1, 4]), torch.randn(2, 3, 224, 224))
+    schedule, iterations = deit.TIMINGS["resolution"].block(400)
+    kept = []
+    deit.TIMINGS["resolution"].loop(workload)(
+        schedule, iterations, lambda _, images, patches: kept.append(patches.shape[1])
+    )
+    assert kept == [49] * 16 + [92] * 16
+
+
 def test_seconds_per_image_are_composed_of_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = VisionTransformer(
         img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5
