@@ -17,8 +17,11 @@ from torch.distributed import HashStore
 from smi_fast import (
     CrossEntropy,
     InversionResult,
+    MassSchedule,
     NonFiniteLoss,
     PatchRebirth,
+    ResolutionSchedule,
+    Schedule,
     SparseInverter,
     recipes,
 )
@@ -181,6 +184,23 @@ def test_patch_rebirth_gives_images_with_the_same_label(
             np.testing.assert_array_equal(read(tmp_path / record["masked_file_name"]), masked[row])
             strip = read(tmp_path / f"report/progress/{record['index']:06}.png")
             np.testing.assert_array_equal(strip, read(tmp_path / record["file_name"]))
+
+
+@quick
+@pytest.mark.parametrize(
+    "schedule", [MassSchedule(0.4, at=(3,)), ResolutionSchedule((24, 48), at=(3,), keep=0.3)]
+)
+def test_a_pool_has_the_patches_that_each_image_keeps(
+    teacher: VisionTransformer, tmp_path: Path, schedule: Schedule
+) -> None:
+    inverter = make(teacher, schedule=schedule)
+    records = filled(tmp_path, inverter, seed=3).records
+    generator = torch.Generator().manual_seed(3 << 32)
+    result = inverter.invert(LABELS[:2], generator=generator, progress=False)
+    for record, mask, image in zip(records, result.masks, result.images, strict=False):
+        assert record["kept"] == mask.flatten().nonzero()[:, 0].tolist()
+        pixels = (image * 255).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(read(tmp_path / record["file_name"]), pixels, atol=0.51)
 
 
 @quick

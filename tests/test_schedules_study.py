@@ -188,11 +188,39 @@ def test_the_price_is_the_least_of_the_lengths_that_reach_the_level() -> None:
     assert found["a"] == {"seconds": 2, "iterations": 20} and found["b"] is None
 
 
+def test_every_contender_has_a_colour_of_its_own() -> None:
+    figures = {"seconds_per_image": 0.1, "judge": 0.5, "judge_of_kept_patches_over_mean": 0.4}
+    entry = {name: {"mean": value} for name, value in figures.items()}
+    panels = study.draw({name: {"25": entry} for name in CONTENDERS}, 0.8).axes
+    for axes, height in zip(panels, (0.5, 0.4), strict=True):
+        lines = axes.lines[: len(CONTENDERS)]
+        assert len({line.get_color() for line in lines}) == len(CONTENDERS)
+        assert {(*line.get_xdata(), *line.get_ydata()) for line in lines} == {(0.1, height)}
+
+
 def test_memory_is_a_share_of_our_dense_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"dense": 200_000_000, "rebirth, v = 4": 50_000_000}
     monkeypatch.setattr(study, "in_new_process", lambda function, name, images: peaks[name])
     found = study.memory(peaks, 128)
     assert found["rebirth, v = 4"] == {"peak_mb": 50.0, "share_of_dense": 0.25}
+
+
+def test_phases_of_small_images_have_fewer_patches() -> None:
+    schedule = deit.TIMINGS["resolution"].schedule(400)
+    assert deit.phases_of(schedule, 400, (224, 224), 16) == [(49, 40), (92, 360)]
+    assert deit.phases_of(StopSchedule.once(400), 400, (224, 224), 16) == [(196, 40), (92, 360)]
+    assert deit.phases_of(PatchRebirth(2).bind(400), 400, (224, 224), 16) == [(196, 200), (98, 200)]
+
+
+def test_a_block_of_small_images_runs() -> None:
+    vit = VisionTransformer(patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    workload = Workload(vit.eval(), torch.tensor([1, 4]), torch.randn(2, 3, 224, 224))
+    schedule, iterations = deit.TIMINGS["resolution"].block(400)
+    kept = []
+    deit.TIMINGS["resolution"].loop(workload)(
+        schedule, iterations, lambda _, images, patches: kept.append(patches.shape[1])
+    )
+    assert kept == [49] * 16 + [92] * 16
 
 
 def test_seconds_per_image_are_composed_of_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:

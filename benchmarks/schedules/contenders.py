@@ -227,7 +227,7 @@ def growing(keep: float, at: float, iterations: int) -> Schedule:
 
 def mass(iterations: int) -> Schedule:
     """A stop when the default has its own; the share is that of the default's patches, about."""
-    return MassSchedule(0.75, at=StopSchedule.once(iterations).at)
+    return MassSchedule(0.6, at=StopSchedule.once(iterations).at)
 
 
 def _published(schedule: Any, reranked: bool = False) -> Contender:

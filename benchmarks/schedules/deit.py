@@ -20,8 +20,8 @@ from benchmarks.speed.loops import (
     published_loop,
     time_phases,
 )
-from smi_fast import PatchRebirth, StopSchedule, recipes
-from smi_fast.schedules import Schedule, bound, images_of_a_trajectory
+from smi_fast import PatchRebirth, ResolutionSchedule, StopSchedule, recipes
+from smi_fast.schedules import Schedule, bound, images_of_a_trajectory, sizes_of
 
 # Iterations of a timed block: the first ones of each phase, among them the one in which our loop
 # packs its weights, and those after them, whose median stands for the rest of the phase.
@@ -34,7 +34,7 @@ METHOD = (
     "first 13 iterations (the first includes the stop and the group that leaves; one packs the "
     "weights), and the median of the later ones for the rest. Seconds per image are those of a run "
     "over the images that its trajectories give. Ratios are taken within a round. All but the "
-    "default have the published recipe."
+    "default and resolution, which keep 47 % of the patches, have the published recipe."
 )
 PUBLISHED_DENSE, OUR_DENSE = "published, dense", "dense"
 
@@ -63,11 +63,27 @@ def _rebirth(v: int, iterations: int) -> Schedule:
     return PatchRebirth(v)
 
 
+def _growing(iterations: int) -> Schedule:
+    return ResolutionSchedule((112, 224), StopSchedule.once(iterations).at, keep=0.47)
+
+
+def phases_of(
+    schedule: Schedule, iterations: int, size: tuple[int, int], patch_size: int
+) -> list[tuple[int, int]]:
+    """(kept patches, iterations) of each phase of a run."""
+    height, width = sizes_of(schedule, size, patch_size)[0]
+    (_, first), *later = schedule_phases(
+        schedule, iterations, (size[0] // patch_size) * (size[1] // patch_size)
+    )
+    return [((height // patch_size) * (width // patch_size), first), *later]
+
+
 TIMINGS = {
     PUBLISHED_DENSE: Timing(published_loop, _no_stops, early=1),
     OUR_DENSE: Timing(our_loop, _no_stops),
     "published stops": Timing(our_loop, StopSchedule.scaled),
     "default": Timing(partial(our_loop, recipe=recipes.clear()), StopSchedule.once),
+    "resolution": Timing(partial(our_loop, recipe=recipes.clear()), _growing),
     "published stops, narrow": Timing(partial(our_loop, narrow=NARROW), StopSchedule.scaled),
     **{f"rebirth, v = {v}": Timing(our_loop, partial(_rebirth, v)) for v in (2, 4, 7)},
 }
@@ -100,7 +116,8 @@ def measure(
     per_image, phases = {}, {}
     for name, timing in timings.items():
         whole = bound(timing.schedule(iterations), iterations)
-        phases[name] = schedule_phases(whole, iterations, workload.patches)
+        embed = workload.vit.patch_embed
+        phases[name] = phases_of(whole, iterations, embed.img_size, embed.patch_size[0])
         images = batch * images_of_a_trajectory(whole)
         per_image[name] = [whole_seconds(phases[name], block) / images for block in blocks[name]]
     return {

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -174,7 +175,7 @@ def draw(contenders: Entries, ceiling: float) -> Figure:
             entries = by_length.values()
             x = [entry["seconds_per_image"]["mean"] for entry in entries]
             dashed = "--" if name.startswith("published, ") else "-"
-            colour = ("#333333", "#9db4c8")[index % 2] if index >= 10 else f"C{index}"
+            colour = colormaps["tab20"](index)
             y = [entry[column]["mean"] for entry in entries]
             axes.plot(x, y, dashed, marker="o", markersize=3.5, color=colour, label=name)
         axes.axhline(ceiling, color="#888888", linestyle=":")

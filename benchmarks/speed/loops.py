@@ -9,6 +9,7 @@ from statistics import median
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from smi_fast import SparseInverter, SparseViT, StopSchedule, recipes
 from smi_fast.jitter import Jitter
 from smi_fast.ops.backends import AUTO
 from smi_fast.recipes import Recipe
+from smi_fast.schedules import sizes_of
 
 BATCHES = {"deit_tiny": 8, "deit_small": 8, "deit_base": 4}
 QUICK_BATCH = 2
@@ -96,9 +98,10 @@ def our_loop(
             backend=backend,
             **options,
         )
+        size = sizes_of(inverter.schedule, teacher.image_size, teacher.patch_size)[0]
         inverter.invert(
             workload.targets,
-            init=workload.init,
+            init=F.interpolate(workload.init, size),
             jitter=workload.jitter(iterations),
             progress=False,
             callback=callback,

@@ -11,17 +11,6 @@
 #include "isa_dispatch.h"
 
 namespace smi_fast {
-namespace {
-
-// The data of a contiguous tensor of `count` elements.
-template <typename T>
-T* data_of(const Tensor& tensor, int64_t count) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "expected ", count,
-                  " contiguous elements, got ", tensor.numel());
-  return tensor.mutable_data_ptr<T>();
-}
-
-}  // namespace
 
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd) {

@@ -339,7 +339,8 @@ class SparseInverter:
         stop = Stop(iteration, state.kept, importance, teacher.grid, generator, state.lengths)
         selection = self.schedule.select(stop)
         if size == teacher.image_size:
-            state.keep(check(selection, stop, count))
+            ragged = getattr(self.schedule, "ragged", False)
+            state.keep(check(selection, stop, count, ragged=ragged))
             return
         larger = at_size(self.settings, size)
         state.enlarge(larger, check(selection, stop, count, larger.teacher.grid).kept)

@@ -205,7 +205,12 @@ class WrongSelection(ValueError):
 
 
 def check(
-    selection: Selection, stop: Stop, count: int, grid: tuple[int, int] | None = None
+    selection: Selection,
+    stop: Stop,
+    count: int,
+    grid: tuple[int, int] | None = None,
+    *,
+    ragged: bool = True,
 ) -> Selection:
     """The selection, when it is a valid answer at a stop.
 
@@ -214,6 +219,7 @@ def check(
         stop: what it was asked.
         count: how many patches it promised to keep.
         grid: (rows, columns) after a stop at which images grow; None where they don't.
+        ragged: whether the schedule said that it may answer with lengths.
 
     Raises:
         WrongSelection: another count; patches that weren't kept, repeat, or don't ascend; or a
@@ -230,6 +236,11 @@ def check(
             "answered some"
         )
     if selection.lengths is not None:
+        if not ragged:
+            raise WrongSelection(
+                "expected lengths from a schedule that has ragged = True only, the one at "
+                f"{stop.iteration} hasn't"
+            )
         if selection.finished is not None or grid is not None:
             raise WrongSelection(
                 f"expected lengths alone, the schedule at {stop.iteration} answered finished "
@@ -294,8 +305,10 @@ def _check_set(
 
 def _check_ragged(kept: Tensor, lengths: Tensor, stop: Stop, most: int) -> None:
     at, batch = stop.iteration, len(stop.kept)
-    width = kept.shape[1] if isinstance(kept, Tensor) and kept.dim() == 2 else most
-    _check_set("kept", kept.sort(dim=1).values, stop, min(width, most), stop.grid)
+    patches, width = kept, most
+    if isinstance(kept, Tensor) and kept.dim() == 2:
+        patches, width = kept.sort(dim=1).values, min(kept.shape[1], most)
+    _check_set("kept", patches, stop, width, stop.grid)
     fits = isinstance(lengths, Tensor) and lengths.shape == (batch,)
     if not fits or lengths.dtype != torch.int64 or lengths.device != kept.device:
         got = f"{lengths.dtype} {list(lengths.shape)}" if isinstance(lengths, Tensor) else lengths

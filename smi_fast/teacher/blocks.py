@@ -55,7 +55,11 @@ class Way(NamedTuple):
     """
 
     engine: Engine | None
-    rotations: Sequence[Tensor | None]
+    rotations: Sequence[Tensor] | None
+
+    def rotation(self, block: int) -> Tensor | None:
+        """Of patches in one block, or None."""
+        return None if self.rotations is None else self.rotations[block]
 
 
 class Blocks:
@@ -129,11 +133,10 @@ class Blocks:
             places = most_attended(attention, share)
             left = left.gather(1, places)
             x = x.take_along_dim(with_prefix(places, self._prefix)[:, :, None], 1)
-            turned = [
-                None if r is None else r.take_along_dim(places[:, :, None, None], 1)
-                for r in way.rotations
-            ]
-            way, done = Way(way.engine, turned), index
+            if way.rotations is not None:
+                turned = places[:, :, None, None]
+                way = way._replace(rotations=[r.take_along_dim(turned, 1) for r in way.rotations])
+            done = index
         x = self._run(way, x, done, last)
         x, row = self._last(way, x, {}, importance, found)
         if row is not None:
@@ -197,7 +200,7 @@ class Blocks:
 
     def _way(self, x: Tensor, rotations: Sequence[Tensor] | None) -> Way:
         fast = engine.choose(self._engines, x.device, x.dtype, self._backend)
-        return Way(fast, rotations or [None] * len(self._blocks))
+        return Way(fast, rotations)
 
     def _before(
         self,
@@ -218,12 +221,11 @@ class Blocks:
     def _run(self, way: Way, x: Tensor, start: int, stop: int) -> Tensor:
         """Tokens after the blocks from ``start`` up to ``stop``; the same ones when these meet."""
         if start < stop and way.engine is not None:
-            return way.engine.run(x, start, stop)
-        for block, rotation in zip(
-            self._blocks[start:stop], way.rotations[start:stop], strict=True
-        ):
+            return way.engine.run(x, start, stop, way.rotations)
+        for index in range(start, stop):
+            block = self._blocks[index]
             y = block.norm1(x)
-            qkv = project_qkv(block.attn, y, rotation)
+            qkv = project_qkv(block.attn, y, way.rotation(index))
             out, _ = ops.gather_attention(qkv, backend=self._backend)
             x = _after_attention(block, x, y, out)
             x = _after_mlp(block, x, _hidden(block, x))
@@ -253,10 +255,10 @@ class Blocks:
         """The rows [B, R, D] of the last block that the head reads, and their probabilities."""
         read = self._rows_read
         if read is not None and way.engine is not None:
-            return way.engine.last_block_rows(x, read)
+            return way.engine.last_block_rows(x, read, way.rotations)
         block = self._blocks[-1]
         y = block.norm1(x)
-        out, probabilities = attend_first_rows(block.attn, y, read, way.rotations[-1])
+        out, probabilities = attend_first_rows(block.attn, y, read, way.rotation(-1))
         x = _after_attention(block, x[:, :read], y[:, :read], out)
         return _after_mlp(block, x, _hidden(block, x)), probabilities
 
@@ -299,7 +301,7 @@ class Blocks:
         """Tokens after one block, whose needed ``parts`` are kept; as they were if not needed."""
         block = self._blocks[index]
         y = block.norm1(x)
-        qkv = project_qkv(block.attn, y, way.rotations[index])
+        qkv = project_qkv(block.attn, y, way.rotation(index))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         parts.update({QUERIES: q, KEYS: k, VALUES: v})
         if {SCORES, PROBABILITIES} & needed:
@@ -321,7 +323,7 @@ class Blocks:
     def _class_row(self, way: Way, x: Tensor, index: int) -> Tensor:
         """The first token's probabilities [B, heads, N] in a block's attention."""
         block = self._blocks[index]
-        y, rotation = block.norm1(x), way.rotations[index]
+        y, rotation = block.norm1(x), way.rotation(index)
         return first_row_probabilities(block.attn, y, 1, rotation)[0][:, :, 0]
 
 

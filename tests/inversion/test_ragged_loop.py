@@ -24,6 +24,7 @@ from smi_fast import (
 from smi_fast.importance import ScoreInputs
 from smi_fast.inversion import InversionResult
 from smi_fast.ops.grid import patch_mask
+from smi_fast.teacher.ragged import RaggedRows
 from tests.helpers.inversions import denormalized, frames, make, pixels_of, run
 
 T = 10
@@ -156,6 +157,27 @@ def test_parts_give_the_images_of_the_whole_batch(teacher: VisionTransformer) ->
     assert torch.equal(whole.lengths, parts.lengths)
     torch.testing.assert_close(parts.images, whole.images, rtol=0, atol=1e-9)
     torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-9)
+
+
+def test_a_captured_loop_with_padded_rows_is_the_same(
+    teacher: VisionTransformer, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where rows are padded and lengths are not read by the host."""
+    of = RaggedRows.of
+
+    def padded(lengths: Tensor, tokens: int, *, packed: bool) -> RaggedRows:
+        return of(lengths, tokens, packed=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RaggedRows, "of", padded)
+        patch.setattr("smi_fast.teacher.sparse_vit.check_lengths", lambda *_: None)
+        captured = run(teacher, schedule=SCHEDULE, objectives=objectives(1.0))
+    assert replays
+    monkeypatch.setattr("smi_fast.inversion.loop.Loop._can_capture", lambda self: False)
+    whole = run(teacher, schedule=SCHEDULE, objectives=objectives(1.0))
+    assert torch.equal(captured.lengths, whole.lengths)
+    torch.testing.assert_close(captured.images, whole.images, rtol=0, atol=1e-9)
+    torch.testing.assert_close(captured.logits, whole.logits, rtol=0, atol=1e-9)
 
 
 def test_an_iteration_without_logits(teacher: VisionTransformer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -17,7 +19,7 @@ from smi_fast import (
 )
 from smi_fast.importance import Attention
 from smi_fast.schedules import check
-from tests.helpers.inversions import make
+from tests.helpers.inversions import make, run
 from tests.helpers.teachers import make_teacher
 
 GRID = (2, 3)
@@ -95,12 +97,25 @@ LENGTHS = torch.tensor([2, 1, 3])
         (Selection(GOOD + 4, lengths=LENGTHS), r"kept in 0\.\.5"),
         (Selection(GOOD * 0, lengths=LENGTHS), "kept distinct"),
         (Selection(KEPT, lengths=LENGTHS), r"kept int64 \[3, 5\]"),
+        (Selection(GOOD.tolist(), lengths=LENGTHS), "kept as a tensor .* at 5, got list"),
+        (Selection(GOOD[0], lengths=LENGTHS), r"kept int64 \[3, 5\] .*, got torch.int64 \[3\]"),
+        (Selection(GOOD.float(), lengths=LENGTHS), r"kept int64 \[3, 3\] .*, got torch.float32"),
         (Selection(GOOD, GOOD[:, :1], lengths=LENGTHS), "lengths alone, the schedule at 5"),
     ],
 )
 def test_a_wrong_answer_is_refused(selection: Selection, message: str) -> None:
     with pytest.raises(WrongSelection, match=message):
         check(selection, Stop(5, KEPT, torch.rand(3, 6), GRID), 5)
+
+
+def test_lengths_that_were_not_announced_are_refused(teacher: VisionTransformer) -> None:
+    schedule = SimpleNamespace(
+        at=(5,), counts=lambda patches: (patches,), select=MassSchedule(0.5, (5,)).select
+    )
+    with pytest.raises(WrongSelection, match="that has ragged = True only, the one at 5 hasn't"):
+        run(teacher, schedule=schedule)
+    schedule.ragged = True
+    assert run(teacher, schedule=schedule).lengths is not None
 
 
 def test_a_patch_that_was_dropped_does_not_come_back() -> None:

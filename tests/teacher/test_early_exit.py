@@ -41,7 +41,7 @@ class Products(TorchDispatchMode):
         name = func.name()
         if name in ("aten::mm", "aten::addmm"):
             self.count += 1
-        elif name in ("smi_fast::run_blocks_", "smi_fast::run_blocks_backward_"):
+        elif name.startswith("smi_fast::run_"):
             self.count += len(args[1]) // 3  # matrix, its transpose and bias of each product
         return func(*args, **(kwargs or {}))
 
@@ -52,9 +52,8 @@ def products() -> Iterator[Products]:
         yield mode
 
 
-def deep_teacher() -> Any:
-    options = {"depth": 12, "img_size": 64, "embed_dim": 24, "num_heads": 2}
-    return make_teacher("deit_tiny_patch16_224", **options)
+def deep_teacher(name: str = "deit_tiny_patch16_224") -> Any:
+    return make_teacher(name, depth=12, img_size=64, embed_dim=24, num_heads=2)
 
 
 def count_of(teacher: SparseViT, objective: Objective, iteration: int = 0) -> int:
@@ -72,13 +71,14 @@ def embedding_products() -> int:
     return 2
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loss_runs_the_blocks_that_it_reads(backend: str) -> None:
+def test_a_loss_runs_the_blocks_that_it_reads(backend: str, name: str) -> None:
     """Of 12 blocks, a loss of the tokens after the third runs a quarter, forward and backward.
 
     A block has four layers: q, k and v together, the projection, and two of the MLP.
     """
-    teacher = SparseViT(deep_teacher(), backend=backend)
+    teacher = SparseViT(deep_teacher(name), backend=backend)
     in_blocks = {
         block: count_of(teacher, NeuronTarget(block, channel=1)) - embedding_products()
         for block in (0, 2, 3, 11)
@@ -87,10 +87,11 @@ def test_a_loss_runs_the_blocks_that_it_reads(backend: str) -> None:
     assert in_blocks[2] / in_blocks[11] == 0.25 and in_blocks[3] / in_blocks[11] <= 0.35
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tap", TAPS)
-def test_an_early_exit_gives_the_same_tap_and_gradient(tap: str, backend: str) -> None:
-    teacher = deep_teacher().double()
+def test_an_early_exit_gives_the_same_tap_and_gradient(tap: str, backend: str, name: str) -> None:
+    teacher = deep_teacher(name).double()
     sparse = SparseViT(teacher, backend=backend)
     images, kept = random_images(teacher).double().requires_grad_(), random_kept(2, 7, 16)
     jitter = (3, -5), True

@@ -289,7 +289,7 @@ MUTANTS = (
         ),
         Mutant(
             "inverter-check",
-            "state.keep(check(selection, stop, count))",
+            "state.keep(check(selection, stop, count, ragged=ragged))",
             "state.keep(selection)",
             "The answer of a schedule is not checked.",
             f"{GROUPS}::test_a_broken_promise_ends_the_inversion",

@@ -88,6 +88,12 @@ MUTANTS = (
         "smi_fast/schedules/base.py",
         MASS,
         Mutant(
+            "mass-unsaid",
+            "        if not ragged:",
+            "        if False:",
+            "A schedule that didn't say that it is ragged is checked too late.",
+        ),
+        Mutant(
             "mass-check-back",
             "patch_mask(stop.kept, *stop.grid, stop.lengths)",
             "patch_mask(stop.kept, *stop.grid)",

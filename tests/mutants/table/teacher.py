@@ -34,7 +34,7 @@ MUTANTS = (
         ),
         Mutant(
             "narrow-rotations",
-            "r.take_along_dim(places[:, :, None, None], 1)",
+            "r.take_along_dim(turned, 1)",
             "r[:, : places.shape[1]]",
             "Tokens that go on are rotated as the first ones.",
             f"{NARROW}::test_rotations_go_on_with_their_tokens",
