@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smi_fast import options
+
 if TYPE_CHECKING:
     from smi_fast.pool import Pool
     from smi_fast.schedules import Schedule
@@ -89,3 +91,43 @@ def summarise(pool: Pool, schedule: Schedule) -> None:
         print(f"an independent judge sees it in {agreed:.1%} of the whole images")
     draw_sheet(pool)
     print(f"look at {pool.path / CONTACT_SHEET}")
+
+
+def export(
+    pool: _Pool,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="shards: safetensors files of kept patches, for smi_fast's SparseImageDataset; "
+            "imagenet: a folder for each class; webdataset: tar files."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A missing or empty folder.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Whose logits shards have: fashion-canvas, or a ViT of timm."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
+    ] = None,
+) -> None:
+    """Copy a pool into the layout of another tool; the pool stays."""
+    from smi_fast.pool import Pool
+    from smi_fast.pool.export import export_imagenet, export_webdataset
+    from smi_fast.pool.shards import write_shards
+    from smi_fast.zoo import load_teacher
+
+    with options.wrong_options():
+        layouts = {"imagenet": export_imagenet, "webdataset": export_webdataset}
+        if layout not in (*layouts, "shards"):
+            raise ValueError(f"expected --layout shards, {', '.join(layouts)}, got {layout!r}")
+        if teacher is not None and layout != "shards":
+            raise ValueError(f"expected --layout shards with --teacher, got {layout!r}")
+        if checkpoint is not None and teacher is None:
+            raise ValueError("expected --teacher with --checkpoint, got none")
+        if layout == "shards":
+            model = None if teacher is None else load_teacher(teacher, checkpoint)
+            write_shards(pool, out, model)
+        else:
+            layouts[layout](pool, out)
+    print(f"{len(Pool(pool).records)} images in {out}")

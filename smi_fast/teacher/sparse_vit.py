@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -17,6 +16,7 @@ from smi_fast.ops.backends import AUTO, check_name
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
+from smi_fast.teacher.embedding import check_patches, embed
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
 from smi_fast.teacher.probe import probe as compare
@@ -284,9 +284,40 @@ class SparseViT(nn.Module):
             if not wanted:
                 return SparseOutput(None, None, {})
         patches, positions = self._gather(images, kept, jitter)
-        x, turned = self._embed(patches, positions), rotations(self.vit, positions)
+        x, turned = embed(self.vit, patches, positions), rotations(self.vit, positions)
         if until is not None:
             return SparseOutput(None, None, self._blocks.read(x, wanted, turned))
+        return self._logits(x, wanted, importance, turned)
+
+    def forward_patches(
+        self, patches: Tensor, kept: Tensor, *, importance: bool = False
+    ) -> SparseOutput:
+        """Logits of patches that were gathered before, such as those of a shard.
+
+        It equals ``forward(images, kept)`` with the patches of ``ops.gather_patches``, and has
+        gradients with respect to them. See :class:`smi_fast.pool.shards.SparseImageDataset`.
+
+        Args:
+            patches: [B, K, C·P·P], normalised as the model expects, channel by channel, row by row.
+            kept: int64 [B, K], the distinct places of the patches in the grid, from 0.
+            importance: also return the importance of each patch.
+
+        Raises:
+            ValueError: wrong shape, data type or device.
+        """
+        if not torch.compiler.is_compiling():
+            self._weights.follow()
+        check_patches(patches, kept, self._weight, self.num_patches)
+        x = embed(self.vit, patches, kept)
+        return self._logits(x, {}, importance, rotations(self.vit, kept))
+
+    def _logits(
+        self,
+        x: Tensor,
+        wanted: dict[int, dict[str, str]],
+        importance: bool,
+        turned: list[Tensor] | None,
+    ) -> SparseOutput:
         x, row, tapped = self._blocks(x, wanted, importance, turned)
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
@@ -304,7 +335,7 @@ class SparseViT(nn.Module):
         self.check_ragged()
         patches, positions = self._gather(images, kept, jitter)
         check_lengths(lengths, kept)
-        x, turned = self._embed(patches, positions), rotations(self.vit, positions)
+        x, turned = embed(self.vit, patches, positions), rotations(self.vit, positions)
         tokens = lengths + self.num_prefix_tokens
         x, row, _ = self._blocks.ragged(x, tokens, importance, turned)
         return SparseOutput(self.vit.forward_head(self.vit.norm(x)), row, {})
@@ -346,16 +377,6 @@ class SparseViT(nn.Module):
                 f"got {images.dtype} on {images.device}"
             )
 
-    def _embed(self, patches: Tensor, positions: Tensor) -> Tensor:
-        embed = self.vit.patch_embed
-        x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
-        prefix, table = _embeddings(self.vit)
-        if table is not None:
-            x = x + table[positions]
-        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-        embedded: Tensor = self.vit.norm_pre(x)
-        return embedded
-
 
 @torch.no_grad()
 def _classes(vit: VisionTransformer) -> int:
@@ -370,20 +391,3 @@ def _rows_read(vit: VisionTransformer) -> int | None:
     if vit.global_pool != "token" or vit.attn_pool is not None:
         return None
     return int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1
-
-
-def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens [1, P, D] with their position embedding, and that of patches [patches, D]."""
-    # timm's distilled teachers make register tokens when asked for them, and never read them.
-    distilled = isinstance(vit, VisionTransformerDistilled)
-    tokens = [vit.cls_token, vit.dist_token if distilled else vit.reg_token]
-    found = [token for token in tokens if token is not None]
-    if not found:
-        found = [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)]
-    prefix = torch.cat(found, dim=1) if len(found) > 1 else found[0]
-    if vit.pos_embed is None:
-        return prefix, None
-    if vit.no_embed_class:
-        return prefix, vit.pos_embed[0]
-    count = vit.num_prefix_tokens
-    return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]

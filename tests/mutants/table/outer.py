@@ -162,6 +162,44 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/pool/shards.py",
+        "tests/pool/test_shards.py",
+        Mutant(
+            "shards-order",
+            "patches.append(grid.swapaxes(1, 2)[mask])",
+            "patches.append(grid.swapaxes(1, 2)[mask][::-1])",
+            "Patches aren't in the order of their places.",
+        ),
+        Mutant(
+            "shards-missing",
+            'if (header["shard"], header["shards"]) != (str(number), str(count)):',
+            "if False:",
+            "A missing shard is not noticed.",
+        ),
+        Mutant(
+            "shards-normalised",
+            "return space.normalize(pixels).flatten(-3)",
+            "return pixels.flatten(-3)",
+            "The teacher sees patches in another space than it was trained in.",
+        ),
+        Mutant(
+            "shards-room",
+            "        room -= needed\n",
+            "",
+            "A shard grows without a limit.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/export.py",
+        "tests/pool/test_export.py",
+        Mutant(
+            "export-folder",
+            "if any(path.iterdir()):",
+            "if False:",
+            "What is exported mixes with other files.",
+        ),
+    ),
+    *of_file(
         "smi_fast/pool/parts.py",
         "tests/pool/test_parts.py",
         Mutant(

@@ -254,7 +254,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/teacher/sparse_vit.py",
+        "smi_fast/teacher/embedding.py",
         SUBSET,
         Mutant(
             "sparse-positions",
@@ -268,6 +268,17 @@ MUTANTS = (
             "return prefix, vit.pos_embed[0, count:]",
             "The class token has no position embedding.",
         ),
+        Mutant(
+            "sparse-places",
+            "bool(((kept < 0) | (kept >= count)).any()):",
+            "bool((kept >= count).any()):",
+            "A patch of a negative place takes another's position.",
+            f"{SPARSE}::test_forward_patches_says_what_it_expected",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        SUBSET,
         Mutant(
             "sparse-distilled",
             "int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1",
@@ -285,8 +296,8 @@ MUTANTS = (
         ),
         Mutant(
             "sparse-follow",
-            "if not torch.compiler.is_compiling():\n            self._weights.follow()",
-            "if False:\n            self._weights.follow()",
+            "            self._weights.follow()\n        self._check_images",
+            "            pass\n        self._check_images",
             "Weights that are replaced are not noticed.",
             f"{WEIGHTS}::test_changes_are_noticed",
         ),
