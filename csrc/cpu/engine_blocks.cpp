@@ -125,18 +125,21 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
   return d_x;
 }
 
-// Runs the blocks on the residual stream x [rows, D] in place. With `saves`, returns what backward
-// needs of each block: qkv [B, N, 3, H, D/H], and the derivatives [rows, F] of GELU or [rows, 2F]
-// of SwiGLU. The last tensor returned is the output of the last fc2. It is not yet added to x, and
-// neither is its bias.
+// Runs the blocks on the residual stream x [rows, D] in place. A third eps of each block is that of
+// a LayerNorm in front of fc2. With `saves`, returns what backward needs of each block:
+// - qkv [B, N, 3, H, D/H];
+// - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
+// - normalized [rows, F] and rstd [rows] of the third LayerNorm, if there is one.
+// The last tensor returned is the output of the last fc2. It is not yet added to x, and neither is
+// its bias.
 std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
                         const std::vector<Tensor>& packed, int64_t packed_rows,
                         const std::vector<Tensor>& normalized, const std::vector<double>& eps,
                         const Tensor& attended, const Tensor& hidden, bool saves,
                         const Rotary& rotary) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
-  STD_TORCH_CHECK(!blocks.empty() && eps.size() == 2 * blocks.size(),
-                  "expected at least one block, and two eps for each");
+  STD_TORCH_CHECK(!blocks.empty() && eps.size() % blocks.size() == 0,
+                  "expected at least one block, and two or three eps for each");
   const std::vector<int64_t> qkv_shape{attended.size(0), attended.size(1), 3, attended.size(2),
                                        attended.size(3)};
   const Tensor attended_rows = torch::stable::view(
@@ -144,6 +147,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
   std::vector<Tensor> saved;
   std::optional<Tensor> added, bias;
   const double* own_eps = eps.data();
+  const size_t eps_count = eps.size() / blocks.size();
   for (size_t i = 0; i < blocks.size(); ++i) {
     const Block& block = blocks[i];
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, bias, own_eps[0],
@@ -159,10 +163,16 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
     } else {
       recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden);
     }
-    added = block.fc2.forward(hidden);
-    bias = *block.fc2_bias;
     if (saves) saved.insert(saved.end(), {qkv, derivative});
-    own_eps += 2;
+    if (eps_count == 3) {
+      const auto [normalized_hidden, rstd] = normalize_hidden(hidden, own_eps[2]);
+      if (saves) saved.insert(saved.end(), {normalized_hidden, rstd});
+      added = block.fc2.forward(normalized_hidden);
+    } else {
+      added = block.fc2.forward(hidden);
+    }
+    bias = *block.fc2_bias;
+    own_eps += eps_count;
   }
   saved.push_back(*added);
   return saved;
@@ -174,11 +184,17 @@ void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
                   const Tensor& d_qkv, const Rotary& rotary) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
-  STD_TORCH_CHECK(saved.size() == 2 * blocks.size(), "expected two saved tensors for each block");
+  const size_t count = saved.size() / blocks.size();
+  STD_TORCH_CHECK(saved.size() == count * blocks.size() && (count == 2 || count == 4),
+                  "expected two or four saved tensors for each block");
   for (size_t i = blocks.size(); i-- > 0;) {
     const Block& block = blocks[i];
-    const Tensor &qkv = saved[2 * i], &derivative = saved[2 * i + 1];
-    const Tensor d_fc1 = activate_backward(block, block.fc2.backward(gradient), derivative);
+    const Tensor &qkv = saved[count * i], &derivative = saved[count * i + 1];
+    Tensor d_hidden = block.fc2.backward(gradient);
+    if (count == 4) {
+      d_hidden = normalize_hidden_backward(d_hidden, saved[4 * i + 2], saved[4 * i + 3]);
+    }
+    const Tensor d_fc1 = activate_backward(block, d_hidden, derivative);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
              block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd);
     attend_block_backward(block, block.proj.backward(gradient), qkv, rotary.of(i), rotary.half,

@@ -77,7 +77,8 @@ struct Weights {
 // - the first R rows [B, R, D] after the block;
 // - their attention probabilities [B, H, R, N];
 // - for backward: normalized and rstd of the LayerNorm before attention, q, kv, normalized and rstd
-//   of the LayerNorm before the MLP, and the derivatives of GELU or SwiGLU.
+//   of the LayerNorm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of
+//   a LayerNorm in front of fc2, which a third eps asks for.
 // A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
 std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& weights,
                         const std::vector<double>& eps, int64_t heads, int64_t rows,
@@ -111,17 +112,21 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   } else {
     recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
   }
-  add(y, linear(hidden, w.fc2));
+  std::optional<std::tuple<Tensor, Tensor>> normed;
+  if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2]);
+  add(y, linear(normed ? std::get<0>(*normed) : hidden, w.fc2));
   add(y, w.fc2_bias);
-  return {view(y, {batch, rows, width}),
-          probabilities,
-          normalized,
-          rstd,
-          q,
-          kv,
-          to_mlp,
-          mlp_rstd,
-          derivative};
+  std::vector<Tensor> result{view(y, {batch, rows, width}),
+                             probabilities,
+                             normalized,
+                             rstd,
+                             q,
+                             kv,
+                             to_mlp,
+                             mlp_rstd,
+                             derivative};
+  if (normed) result.insert(result.end(), {std::get<0>(*normed), std::get<1>(*normed)});
+  return result;
 }
 
 // The gradient of fc1's output, given that of the hidden layer and what run() saved.
@@ -148,7 +153,9 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
 
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
-  const Tensor d_fc1 = activate_backward(w, matmul(gradient, w.fc2), derivative);
+  Tensor d_hidden = matmul(gradient, w.fc2);
+  if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9]);
+  const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, matmul(d_fc1, w.fc1),
            to_mlp, mlp_rstd);
   const Tensor d_attended = view(matmul(gradient, w.proj), q.sizes());

@@ -48,6 +48,20 @@ void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& norm
   });
 }
 
+std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps) {
+  const Tensor normalized = torch::stable::empty_like(hidden);
+  const Tensor rstd = torch::stable::new_empty(hidden, {hidden.size(0)});
+  recorded("smi_fast::add_normalize_", add_normalize_, hidden, std::nullopt, std::nullopt, eps,
+           normalized, rstd);
+  return {normalized, rstd};
+}
+
+Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd) {
+  const Tensor gradient = torch::stable::new_zeros(grad, grad.sizes());
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd);
+  return gradient;
+}
+
 void gelu_(Tensor x, const Tensor& bias, Tensor out) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   with_type_of(x, [&](auto zero) {

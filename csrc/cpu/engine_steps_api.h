@@ -29,6 +29,10 @@ void rotate_(Tensor x, const Tensor& bias, const Tensor& rotation, bool half);
 void rotate_backward_(Tensor gradient, int64_t parts, const Tensor& rotation, bool half);
 void swiglu_(Tensor x, const Tensor& bias, Tensor out);
 void swiglu_backward_(const Tensor& grad, const Tensor& factors, Tensor d_x);
+// LayerNorm of the MLP's hidden layer [rows, F]: normalized [rows, F] and rstd [rows].
+std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps);
+// The gradient of the hidden layer, given that of normalized.
+Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd);
 void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out);
 void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv);
 std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv);

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
-from smi_fast.engine.folding import FoldedBlock, foldable, has_eva_steps
+from smi_fast.engine.folding import FoldedBlock, foldable, has_eva_steps, has_mlp_norm
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -57,7 +57,7 @@ class CpuEngine:
 
     def __init__(self, blocks: nn.Sequential) -> None:
         self._blocks = list(blocks)
-        self._unfoldable = next((i for i, block in enumerate(blocks) if not foldable(block)), None)
+        self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
         self._names = [
             (module, name)
@@ -76,7 +76,7 @@ class CpuEngine:
             return f"blocks.{self._unfoldable} has more than LayerNorm, GELU, SwiGLU and LayerScale"
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
-            return "the C++ kernels are of an older version, without rotary positions: build anew"
+            return "the C++ kernels are of an older version, without the steps of Eva: build anew"
         return reason
 
     def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
@@ -121,6 +121,17 @@ class CpuEngine:
             self._state = state
             # These views keep the memory of replaced weights, so that no other gets its address.
             self._held = [weight.detach() for weight in weights]
+
+
+def _first_unfoldable(blocks: list[Any]) -> int | None:
+    """The first block that can't be folded, or can't run with the first one.
+
+    The MLPs of one run all have a norm of their own, or none.
+    """
+    for index, block in enumerate(blocks):
+        if not foldable(block) or has_mlp_norm(block.mlp) != has_mlp_norm(blocks[0].mlp):
+            return index
+    return None
 
 
 class FoldedRun:

@@ -33,7 +33,7 @@ def foldable(block: Any) -> bool:
     plain = (attention.q_norm, attention.k_norm, attention.norm)
     scales = () if type(block) is EvaBlock else (block.ls1, block.ls2)
     return (
-        all(type(norm) in _LAYER_NORMS and norm.bias is not None for norm in norms)
+        all(_is_layer_norm(norm) for norm in norms)
         and all(type(module) is nn.Identity for module in plain)
         and type(attention.proj_drop) in _IDLE
         and all(is_plain(layer, nn.Linear) for layer in layers)
@@ -43,8 +43,17 @@ def foldable(block: Any) -> bool:
 
 
 def has_eva_steps(block: Any) -> bool:
-    """Whether a :func:`foldable` block may have what Eva has: rotary positions, or SwiGLU."""
-    return type(block) is EvaBlock or type(block.mlp) is not Mlp
+    """Whether a block may have what Eva has: rotary positions, SwiGLU, or a norm in the MLP."""
+    return type(block) is EvaBlock or type(block.mlp) is not Mlp or has_mlp_norm(block.mlp)
+
+
+def has_mlp_norm(mlp: Any) -> bool:
+    """Whether an MLP has a norm in front of its second layer."""
+    return type(mlp.norm) is not nn.Identity
+
+
+def _is_layer_norm(norm: Any) -> bool:
+    return type(norm) in _LAYER_NORMS and norm.bias is not None
 
 
 def _foldable_mlp(mlp: Any) -> bool:
@@ -56,7 +65,7 @@ def _foldable_mlp(mlp: Any) -> bool:
         known = type(mlp) is SwiGLU and type(mlp.act) is nn.SiLU
     return (
         known
-        and type(mlp.norm) is nn.Identity
+        and (not has_mlp_norm(mlp) or _is_layer_norm(mlp.norm))
         and all(type(module) in _IDLE for module in (mlp.drop1, mlp.drop2))
         and all(is_plain(layer, nn.Linear) for layer in (*_fc1_layers(mlp), mlp.fc2))
     )
@@ -99,7 +108,7 @@ class FoldedBlock:
         fc1_bias: [F] or [2F].
         fc2: [D, F].
         fc2_bias: [D].
-        eps: of the two LayerNorms.
+        eps: of the two LayerNorms, and of a third one in front of fc2, if there is one.
         heads: number of attention heads.
         half: whether rotary positions pair the channels of two halves, or neighbours.
     """
@@ -113,7 +122,7 @@ class FoldedBlock:
     fc1_bias: Tensor
     fc2: Tensor
     fc2_bias: Tensor
-    eps: tuple[float, float]
+    eps: tuple[float, ...]
     heads: int
     half: bool
 
@@ -125,9 +134,13 @@ class FoldedBlock:
         scale1, scale2 = _scales(block)
         qkv, qkv_bias = _after_norm(*_joined_qkv(attention), block.norm1)
         q_bias, k_bias, v_bias = (bias.contiguous() for bias in qkv_bias.chunk(3))
-        proj, proj_bias = _before_scale(attention.proj, scale1, v_bias)
+        proj, proj_bias = _before_scale(*_after_constant(attention.proj, v_bias), scale1)
         fc1, fc1_bias = _after_norm(*_joined(_fc1_layers(mlp)), block.norm2)
-        fc2, fc2_bias = _before_scale(mlp.fc2, scale2)
+        fc2, fc2_bias, eps = mlp.fc2.weight, _bias(mlp.fc2), [block.norm1.eps, block.norm2.eps]
+        if has_mlp_norm(mlp):
+            fc2, fc2_bias = _after_norm(fc2, fc2_bias, mlp.norm)
+            eps.append(mlp.norm.eps)
+        fc2, fc2_bias = _before_scale(fc2, fc2_bias, scale2)
         return cls(
             qkv,
             q_bias,
@@ -138,7 +151,7 @@ class FoldedBlock:
             fc1_bias,
             fc2.contiguous(),
             fc2_bias,
-            (block.norm1.eps, block.norm2.eps),
+            tuple(eps),
             attention.num_heads,
             bool(getattr(attention, "rotate_half", False)),
         )
@@ -181,17 +194,11 @@ def _after_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tenso
     return weight * norm.weight, bias + weight @ norm.bias
 
 
-def _before_scale(
-    linear: nn.Linear, gamma: Tensor | None, extra: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer, with the LayerScale that follows it folded in.
+def _after_constant(linear: nn.Linear, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose input lacks a constant [F]."""
+    return linear.weight, _bias(linear) + linear.weight @ missing
 
-    ``extra`` is a constant that is missing from the layer's input, so the bias gets
-    ``weight @ extra``.
-    """
-    weight, bias = linear.weight, _bias(linear)
-    if extra is not None:
-        bias = bias + weight @ extra
-    if gamma is not None:
-        weight, bias = gamma[:, None] * weight, gamma * bias
-    return weight, bias
+
+def _before_scale(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer, with the LayerScale that follows it folded in."""
+    return (weight, bias) if gamma is None else (gamma[:, None] * weight, gamma * bias)

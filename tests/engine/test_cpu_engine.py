@@ -19,7 +19,7 @@ from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
 from smi_fast.verify.cases import random_kept
 from tests.helpers.inversions import PUBLISHED
-from tests.helpers.teachers import make_teacher, random_images, relative_error, with_gradient
+from tests.helpers.teachers import EVA, make_teacher, random_images, relative_error, with_gradient
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
@@ -211,7 +211,8 @@ def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
         ({"mlp_layer": timm.layers.SwiGLU}, False),
         ({"norm_layer": "rmsnorm"}, False),
         ({"scale_attn_norm": True}, False),
-        ({"scale_mlp_norm": True}, False),
+        ({"scale_mlp_norm": True}, True),
+        ({"scale_mlp_norm": True, "norm_layer": "rmsnorm"}, False),
     ],
 )
 def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None:
@@ -231,7 +232,8 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
     ("name", "computed"),
     [
         ("eva02_tiny_patch14_224", True),
-        ("eva02_base_patch16_clip_224", False),  # a norm inside of the MLP
+        ("eva02_base_patch16_clip_224", False),  # a norm inside of attention
+        ("eva02_base_patch14_224", True),  # one inside of the MLP
         ("eva_giant_patch14_clip_224", True),  # without rotary positions
         ("vit_small_patch16_dinov3", True),
         ("vit_small_plus_patch16_dinov3_qkvb", True),
@@ -244,7 +246,8 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_blocks_of_eva(name: str, computed: bool, pool: str) -> None:
     """On a kept subset in motion, in float64; with token pooling the last block has one row."""
-    teacher = make_teacher(name, depth=3, global_pool=pool).double()
+    sizes = {} if name in EVA else {"img_size": 84}
+    teacher = make_teacher(name, depth=3, global_pool=pool, **sizes).double()
     ours, plain = (SparseViT(teacher, backend=backend) for backend in ("cpp", "reference"))
     assert all(foldable(block) == computed for block in teacher.blocks)
     (candidate,) = candidates(ours.vit.blocks)
@@ -267,6 +270,14 @@ def test_swiglu_without_rotary_positions(teacher: VisionTransformer) -> None:
     assert relative_error(found[1], expected[1]) < 1e-4
 
 
+def test_blocks_with_and_without_a_norm_in_the_mlp_are_left_to_the_ops() -> None:
+    options = {"img_size": 32, "depth": 2, "scale_mlp_norm": True}
+    model = make_teacher("vit_tiny_patch16_224", **options)
+    model.blocks[1].mlp.norm = nn.Identity()
+    reason = CpuEngine(model.blocks).why_not(torch.device("cpu"), torch.float32)
+    assert reason is not None and reason.startswith("blocks.1 has ")
+
+
 def test_a_gate_that_comes_last_is_left_to_the_ops() -> None:
     gated = partial(timm.layers.GluMlp, act_layer=nn.SiLU)
     options = {"img_size": 32, "depth": 1, "mlp_layer": gated, "act_layer": nn.SiLU}
@@ -282,7 +293,7 @@ def test_kernels_of_an_older_version_leave_eva_to_the_ops(monkeypatch: pytest.Mo
         candidate = CpuEngine(make_teacher(name, img_size=64, depth=1).blocks)
         reason = candidate.why_not(torch.device("cpu"), torch.float32)
         assert (reason is None) == runs
-        assert runs or "older version, without rotary positions: build anew" in str(reason)
+        assert runs or "older version, without the steps of Eva: build anew" in str(reason)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch32_224"])

@@ -107,16 +107,15 @@ MUTANTS = (
         ),
         Mutant(
             "blocks-eps",
-            "own_eps += 2;",
+            "own_eps += eps_count;",
             "own_eps += 0;",
             "Every block has the eps of the first.",
             f"{ENGINE}::test_every_norm_has_its_own_eps",
         ),
         Mutant(
             "blocks-order",
-            "const Tensor &qkv = saved[2 * i], &derivative = saved[2 * i + 1];",
-            "const Tensor &qkv = saved[2 * (blocks.size() - 1 - i)], "
-            "&derivative = saved[2 * i + 1];",
+            "const Tensor &qkv = saved[count * i], &derivative",
+            "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
             "The gradient of a block reads what another block saved.",
         ),
     ),
@@ -147,6 +146,13 @@ MUTANTS = (
             f"{ENGINE}::test_blocks_of_eva",
         ),
         Mutant(
+            "folding-norm-of-mlp",
+            "fc2, fc2_bias = _after_norm(fc2, fc2_bias, mlp.norm)",
+            "fc2, fc2_bias = fc2 * mlp.norm.weight, fc2_bias",
+            "The bias of the norm inside of the MLP is lost.",
+            f"{ENGINE}::test_blocks_of_eva",
+        ),
+        Mutant(
             "folding-gate",
             "type(mlp.act) is nn.SiLU and not mlp.gate_last and",
             "type(mlp.act) is nn.SiLU and",
@@ -161,14 +167,14 @@ MUTANTS = (
         ),
         Mutant(
             "folding-value-bias",
-            "bias = bias + weight @ extra",
-            "bias = bias + extra",
+            "_bias(linear) + linear.weight @ missing",
+            "_bias(linear) + missing",
             "The bias of v doesn't pass through the projection.",
         ),
         Mutant(
             "folding-scale",
-            "gamma[:, None] * weight, gamma * bias",
-            "gamma[:, None] * weight, bias",
+            "(gamma[:, None] * weight, gamma * bias)",
+            "(gamma[:, None] * weight, bias)",
             "LayerScale leaves the bias out.",
         ),
         Mutant(
