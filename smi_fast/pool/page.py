@@ -62,13 +62,10 @@ def write_page(path: str | Path) -> Path:
         raise PoolError(f"expected a pool of images, got an empty one in {pool.path}")
     draw_loss(pool)
     sections = [_summary(pool.path, records)]
-    for key, name in (
-        ("confidence", "Confidence of the teacher"),
-        ("judge_confidence", "Confidence of the judge"),
-    ):
-        values = [record[key] for record in records if key in record]
+    for key, who in (("confidence", "teacher"), ("judge_confidence", "judge")):
+        values = [record[key] for record in records if _is_share(record.get(key))]
         if values:
-            sections.append(f"<h2>{name}</h2>\n{_histogram(values)}")
+            sections.append(f"<h2>Confidence of the {who}</h2>\n{_histogram(values)}")
     if (pool.path / LOSS_CURVES).exists():
         curves = _embedded(pool.path / LOSS_CURVES)
         sections.append(f'<h2>Loss of the last batch</h2>\n<img src="{curves}" alt="loss curves">')
