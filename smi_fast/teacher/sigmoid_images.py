@@ -15,7 +15,7 @@ from smi_fast.teacher.space import ImageSpace
 class SigmoidImages:
     """Images whose pixels are the sigmoid of a field.
 
-    :class:`SparseViT <smi_fast.SparseViT>` takes them in place of images. It reads the kept patches
+    :class:`smi_fast.SparseViT` takes them in place of images. It reads the kept patches
     out of the field (:func:`smi_fast.ops.gather_sigmoid_patches`), so that the other pixels are
     never computed. :meth:`tensor` makes the images.
 
