@@ -15,6 +15,7 @@ from benchmarks.quality import (
     recognition,
     time_to_quality,
 )
+from benchmarks.schedules import study
 from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
 
 MEASUREMENTS = {
@@ -32,6 +33,7 @@ MEASUREMENTS = {
     "roofline": roofline.main,
     "figures": figures.main,
     "photographs": photographs.main,
+    "schedules": study.main,
 }
 
 

@@ -21,10 +21,12 @@ from smi_fast.objectives import AttentionPrior as AttentionPrior
 from smi_fast.objectives import BatchNormMatching as BatchNormMatching
 from smi_fast.objectives import BinaryCrossEntropy as BinaryCrossEntropy
 from smi_fast.objectives import CrossEntropy as CrossEntropy
+from smi_fast.objectives import EmbeddingTarget as EmbeddingTarget
 from smi_fast.objectives import GaussianSimilarity as GaussianSimilarity
 from smi_fast.objectives import HeadSimilarity as HeadSimilarity
 from smi_fast.objectives import L2Norm as L2Norm
 from smi_fast.objectives import LossInputs as LossInputs
+from smi_fast.objectives import NeuronTarget as NeuronTarget
 from smi_fast.objectives import Objective as Objective
 from smi_fast.objectives import PatchSeamTV as PatchSeamTV
 from smi_fast.objectives import PatchSimilarity as PatchSimilarity
@@ -40,7 +42,9 @@ from smi_fast.parametrizations import Pixels as Pixels
 from smi_fast.parametrizations import Pyramid as Pyramid
 from smi_fast.parametrizations import SigmoidParametrization as SigmoidParametrization
 from smi_fast.schedules import Dense as Dense
+from smi_fast.schedules import MassSchedule as MassSchedule
 from smi_fast.schedules import PatchRebirth as PatchRebirth
+from smi_fast.schedules import ResolutionSchedule as ResolutionSchedule
 from smi_fast.schedules import Schedule as Schedule
 from smi_fast.schedules import Selection as Selection
 from smi_fast.schedules import Stop as Stop

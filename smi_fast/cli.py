@@ -6,8 +6,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smi_fast import __version__, options
+from smi_fast import __version__, cli_pool, options
+from smi_fast.cli_visualize import visualize
+from smi_fast.options import CommandError
 
 if TYPE_CHECKING:
     import torch
 
-    from smi_fast.pool import Pool
     from smi_fast.recipes import Recipe
     from smi_fast.schedules import Schedule
 
@@ -29,10 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class CommandError(Exception):
-    """What the user can mend; the message says what was expected and what came."""
+app.add_typer(cli_pool.app, name="pool")
+app.command()(cli_pool.migrate)
+app.command()(cli_pool.export)
 
 
 def main() -> None:
@@ -48,15 +47,6 @@ def main() -> None:
             raise
         print(f"smi-fast: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-@contextmanager
-def _wrong_options() -> Iterator[None]:
-    """Turn a ValueError into a CommandError, where it says which option has a wrong value."""
-    try:
-        yield
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,7 +119,7 @@ def _engines(device: torch.device) -> str:
     ]
     if not found:
         return "op by op"
-    return f"{found[0]}'s engine; without LayerNorm or exact GELU, or of Eva, op by op"
+    return f"{found[0]}'s engine; without LayerNorm, or exact GELU or SwiGLU, op by op"
 
 
 def _describe(device: torch.device) -> str:
@@ -166,7 +156,7 @@ def verify(
 
     from smi_fast.verify import correctness, report
 
-    with _wrong_options():
+    with options.wrong_options():
         one = None if device == "all" else torch.device(options.parse_device(device))
     chosen = correctness.devices() if one is None else [one]
     right = report.verify(out, chosen, limit)
@@ -273,8 +263,12 @@ def invert(
         bool, typer.Option("--quiet", help="Print only the result and errors.")
     ] = False,
 ) -> None:
-    """Invert classes of a teacher into a folder of images."""
+    """Invert classes of a teacher into a folder of images.
+
+    Several processes share the batches: torchrun --nproc-per-node 8 -m smi_fast invert ...
+    """
     from smi_fast.fill import Interrupted, check_strip, fill, rehearse
+    from smi_fast.group import Group
     from smi_fast.inversion import SparseInverter
     from smi_fast.judge import check_judge, load_judge
     from smi_fast.ops import backends
@@ -285,9 +279,11 @@ def invert(
 
     # The pool is opened after everything that can be wrong has been tried, because --overwrite
     # deletes the old one.
-    with _wrong_options():
+    with options.wrong_options():
         if resume and overwrite:
             raise ValueError("expected --resume or --overwrite, got both")
+        group = Group.of_torchrun()
+        first = group is None or group.rank == 0
         if cnn is None and cnn_checkpoint is not None:
             raise ValueError("expected --cnn with --cnn-checkpoint, got none")
         options.check_most("--seed", seed, options.MOST_SEED)
@@ -313,6 +309,7 @@ def invert(
         if independent is not None:
             check_judge(independent, names)
         rehearse(inverter, published)
+    quiet = quiet or not first
     if not quiet:
         print(published)
     settings = {
@@ -335,8 +332,9 @@ def invert(
     }
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    resume = resume or Group.restarted()
     make = Pool.resume if resume else partial(Pool.create, overwrite=overwrite)
-    with make(out, settings, names, background=shown) as pool:
+    with make(out, settings, names, background=shown) if first else Pool(out) as pool:
         try:
             fill(
                 pool,
@@ -349,48 +347,16 @@ def invert(
                 strip=strip,
                 provenance={"teacher": teacher, "recipe": recipe},
                 progress=not quiet,
+                group=group,
             )
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(130) from None
-        _summarise(pool, inverter.schedule)
+        if first:
+            cli_pool.summarise(pool, inverter.schedule)
 
 
-@app.command()
-def migrate(
-    pool: Annotated[Path, typer.Argument(help="A pool of the first version, with manifest.jsonl.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new pool.")],
-) -> None:
-    """Copy a pool of an older version into one of this version; the old one stays."""
-    from smi_fast.pool import CONTACT_SHEET
-    from smi_fast.pool.migrate import migrate as copy
-    from smi_fast.pool.pictures import draw_loss, draw_sheet
-
-    made = copy(pool, out)
-    images = len(made.records)
-    if images:
-        draw_sheet(made)
-    draw_loss(made)
-    print(f"{images} images in {out}; look at {out / CONTACT_SHEET}")
-
-
-def _summarise(pool: Pool, schedule: Schedule) -> None:
-    from smi_fast.pool import CONTACT_SHEET
-    from smi_fast.pool.pictures import draw_sheet
-
-    records = pool.records
-    right = sum(record["prediction"] == record["label"] for record in records) / len(records)
-    confidence = sum(record["confidence"] for record in records) / len(records)
-    seen = "whole images" if not schedule.at else f"{len(records[0]['kept'])} kept patches of each"
-    print(
-        f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
-        f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
-    )
-    if "judge" in records[0]:
-        agreed = sum(record["judge"] == record["class_name"] for record in records) / len(records)
-        print(f"an independent judge sees it in {agreed:.1%} of the whole images")
-    draw_sheet(pool)
-    print(f"look at {pool.path / CONTACT_SHEET}")
+app.command()(visualize)
 
 
 def _schedule(name: str, recipe: Recipe, factor: int | None) -> Schedule:

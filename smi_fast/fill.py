@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smi_fast.group import Group
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
 from smi_fast.judge import check_judge, verdicts
-from smi_fast.pool import METADATA, UNFINISHED, Pool, PoolError
+from smi_fast.plan import Trajectory, agree, batches_left, plan_of
+from smi_fast.pool import UNFINISHED, Pool
+from smi_fast.pool.parts import Part
 from smi_fast.pool.pictures import draw_loss
+from smi_fast.pool.writer import Writer
 from smi_fast.provenance import describe, versions
 from smi_fast.recipes import Recipe
 from smi_fast.schedules import images_of_a_trajectory
@@ -71,14 +76,17 @@ def fill(
     strip: int = 0,
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
+    group: Group | None = None,
 ) -> None:
     """Invert the labels that the pool doesn't hold yet.
 
     The settings, the seed and the index of a batch's first image decide its images. So an
-    interrupted and resumed run makes the same pool as one without interruption.
+    interrupted and resumed run makes the same pool as one without interruption, and so do several
+    processes. A thread writes each batch while the next one is inverted.
 
     Args:
-        pool: the pool; image ``i`` has the label ``labels[i]``.
+        pool: the pool; image ``i`` has the label ``labels[i]``. Of a group, only process 0 opens it
+            by :meth:`Pool.create` or :meth:`Pool.resume`, the others by ``Pool(path)``.
         inverter: inverts each batch.
         labels: class of each image of the whole pool.
         recipe: turns labels into targets.
@@ -94,6 +102,7 @@ def fill(
             prediction and confidence, iterations, seed, the most important options, versions and
             the hash of the weights.
         progress: show the progress of each batch.
+        group: the processes that call this function with the same arguments, and share the batches.
 
     Raises:
         Interrupted: Ctrl-C ended a batch; its images so far are in the pool's ``unfinished/``.
@@ -102,56 +111,102 @@ def fill(
         BatchTooLarge: a batch doesn't fit into memory.
         ValueError: a label that is no class of the pool, a judge of other classes, or more moments
             than iterations.
-        PoolError: the pool can't be written, or holds images of other labels.
+        PoolError: the pool can't be written, or holds images of other labels; or the processes of a
+            group would make different images.
     """
+    check_strip(strip, inverter.settings.iterations)
+    options = describe(inverter)
+    same = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
+    same |= provenance or {}
+    first = group is None or group.rank == 0
+    if first:
+        _check_labels(pool, labels)
+        draw_loss(pool)  # a killed run may not have come to it
+    plan = plan_of(pool, labels) if first else None
+    if group is not None:
+        decisive = {**options, **same, "labels": list(labels), "batch_size": batch_size}
+        plan = agree(group, plan, decisive)
+    assert plan is not None
+    if judge is not None:
+        check_judge(judge, pool.settings["class_names"])
+    batches = batches_left(labels, plan, inverter.schedule, batch_size)
+    last = max([number for number, _ in batches] + list(plan.ahead), default=-1)
+    part = None if group is None else Part(pool.path, pool.settings, group.rank)
+    with Writer() as writer:
+        for turn in _turns(group, len(batches)):
+            number, batch = batches[turn]
+            start, wanted = batch[0].start, [trajectory.label for trajectory in batch]
+            generator = torch.Generator().manual_seed(batch_seed(seed, start))
+            moments = _Moments(inverter, strip)
+            watch: dict[str, Any] = {"callback": moments} if strip else {}
+            unfinished = pool.add_unfinished
+            if part is not None:
+                unfinished = partial(part.add_unfinished, start=start)
+            try:
+                with _explained_memory(len(wanted)):
+                    targets = recipe.targets(
+                        torch.tensor(wanted), inverter.teacher.num_classes, generator
+                    )
+                    targets = targets.to(inverter.teacher.device)
+                    result = inverter.invert(
+                        targets, generator=generator, progress=progress, **watch
+                    )
+            except NonFiniteLoss as error:
+                writer.wait()
+                unfinished(error.result.images)
+                raise
+            if result.interrupted:
+                writer.wait()
+                unfinished(result.images)
+                raise Interrupted(
+                    f"interrupted after {result.iterations} iterations: the unfinished images of "
+                    f"this batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
+                )
+            made = _made(result, batch, inverter)
+            seen = [{}] * len(made.records) if judge is None else verdicts(judge, made.images)
+            records = [
+                {**record, **word, **same} for record, word in zip(made.records, seen, strict=True)
+            ]
+            images, masks = made.images.cpu(), made.masks.cpu()
+            rest: dict[str, Any] = {
+                "seconds": result.seconds,
+                "moments": [moment[made.rows] for moment in moments.seen],
+            }
+            # The pool shows the loss of its last batch, whoever makes it and when.
+            if number == last if part else last not in plan.ahead:
+                rest["loss"] = {"stops": list(inverter.schedule.at), "history": result.history}
+            if part is None:
+                add: Callable[..., None] = partial(_add, pool)
+            else:
+                add = partial(part.add, batch=number, start=start)
+            writer.write(partial(add, images, masks, records, **rest))
+    if group is not None and part is not None:
+        part.close()
+        group.finish()
+        if first:
+            pool.gather()
+            draw_loss(pool)
+
+
+def _add(pool: Pool, *arguments: Any, **options: Any) -> None:
+    pool.add(*arguments, **options)
+    draw_loss(pool)
+
+
+def _turns(group: Group | None, count: int) -> Iterator[int]:
+    """The turns of this process among ``count``."""
+    if group is None:
+        yield from range(count)
+        return
+    while (turn := group.next()) < count:
+        yield turn
+
+
+def _check_labels(pool: Pool, labels: Sequence[int]) -> None:
     classes = len(pool.settings["class_names"])
     for label in labels:
         if not 0 <= label < classes:
             raise ValueError(f"expected labels in 0..{classes - 1}, got {label}")
-    check_strip(strip, inverter.settings.iterations)
-    if judge is not None:
-        check_judge(judge, pool.settings["class_names"])
-    held = _check_held(pool, labels)
-    options = describe(inverter)
-    same = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
-    same |= provenance or {}
-    draw_loss(pool)  # a killed run may not have come to it
-    for batch in _batches(labels, held, inverter, batch_size):
-        start, wanted = batch[0].start, [trajectory.label for trajectory in batch]
-        generator = torch.Generator().manual_seed(batch_seed(seed, start))
-        moments = _Moments(inverter, strip)
-        watch: dict[str, Any] = {"callback": moments} if strip else {}
-        try:
-            with _explained_memory(len(wanted)):
-                targets = recipe.targets(
-                    torch.tensor(wanted), inverter.teacher.num_classes, generator
-                )
-                targets = targets.to(inverter.teacher.device)
-                result = inverter.invert(targets, generator=generator, progress=progress, **watch)
-        except NonFiniteLoss as error:
-            pool.add_unfinished(error.result.images)
-            raise
-        if result.interrupted:
-            pool.add_unfinished(result.images)
-            raise Interrupted(
-                f"interrupted after {result.iterations} iterations: the unfinished images of this "
-                f"batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
-            )
-        made = _made(result, batch, inverter)
-        seen = [{}] * len(made.records) if judge is None else verdicts(judge, made.images)
-        records = [
-            {**record, **word, **same} for record, word in zip(made.records, seen, strict=True)
-        ]
-        loss = {"stops": list(inverter.schedule.at), "history": result.history}
-        pool.add(
-            made.images,
-            made.masks,
-            records,
-            loss=loss,
-            seconds=result.seconds,
-            moments=[moment[made.rows] for moment in moments.seen],
-        )
-        draw_loss(pool)
 
 
 def check_strip(strip: int, iterations: int) -> None:
@@ -192,71 +247,6 @@ def _explained_memory(size: int) -> Iterator[None]:
         raise
 
 
-def _check_held(pool: Pool, labels: Sequence[int]) -> int:
-    """The number of images in the pool, which must be of the first labels, with the entries of
-    :func:`_made`.
-    """
-    records = pool.records
-    if len(records) > len(labels):
-        raise PoolError(
-            f"expected {pool.path} to hold {len(labels)} images or fewer, got {len(records)}"
-        )
-    for index, (record, label) in enumerate(zip(records, labels, strict=False)):
-        confidence = record.get("confidence")
-        if (
-            record["label"] != label
-            or not (isinstance(confidence, float) and 0 <= confidence <= 1)
-            or not all(isinstance(record.get(key), int) for key in ("prediction", "iterations"))
-            or not isinstance(record.get("kept"), list)
-        ):
-            raise PoolError(
-                f"line {index + 1} of {pool.path / METADATA} is not the record of an image of "
-                f"class {label}"
-            )
-    return len(records)
-
-
-class _Trajectory(NamedTuple):
-    """A trajectory of a pool.
-
-    Attributes:
-        number: in the pool.
-        start: index of its first image.
-        label: class of its images.
-        images: how many of its images the pool takes.
-    """
-
-    number: int
-    start: int
-    label: int
-    images: int
-
-
-def _batches(
-    labels: Sequence[int], held: int, inverter: SparseInverter, size: int
-) -> list[list[_Trajectory]]:
-    """The batches that are left of a pool that holds some images.
-
-    Raises:
-        PoolError: the pool ends amid a trajectory.
-    """
-    most = images_of_a_trajectory(inverter.schedule)
-    found: list[_Trajectory] = []
-    for start, label in enumerate(labels):
-        last = found[-1] if found else None
-        if last is not None and last.label == label and last.images < most:
-            found[-1] = last._replace(images=last.images + 1)
-        else:
-            found.append(_Trajectory(len(found), start, label, 1))
-    left = [trajectory for trajectory in found if trajectory.start >= held]
-    if (left[0].start if left else len(labels)) != held:
-        raise PoolError(
-            f"expected whole trajectories of {most} images in the pool, got {held} images: make it "
-            "anew"
-        )
-    return [left[first : first + size] for first in range(0, len(left), size)]
-
-
 class _Made(NamedTuple):
     """The images of a batch that go into the pool.
 
@@ -273,7 +263,7 @@ class _Made(NamedTuple):
     records: list[dict[str, Any]]
 
 
-def _made(result: InversionResult, batch: Sequence[_Trajectory], inverter: SparseInverter) -> _Made:
+def _made(result: InversionResult, batch: Sequence[Trajectory], inverter: SparseInverter) -> _Made:
     most = images_of_a_trajectory(inverter.schedule)
     counts = torch.tensor([trajectory.images for trajectory in batch])
     rows = torch.arange(len(batch)).repeat_interleave(counts)

@@ -13,8 +13,9 @@ iteration before a stop computes it, without jitter, from the images that the te
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from smi_fast.ops.grid import neighbourhood_mean
 from smi_fast.teacher import SparseViT
+from smi_fast.teacher.narrowing import refuse_narrowed
 from smi_fast.teacher.taps import of_blocks, parse
 
 SMOOTHED = "smoothed-"
@@ -101,14 +103,18 @@ class Attention(Importance):
         blocks: indices, from the end when negative; None for the last block as above.
 
     Raises:
-        ValueError: no block.
+        ValueError: no block, or no whole numbers.
     """
 
     blocks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.blocks is not None and len(self.blocks) == 0:
+        if self.blocks is None:
+            return
+        chosen = tuple(self.blocks) if isinstance(self.blocks, Iterable) else ()
+        if not chosen or not all(map(_is_index, chosen)):
             raise ValueError(f"expected blocks, such as (-1,), got {self.blocks!r}")
+        object.__setattr__(self, "blocks", chosen)
 
     def taps(self, depth: int) -> tuple[str, ...]:
         return () if self.blocks is None else of_blocks("attention.{}.row", self.blocks, depth)
@@ -151,6 +157,10 @@ class Rollout(Importance):
         return row[:, prefix:]
 
 
+def _is_index(block: object) -> bool:
+    return isinstance(block, Integral) and not isinstance(block, bool)
+
+
 def _read(inputs: ScoreInputs) -> Tensor:
     """How much the head reads of each token after the last block, [B, prefix + K]; sums to 1."""
     teacher, attention = inputs.teacher, inputs.attention
@@ -180,10 +190,17 @@ class Gradient(Importance):
     Args:
         block: index, from the end when negative; by default the block before the last, whose tokens
             are the last that the head reads of a patch.
+
+    Raises:
+        ValueError: no whole number.
     """
 
     block: int = -2
     differentiates = True
+
+    def __post_init__(self) -> None:
+        if not _is_index(self.block):
+            raise ValueError(f"expected a block, such as -2, got {self.block!r}")
 
     def taps(self, depth: int) -> tuple[str, ...]:
         return of_blocks("block.{}.tokens", (self.block,), depth)
@@ -228,9 +245,18 @@ class Smoothed(Importance):
 
     Args:
         importance: the other one.
+
+    Raises:
+        TypeError: it is none.
     """
 
     importance: Importance
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.importance, Importance):
+            raise TypeError(
+                f"expected an importance to smooth, such as Rollout(), got {self.importance!r}"
+            )
 
     @property
     def differentiates(self) -> bool:  # type: ignore[override]
@@ -274,7 +300,8 @@ def as_importance(given: Scores, teacher: SparseViT) -> Importance:
     """
     importance = _as_importance(given)
     try:
-        parse(importance.taps(teacher.depth), teacher.depth, teacher.num_prefix_tokens)
+        taps = importance.taps(teacher.depth)
+        refuse_narrowed(parse(taps, teacher.depth, teacher.num_prefix_tokens), teacher.narrow)
     except ValueError as error:
         raise ValueError(f"importance {given!r} can't score this teacher: {error}") from error
     return importance
@@ -300,11 +327,15 @@ def score(importance: Importance, inputs: ScoreInputs) -> Tensor:
     Raises:
         ValueError: the importance returns anything else than a score for each kept patch.
     """
-    scores = importance(inputs)
-    if not isinstance(scores, Tensor) or scores.shape != inputs.kept.shape:
+    scores, kept = importance(inputs), inputs.kept
+    if not isinstance(scores, Tensor) or scores.shape != kept.shape:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"expected importance {importance!r} to return scores {list(inputs.kept.shape)}, "
-            f"got {got}"
+            f"expected importance {importance!r} to return scores {list(kept.shape)}, got {got}"
+        )
+    if scores.dtype == torch.bool or scores.is_complex() or scores.device != kept.device:
+        raise ValueError(
+            f"expected importance {importance!r} to return real numbers on {kept.device}, "
+            f"got {scores.dtype} on {scores.device}"
         )
     return scores.detach()

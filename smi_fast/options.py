@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # The jitter and the loss of each iteration are held in memory, the record of each image too.
 MOST_ITERATIONS = MOST_IMAGES = 1_000_000
 MOST_SEED = 2**64 - 1
+
+
+class CommandError(Exception):
+    """What the user can mend; the message says what was expected and what came."""
+
+
+@contextmanager
+def wrong_options() -> Iterator[None]:
+    """Turn a ValueError into a CommandError, where it says which option has a wrong value."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def parse_background(text: str) -> str | tuple[float, ...]:
@@ -86,13 +102,17 @@ def labels(ranges: list[range], classes: int, per_class: int) -> list[int]:
 def parse_device(name: str) -> str:
     """The device that a name asks for; for "auto" the GPU if there is one.
 
+    Among processes of torchrun, "auto" gives each process of a machine a GPU of its own.
+
     Raises:
         ValueError: another name, or a GPU that isn't visible.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        number = os.environ.get("LOCAL_RANK")
+        name = "cuda" if number is None else f"cuda:{number}"
+        name = name if torch.cuda.is_available() else "cpu"
     found = re.fullmatch("cuda(?::([0-9]{1,3}))?", name)
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name != "cpu" and (found is None or int(found[1] or 0) >= visible):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,12 +13,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smi_fast import SparseInverter, StopSchedule, load_teacher
 from smi_fast.ops.grid import pixel_mask
 from tests.helpers.inversions import PUBLISHED
+from tests.helpers.libraries import library
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # The fewest iterations at which StopSchedule.scaled keeps the published stops apart.
@@ -65,6 +69,53 @@ def test_deepinversion_prior(capsys: pytest.CaptureFixture[str]) -> None:
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("distance"))
     first, _, last = line.split()[-3:]
     assert float(last) < float(first)
+
+
+def test_clip_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a small CLIP of random weights, whose texts are told apart."""
+    open_clip = library("open_clip")
+    config = tmp_path / "tiny-clip.json"
+    sizes = {"width": 32, "layers": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8, "head_width": 16}
+    text = {**sizes, "heads": 2, "context_length": 77, "vocab_size": 49408}
+    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(config)
+    texts = ["a red bus", "two dogs in the snow"]
+    options = ["--model", "tiny-clip", "--iterations", "100", "--out", str(tmp_path)]
+    example("clip_text.py")["main"]([*texts, *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("nearest text ")[2] for line in lines] == list(map(repr, texts))
+    assert all(float(re.search(r"cosine (\S+),", line)[1]) > 0.3 for line in lines)
+    assert (tmp_path / "text_1.png").stat().st_size > 0
+
+
+def test_encoder_neurons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each image excites its own neuron most, also of an encoder with random weights."""
+    checkpoint, sheet = tmp_path / "random.safetensors", tmp_path / "neurons.png"
+    save_file(timm.create_model("test_vit").state_dict(), checkpoint)
+    options = ["--checkpoint", str(checkpoint), "--block", "2", "--channels", "5", "9", "30"]
+    iterations = ["--iterations", str(FEWEST), "--out", str(sheet)]
+    example("encoder_neurons.py")["main"](["test_vit", *options, *iterations])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("channel")]
+    activations = torch.tensor([[float(x) for x in line.split(":")[1].split()] for line in lines])
+    assert activations.argmax(1).tolist() == [0, 1, 2] and sheet.stat().st_size > 0
+
+
+def test_linear_gradient_matching(capsys: pytest.CaptureFixture[str]) -> None:
+    example("linear_gradient_matching.py")["main"](["--iterations", "30"])
+    lines = capsys.readouterr().out.splitlines()
+    first, _, last = lines[0].split()[-3:]
+    assert float(last) < 0.3 < float(first)
+    assert int(lines[1].split()[-1].rstrip("%")) > 60
+
+
+def test_the_gradient_of_a_linear_head_is_that_of_autograd() -> None:
+    features, labels = torch.randn(6, 5), torch.tensor([0, 2, 1, 1, 0, 2])
+    head = torch.randn(3, 5, requires_grad=True)
+    loss = F.cross_entropy(features @ head.T, labels)
+    (expected,) = torch.autograd.grad(loss, head)
+    closed = example("linear_gradient_matching.py")["head_gradient"](features, labels, head)
+    torch.testing.assert_close(closed, expected)
 
 
 def own_loop(teacher: nn.Module, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

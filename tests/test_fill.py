@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.distributed import HashStore
 
 from smi_fast import (
     CrossEntropy,
     InversionResult,
+    MassSchedule,
     NonFiniteLoss,
     PatchRebirth,
+    ResolutionSchedule,
+    Schedule,
     SparseInverter,
     recipes,
 )
 from smi_fast.fill import Interrupted, fill
+from smi_fast.group import Group
 from smi_fast.pool import LOSS_CURVES, SECONDS, Pool, PoolError
 from smi_fast.provenance import describe, versions
 from tests.helpers.inversions import make
@@ -180,6 +187,23 @@ def test_patch_rebirth_gives_images_with_the_same_label(
 
 
 @quick
+@pytest.mark.parametrize(
+    "schedule", [MassSchedule(0.4, at=(3,)), ResolutionSchedule((24, 48), at=(3,), keep=0.3)]
+)
+def test_a_pool_has_the_patches_that_each_image_keeps(
+    teacher: VisionTransformer, tmp_path: Path, schedule: Schedule
+) -> None:
+    inverter = make(teacher, schedule=schedule)
+    records = filled(tmp_path, inverter, seed=3).records
+    generator = torch.Generator().manual_seed(3 << 32)
+    result = inverter.invert(LABELS[:2], generator=generator, progress=False)
+    for record, mask, image in zip(records, result.masks, result.images, strict=False):
+        assert record["kept"] == mask.flatten().nonzero()[:, 0].tolist()
+        pixels = (image * 255).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(read(tmp_path / record["file_name"]), pixels, atol=0.51)
+
+
+@quick
 def test_an_interrupted_fill_of_trajectories_goes_on(
     teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,3 +287,71 @@ def test_a_strip_has_at_most_a_moment_for_each_iteration(
     for strip in (-1, 11):
         with pytest.raises(ValueError, match=rf"a strip of 0..10 moments, got {strip}"):
             filled(tmp_path / str(strip), make(teacher), strip=strip)
+
+
+@quick
+def test_a_batch_is_written_while_the_next_is_inverted(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inverter, add, begun = make(teacher), Pool.add, [Event() for _ in range(4)]
+    invert, inversions, additions = inverter.invert, iter(begun), iter(begun[1:])
+
+    def inverting(*arguments: object, **options: object) -> InversionResult:
+        next(inversions).set()
+        return invert(*arguments, **options)
+
+    def adding(self: Pool, *arguments: object, **options: object) -> None:
+        event = next(additions)
+        assert event is begun[-1] or event.wait(20)
+        add(self, *arguments, **options)
+
+    monkeypatch.setattr(SparseInverter, "invert", staticmethod(inverting))
+    monkeypatch.setattr(Pool, "add", adding)
+    assert len(filled(tmp_path, inverter).records) == len(LABELS)
+
+
+@quick
+@pytest.mark.parametrize("batch", range(3))
+def test_an_error_of_the_writer_is_raised(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    add, calls = Pool.add, iter(range(9))
+
+    def failing(self: Pool, *arguments: object, **options: object) -> None:
+        if next(calls) == batch:
+            raise PoolError("disk full")
+        add(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "add", failing)
+        with pytest.raises(PoolError, match="disk full"):
+            filled(tmp_path, make(teacher))
+    assert next(calls) == batch + 1
+    assert len(Pool(tmp_path).records) == 2 * batch
+
+
+def test_a_group_makes_the_same_pool_in_any_order(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    filled(tmp_path / "alone", make(teacher)).close()
+    expected = files(tmp_path / "alone")
+    # Another process has taken the first turns of three, and is killed.
+    store = HashStore()
+    store.add("next", 2)
+    begun = filled(tmp_path / "group", make(teacher), group=Group(store, 0, 1))
+    assert (begun.records, begun.ahead) == ([], {2: range(4, 5)})
+    begun.close()
+    shutil.copytree(tmp_path / "group", tmp_path / "resumed")
+    filled(tmp_path / "resumed", make(teacher)).close()
+    assert files(tmp_path / "resumed") == expected
+    filled(tmp_path / "group", make(teacher), group=Group(HashStore(), 0, 1)).close()
+    assert files(tmp_path / "group") == expected
+
+
+@quick
+def test_batches_of_another_size_are_refused(teacher: VisionTransformer, tmp_path: Path) -> None:
+    store = HashStore()
+    store.add("next", 1)
+    filled(tmp_path, make(teacher), group=Group(store, 0, 1)).close()
+    with pytest.raises(PoolError, match=r"expected batch 1 of 3 trajectories .* the images 2 to 3"):
+        filled(tmp_path, make(teacher), batch_size=3)

@@ -41,7 +41,7 @@ def record(name: str, measured: Mapping[str, Any], *, quick: bool = False) -> No
 
 def describe() -> dict[str, Any]:
     """Describe the machine, its load, the versions and the commit."""
-    others = _cpu_share_of_others()
+    others = share_of_others(_BEFORE)
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
@@ -57,7 +57,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _cpu_seconds() -> tuple[float, float, float] | None:
+def cpu_seconds() -> tuple[float, float, float] | None:
     """Seconds so far of the clock, of all busy processors, and of this process. Linux only."""
     stat = Path("/proc/stat")
     if not stat.exists():
@@ -69,15 +69,15 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
 
 # These are read at import, before any measurement has started.
 _LOAD_BEFORE = round(os.getloadavg()[0], 2)
-_BEFORE = _cpu_seconds()
+_BEFORE = cpu_seconds()
 
 
-def _cpu_share_of_others() -> float | None:
-    """The share of the machine's CPU time that other processes used since the import."""
-    now = _cpu_seconds()
-    if now is None or _BEFORE is None:
+def share_of_others(before: tuple[float, float, float] | None) -> float | None:
+    """The share of the machine's CPU time that other processes used since :func:`cpu_seconds`."""
+    now = cpu_seconds()
+    if now is None or before is None:
         return None
-    wall, busy, own = (after - before for after, before in zip(now, _BEFORE, strict=True))
+    wall, busy, own = (after - then for after, then in zip(now, before, strict=True))
     return round(max(busy - own, 0.0) / (wall * (os.cpu_count() or 1)), 3)
 
 

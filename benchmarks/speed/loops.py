@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from benchmarks.baselines import published_loop as published
 from smi_fast import SparseInverter, SparseViT, StopSchedule, recipes
 from smi_fast.jitter import Jitter
 from smi_fast.ops.backends import AUTO
+from smi_fast.recipes import Recipe
+from smi_fast.schedules import sizes_of
 
 BATCHES = {"deit_tiny": 8, "deit_small": 8, "deit_base": 4}
 QUICK_BATCH = 2
@@ -73,14 +76,20 @@ def published_loop(workload: Workload) -> Loop:
     return run
 
 
-def our_loop(workload: Workload, backend: str = AUTO, background: str = "frozen") -> Loop:
+def our_loop(
+    workload: Workload,
+    backend: str = AUTO,
+    background: str = "frozen",
+    recipe: Recipe = recipes.smi(),  # noqa: B008
+    narrow: Mapping[int, float] | None = None,
+) -> Loop:
     """smi_fast's loop."""
-    teacher = SparseViT(workload.vit, backend=backend)
+    teacher = SparseViT(workload.vit, backend=backend, narrow=narrow)
     with torch.no_grad():
         teacher(workload.init[:1])  # The first forward pass folds the weights.
 
     def run(stops: StopSchedule, iterations: int, callback: Callback) -> None:
-        options = recipes.smi().options(schedule=stops, iterations=iterations)
+        options = recipe.options(schedule=stops, iterations=iterations)
         inverter = SparseInverter(
             teacher,
             mean=workload.mean,
@@ -89,9 +98,10 @@ def our_loop(workload: Workload, backend: str = AUTO, background: str = "frozen"
             backend=backend,
             **options,
         )
+        size = sizes_of(inverter.schedule, teacher.image_size, teacher.patch_size)[0]
         inverter.invert(
             workload.targets,
-            init=workload.init,
+            init=F.interpolate(workload.init, size),
             jitter=workload.jitter(iterations),
             progress=False,
             callback=callback,

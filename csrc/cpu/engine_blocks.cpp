@@ -43,7 +43,16 @@ struct Linear {
   }
 };
 
-// Weights of one block, and the buffers of its two LayerNorms. The bias of qkv is that of q alone.
+// Rotary positions of blocks, [B, K, 1 or H, 2D] of each, or none. See rotate_().
+struct Rotary {
+  const std::vector<Tensor>* rotations = nullptr;
+  bool half = false;
+
+  const Tensor* of(size_t block) const { return rotations ? &rotations->at(block) : nullptr; }
+};
+
+// Weights of one block, and the buffers of its two LayerNorms. The bias of qkv is that of q alone,
+// or with rotary positions those of q and k.
 struct Block {
   Linear qkv, proj, fc1, fc2;
   const Tensor *q_bias, *proj_bias, *fc1_bias, *fc2_bias;
@@ -73,17 +82,64 @@ std::vector<Block> blocks_of(const std::vector<Tensor>& weights, const std::vect
   return blocks;
 }
 
-// Runs the blocks on the residual stream x [rows, D] in place. With `saves`, returns what backward
-// needs: qkv [B, N, 3, H, D/H] and the derivative of GELU [rows, F] of each block. The last tensor
-// returned is the output of the last fc2. It is not yet added to x, and neither is its bias.
-std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
-                                const std::vector<Tensor>& packed, int64_t packed_rows,
-                                const std::vector<Tensor>& normalized,
-                                const std::vector<double>& eps, Tensor attended, Tensor hidden,
-                                bool saves) {
+// Whether a block has SwiGLU in place of GELU: fc1 then has a gate and an input for each row of
+// fc2.
+bool is_gated(const Block& block) {
+  return block.fc1.weight->size(0) == 2 * block.fc2.weight->size(1);
+}
+
+// Writes the attention of qkv [B, N, 3, H, D/H] into attended. With a rotation, q and k are biased
+// and rotated in place.
+void attend_block(const Block& block, const Tensor& qkv, const Tensor* rotation, bool half,
+                  const Tensor& attended) {
+  if (!rotation) {
+    recorded("smi_fast::attend_", attend_, qkv, *block.q_bias, attended);
+    return;
+  }
+  recorded("smi_fast::rotate_", rotate_, qkv, *block.q_bias, *rotation, half);
+  const Tensor none = torch::stable::new_zeros(qkv, {qkv.size(3) * qkv.size(4)});
+  recorded("smi_fast::attend_", attend_, qkv, none, attended);
+}
+
+// Writes the gradient of qkv before its bias into d_qkv, given that of the attention's output.
+void attend_block_backward(const Block& block, const Tensor& grad, const Tensor& qkv,
+                           const Tensor* rotation, bool half, const Tensor& d_qkv) {
+  if (!rotation) {
+    recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, *block.q_bias, d_qkv);
+    return;
+  }
+  const Tensor none = torch::stable::new_zeros(qkv, {qkv.size(3) * qkv.size(4)});
+  recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, none, d_qkv);
+  const Tensor parts = torch::stable::view(d_qkv, {qkv.size(0), qkv.size(1), 3, qkv.size(3), -1});
+  recorded("smi_fast::rotate_backward_", rotate_backward_, parts, 2, *rotation, half);
+}
+
+// The gradient of fc1's output, given that of the hidden layer, and what activate() saved.
+Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tensor& derivative) {
+  if (!is_gated(block)) {
+    recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
+    return d_hidden;
+  }
+  const Tensor d_x = torch::stable::empty_like(derivative);
+  recorded("smi_fast::swiglu_backward_", swiglu_backward_, d_hidden, derivative, d_x);
+  return d_x;
+}
+
+// Runs the blocks on the residual stream x [rows, D] in place. A third eps of each block is that of
+// a LayerNorm in front of fc2. With `saves`, returns what backward needs of each block:
+// - qkv [B, N, 3, H, D/H];
+// - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
+// - normalized [rows, F] and rstd [rows] of the third LayerNorm, if there is one.
+// The last tensor returned is the output of the last fc2. It is not yet added to x, and neither is
+// its bias.
+std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
+                        const std::vector<Tensor>& packed, int64_t packed_rows,
+                        const std::vector<Tensor>& normalized, const std::vector<double>& eps,
+                        const Tensor& attended, const Tensor& hidden, bool saves,
+                        const Rotary& rotary) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
-  STD_TORCH_CHECK(!blocks.empty() && eps.size() == 2 * blocks.size(),
-                  "expected at least one block, and two eps for each");
+  STD_TORCH_CHECK(!blocks.empty() && eps.size() % blocks.size() == 0,
+                  "expected at least one block, and two or three eps for each");
   const std::vector<int64_t> qkv_shape{attended.size(0), attended.size(1), 3, attended.size(2),
                                        attended.size(3)};
   const Tensor attended_rows = torch::stable::view(
@@ -91,44 +147,96 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
   std::vector<Tensor> saved;
   std::optional<Tensor> added, bias;
   const double* own_eps = eps.data();
-  for (const Block& block : blocks) {
+  const size_t eps_count = eps.size() / blocks.size();
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const Block& block = blocks[i];
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, bias, own_eps[0],
              *block.to_attention, *block.attention_rstd);
     const Tensor qkv = torch::stable::view(block.qkv.forward(*block.to_attention), qkv_shape);
-    recorded("smi_fast::attend_", attend_, qkv, *block.q_bias, attended);
+    attend_block(block, qkv, rotary.of(i), rotary.half, attended);
     added = block.proj.forward(attended_rows);
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, std::optional(*block.proj_bias),
              own_eps[1], *block.to_mlp, *block.mlp_rstd);
     const Tensor derivative = block.fc1.forward(*block.to_mlp);
-    recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden);
-    added = block.fc2.forward(hidden);
-    bias = *block.fc2_bias;
+    if (is_gated(block)) {
+      recorded("smi_fast::swiglu_", swiglu_, derivative, *block.fc1_bias, hidden);
+    } else {
+      recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden);
+    }
     if (saves) saved.insert(saved.end(), {qkv, derivative});
-    own_eps += 2;
+    if (eps_count == 3) {
+      const auto [normalized_hidden, rstd] = normalize_hidden(hidden, own_eps[2]);
+      if (saves) saved.insert(saved.end(), {normalized_hidden, rstd});
+      added = block.fc2.forward(normalized_hidden);
+    } else {
+      added = block.fc2.forward(hidden);
+    }
+    bias = *block.fc2_bias;
+    own_eps += eps_count;
   }
   saved.push_back(*added);
   return saved;
 }
 
 // Turns the gradient [rows, D] of the blocks' output into that of their input, in place.
+void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& packed, int64_t packed_rows,
+                  const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
+                  const Tensor& d_qkv, const Rotary& rotary) {
+  const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
+  const size_t count = saved.size() / blocks.size();
+  STD_TORCH_CHECK(saved.size() == count * blocks.size() && (count == 2 || count == 4),
+                  "expected two or four saved tensors for each block");
+  for (size_t i = blocks.size(); i-- > 0;) {
+    const Block& block = blocks[i];
+    const Tensor &qkv = saved[count * i], &derivative = saved[count * i + 1];
+    Tensor d_hidden = block.fc2.backward(gradient);
+    if (count == 4) {
+      d_hidden = normalize_hidden_backward(d_hidden, saved[4 * i + 2], saved[4 * i + 3]);
+    }
+    const Tensor d_fc1 = activate_backward(block, d_hidden, derivative);
+    recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
+             block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd);
+    attend_block_backward(block, block.proj.backward(gradient), qkv, rotary.of(i), rotary.half,
+                          d_qkv);
+    recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
+             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd);
+  }
+}
+
+std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& packed, int64_t packed_rows,
+                                const std::vector<Tensor>& normalized,
+                                const std::vector<double>& eps, Tensor attended, Tensor hidden,
+                                bool saves) {
+  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {});
+}
+
 void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
                           const std::vector<Tensor>& packed, int64_t packed_rows,
                           const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
                           Tensor d_qkv) {
-  const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
-  STD_TORCH_CHECK(saved.size() == 2 * blocks.size(), "expected two saved tensors for each block");
-  for (size_t i = blocks.size(); i-- > 0;) {
-    const Block& block = blocks[i];
-    const Tensor &qkv = saved[2 * i], &derivative = saved[2 * i + 1];
-    const Tensor d_hidden = block.fc2.backward(gradient);
-    recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
-    recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.fc1.backward(d_hidden), *block.to_mlp, *block.mlp_rstd);
-    recorded("smi_fast::attend_backward_", attend_backward_, block.proj.backward(gradient), qkv,
-             *block.q_bias, d_qkv);
-    recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd);
-  }
+  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {});
+}
+
+// The same with rotary positions, of each block.
+std::vector<Tensor> run_rotary_blocks_(Tensor x, const std::vector<Tensor>& weights,
+                                       const std::vector<Tensor>& packed, int64_t packed_rows,
+                                       const std::vector<Tensor>& normalized,
+                                       const std::vector<double>& eps, Tensor attended,
+                                       Tensor hidden, bool saves,
+                                       const std::vector<Tensor>& rotations, bool half) {
+  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves,
+             {&rotations, half});
+}
+
+void run_rotary_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& packed, int64_t packed_rows,
+                                 const std::vector<Tensor>& normalized,
+                                 const std::vector<Tensor>& saved, Tensor d_qkv,
+                                 const std::vector<Tensor>& rotations, bool half) {
+  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv,
+               {&rotations, half});
 }
 
 }  // namespace
@@ -138,6 +246,8 @@ void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CompositeExplicitAutograd, m) {
   m.impl("run_blocks_", TORCH_BOX(&run_blocks_));
   m.impl("run_blocks_backward_", TORCH_BOX(&run_blocks_backward_));
+  m.impl("run_rotary_blocks_", TORCH_BOX(&run_rotary_blocks_));
+  m.impl("run_rotary_blocks_backward_", TORCH_BOX(&run_rotary_blocks_backward_));
 }
 
 }  // namespace smi_fast

@@ -55,6 +55,7 @@ void add(const Tensor& to, const Tensor& terms) {
 // The weights by name, in the order of the list from smi_fast.engine.
 struct Weights {
   const Tensor &to_q, &to_kv, &proj, &fc1, &fc2, &q_bias, &proj_bias, &fc1_bias, &fc2_bias;
+  const Tensor* k_bias;  // with rotary positions
 
   explicit Weights(const std::vector<Tensor>& w)
       : to_q(w.at(0)),
@@ -65,16 +66,23 @@ struct Weights {
         q_bias(w.at(5)),
         proj_bias(w.at(6)),
         fc1_bias(w.at(7)),
-        fc2_bias(w.at(8)) {}
+        fc2_bias(w.at(8)),
+        k_bias(w.size() > 9 ? &w[9] : nullptr) {}
+
+  // Whether the MLP has SwiGLU in place of GELU.
+  bool gated() const { return fc1.size(0) == 2 * fc2.size(1); }
 };
 
 // Returns, in this order:
 // - the first R rows [B, R, D] after the block;
 // - their attention probabilities [B, H, R, N];
 // - for backward: normalized and rstd of the LayerNorm before attention, q, kv, normalized and rstd
-//   of the LayerNorm before the MLP, and the derivative of GELU.
-std::vector<Tensor> last_block_rows(const Tensor& tokens_any, const std::vector<Tensor>& weights,
-                                    const std::vector<double>& eps, int64_t heads, int64_t rows) {
+//   of the LayerNorm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of
+//   a LayerNorm in front of fc2, which a third eps asks for.
+// A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
+std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& weights,
+                        const std::vector<double>& eps, int64_t heads, int64_t rows,
+                        const Tensor* rotation, bool half) {
   const Weights w(weights);
   const Tensor tokens = as_contiguous(tokens_any);
   const int64_t batch = tokens.size(0), count = tokens.size(1), width = tokens.size(2);
@@ -88,6 +96,7 @@ std::vector<Tensor> last_block_rows(const Tensor& tokens_any, const std::vector<
   const Tensor q =
       view(linear(first_of(normalized, batch, rows), w.to_q), {batch, rows, attention});
   const Tensor kv = view(linear(normalized, w.to_kv), {batch, count, 2, heads, attention / heads});
+  if (rotation) recorded("smi_fast::rotate_", rotate_, kv, *w.k_bias, *rotation, half);
   const auto [attended, probabilities] =
       recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv);
 
@@ -96,25 +105,45 @@ std::vector<Tensor> last_block_rows(const Tensor& tokens_any, const std::vector<
   const Tensor to_mlp = empty_like(y), mlp_rstd = new_empty(y, {batch * rows});
   recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
            std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd);
-  const Tensor derivative = linear(to_mlp, w.fc1), hidden = empty_like(derivative);
-  recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
-  add(y, linear(hidden, w.fc2));
+  const Tensor derivative = linear(to_mlp, w.fc1);
+  const Tensor hidden = new_empty(derivative, {batch * rows, w.fc2.size(1)});
+  if (w.gated()) {
+    recorded("smi_fast::swiglu_", swiglu_, derivative, w.fc1_bias, hidden);
+  } else {
+    recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
+  }
+  std::optional<std::tuple<Tensor, Tensor>> normed;
+  if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2]);
+  add(y, linear(normed ? std::get<0>(*normed) : hidden, w.fc2));
   add(y, w.fc2_bias);
-  return {view(y, {batch, rows, width}),
-          probabilities,
-          normalized,
-          rstd,
-          q,
-          kv,
-          to_mlp,
-          mlp_rstd,
-          derivative};
+  std::vector<Tensor> result{view(y, {batch, rows, width}),
+                             probabilities,
+                             normalized,
+                             rstd,
+                             q,
+                             kv,
+                             to_mlp,
+                             mlp_rstd,
+                             derivative};
+  if (normed) result.insert(result.end(), {std::get<0>(*normed), std::get<1>(*normed)});
+  return result;
+}
+
+// The gradient of fc1's output, given that of the hidden layer and what run() saved.
+Tensor activate_backward(const Weights& w, const Tensor& d_hidden, const Tensor& derivative) {
+  if (!w.gated()) {
+    recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
+    return d_hidden;
+  }
+  const Tensor d_x = empty_like(derivative);
+  recorded("smi_fast::swiglu_backward_", swiglu_backward_, d_hidden, derivative, d_x);
+  return d_x;
 }
 
 // Gradient [B, N, D] of the tokens, given that of their first R rows after the block. `saved` is
-// the result of last_block_rows() without its first tensor.
-Tensor last_block_rows_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
-                                const std::vector<Tensor>& saved) {
+// the result of run() without its first tensor.
+Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& saved, const Tensor* rotation, bool half) {
   const Weights w(weights);
   const Tensor &probabilities = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
   const Tensor &q = saved.at(3), &kv = saved.at(4), &to_mlp = saved.at(5);
@@ -124,13 +153,17 @@ Tensor last_block_rows_backward(const Tensor& grad_any, const std::vector<Tensor
 
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
-  const Tensor d_hidden = matmul(gradient, w.fc2);
-  recorded("smi_fast::multiply_", multiply_, d_hidden, derivative);
-  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, matmul(d_hidden, w.fc1),
+  Tensor d_hidden = matmul(gradient, w.fc2);
+  if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9]);
+  const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, matmul(d_fc1, w.fc1),
            to_mlp, mlp_rstd);
   const Tensor d_attended = view(matmul(gradient, w.proj), q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
                                     d_attended, q, w.q_bias, kv, probabilities);
+  if (rotation) {
+    recorded("smi_fast::rotate_backward_", rotate_backward_, d_kv, 1, *rotation, half);
+  }
 
   const Tensor d_normalized = matmul(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
   for_each_of_first(d_normalized, matmul(view(d_q, {-1, attention}), w.to_q), batch,
@@ -142,11 +175,36 @@ Tensor last_block_rows_backward(const Tensor& grad_any, const std::vector<Tensor
   return view(result, {batch, count, width});
 }
 
+std::vector<Tensor> last_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
+                                    const std::vector<double>& eps, int64_t heads, int64_t rows) {
+  return run(tokens, weights, eps, heads, rows, nullptr, false);
+}
+
+Tensor last_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& saved) {
+  return run_backward(grad, weights, saved, nullptr, false);
+}
+
+// The same with rotary positions.
+std::vector<Tensor> last_rotary_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
+                                           const std::vector<double>& eps, int64_t heads,
+                                           int64_t rows, const Tensor& rotation, bool half) {
+  return run(tokens, weights, eps, heads, rows, &rotation, half);
+}
+
+Tensor last_rotary_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
+                                       const std::vector<Tensor>& saved, const Tensor& rotation,
+                                       bool half) {
+  return run_backward(grad, weights, saved, &rotation, half);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(smi_fast, CPU, m) {
   m.impl("last_block_rows", TORCH_BOX(&last_block_rows));
   m.impl("last_block_rows_backward", TORCH_BOX(&last_block_rows_backward));
+  m.impl("last_rotary_block_rows", TORCH_BOX(&last_rotary_block_rows));
+  m.impl("last_rotary_block_rows_backward", TORCH_BOX(&last_rotary_block_rows_backward));
 }
 
 }  // namespace smi_fast

@@ -11,17 +11,6 @@
 #include "isa_dispatch.h"
 
 namespace smi_fast {
-namespace {
-
-// The data of a contiguous tensor of `count` elements.
-template <typename T>
-T* data_of(const Tensor& tensor, int64_t count) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "expected ", count,
-                  " contiguous elements, got ", tensor.numel());
-  return tensor.mutable_data_ptr<T>();
-}
-
-}  // namespace
 
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd) {
@@ -57,6 +46,20 @@ void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& norm
       kernel(row + i * width, d + i * width, output + i * width, scale[i], width);
     });
   });
+}
+
+std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps) {
+  const Tensor normalized = torch::stable::empty_like(hidden);
+  const Tensor rstd = torch::stable::new_empty(hidden, {hidden.size(0)});
+  recorded("smi_fast::add_normalize_", add_normalize_, hidden, std::nullopt, std::nullopt, eps,
+           normalized, rstd);
+  return {normalized, rstd};
+}
+
+Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd) {
+  const Tensor gradient = torch::stable::new_zeros(grad, grad.sizes());
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd);
+  return gradient;
 }
 
 void gelu_(Tensor x, const Tensor& bias, Tensor out) {

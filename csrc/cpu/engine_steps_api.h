@@ -9,13 +9,30 @@
 
 namespace smi_fast {
 
-// Defined in engine_steps.cpp, gather_attention.cpp and engine_row_attention.cpp.
+// The data of a contiguous tensor of `count` elements.
+template <typename T>
+T* data_of(const Tensor& tensor, int64_t count) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "expected ", count,
+                  " contiguous elements, got ", tensor.numel());
+  return tensor.mutable_data_ptr<T>();
+}
+
+// Defined in engine_steps.cpp, engine_eva_steps.cpp, gather_attention.cpp and
+// engine_row_attention.cpp.
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd);
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
                          const Tensor& rstd);
 void gelu_(Tensor x, const Tensor& bias, Tensor out);
 void multiply_(Tensor x, const Tensor& factors);
+void rotate_(Tensor x, const Tensor& bias, const Tensor& rotation, bool half);
+void rotate_backward_(Tensor gradient, int64_t parts, const Tensor& rotation, bool half);
+void swiglu_(Tensor x, const Tensor& bias, Tensor out);
+void swiglu_backward_(const Tensor& grad, const Tensor& factors, Tensor d_x);
+// LayerNorm of the MLP's hidden layer [rows, F]: normalized [rows, F] and rstd [rows].
+std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps);
+// The gradient of the hidden layer, given that of normalized.
+Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd);
 void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out);
 void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv);
 std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv);

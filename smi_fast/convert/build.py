@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import LayerNorm, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Mlp, VisionTransformer
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from smi_fast.teacher import UnsupportedTeacher
 TOLERANCE = 1e-4
 
 Weights = dict[str, Tensor]
+Vit = TypeVar("Vit", VisionTransformer, Eva)
 
 
 def class_of(model: object, library: str) -> str:
@@ -132,19 +134,27 @@ def build(
         weight_init="skip",
         device="meta",
     )
+    return loaded(vit, weights)
+
+
+def loaded(vit: Vit, weights: Weights) -> Vit:
+    """A timm module with copies of these weights, in eval mode.
+
+    Raises:
+        UnsupportedTeacher: a weight that the module doesn't have, or lacks.
+    """
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
         vit.load_state_dict(copies, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).partition(":")[2].split())
         raise UnsupportedTeacher(f"the weights aren't those of a plain ViT: {reason}") from None
-    converted: VisionTransformer = vit.eval()
-    return converted
+    return vit.eval()
 
 
 def prove(
     original: nn.Module,
-    converted: VisionTransformer,
+    converted: VisionTransformer | Eva,
     output: Callable[[Any, Tensor], Tensor] = lambda model, images: model(images),
 ) -> None:
     """Compare the outputs of a model and of its conversion for two random images.
@@ -177,7 +187,9 @@ def prove(
 
 @torch.no_grad()
 def _difference(
-    original: nn.Module, converted: VisionTransformer, output: Callable[[Any, Tensor], Tensor]
+    original: nn.Module,
+    converted: VisionTransformer | Eva,
+    output: Callable[[Any, Tensor], Tensor],
 ) -> float:
     """The largest difference of the outputs over the largest output."""
     weight, embed = converted.patch_embed.proj.weight, converted.patch_embed

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.convert.build import Weights, build, class_of, one_eps, prove, renamed, stacked
+from smi_fast.convert.dinov3 import dinov3
 from smi_fast.teacher import UnsupportedTeacher
 
 
@@ -60,6 +62,7 @@ _KINDS = {
     "DeiTForImageClassificationWithTeacher": Kind(_logits),
     "Dinov2Model": Kind(_class_token),
     "Dinov2WithRegistersModel": Kind(_class_token),
+    "DINOv3ViTModel": Kind(_class_token),
     "CLIPVisionModel": Kind(_pooled),
     "CLIPVisionTransformer": Kind(_pooled),
     "CLIPVisionModelWithProjection": Kind(_embeds),
@@ -115,16 +118,18 @@ _RULES = (
 
 def from_huggingface(
     model: nn.Module, *, image_size: int | tuple[int, int] | None = None
-) -> VisionTransformer:
-    """Convert a ViT of transformers into a timm ``VisionTransformer`` that computes the same.
+) -> VisionTransformer | Eva:
+    """Convert a ViT of transformers into a timm module that computes the same.
+
+    It is a ``VisionTransformer``, or of DINOv3 an ``Eva``.
 
     The new module has copies of the weights, in eval mode; the model stays unchanged. The two are
     compared on random images. The output is that of the model's head, or for an encoder an
     embedding [B, D]:
 
     - of ``…ForImageClassification…``, the logits;
-    - of ``ViTModel``, ``DeiTModel`` and ``Dinov2…Model``, the normalised class token
-      ``last_hidden_state[:, 0]``, without the pooler that ``ViTModel`` may have;
+    - of ``ViTModel``, ``DeiTModel``, ``Dinov2…Model`` and ``DINOv3ViTModel``, the normalised class
+      token ``last_hidden_state[:, 0]``, without the pooler that ``ViTModel`` may have;
     - of ``CLIPVisionModel`` and ``SiglipVisionModel``, ``pooler_output``;
     - of ``CLIPVisionModelWithProjection``, ``image_embeds``, not normalised.
 
@@ -139,12 +144,12 @@ def from_huggingface(
     Args:
         model: ``ViTModel``, ``ViTForImageClassification``, ``DeiTModel``,
             ``DeiTForImageClassification``, ``DeiTForImageClassificationWithTeacher``,
-            ``Dinov2Model``, ``Dinov2WithRegistersModel``, ``CLIPVisionModel``,
-            ``CLIPVisionModelWithProjection``, ``SiglipVisionModel`` or
+            ``Dinov2Model``, ``Dinov2WithRegistersModel``, ``DINOv3ViTModel``,
+            ``CLIPVisionModel``, ``CLIPVisionModelWithProjection``, ``SiglipVisionModel`` or
             ``SiglipForImageClassification``.
         image_size: pixels of a side, or (height, width); None for that of the model's
             configuration. Position embeddings of another size are those that the model itself
-            interpolates.
+            interpolates; rotary ones need none.
 
     Raises:
         UnsupportedTeacher: another class, or a model that timm's modules can't compute to a
@@ -157,11 +162,15 @@ def from_huggingface(
     kind, config = _KINDS[name], _vision_config(model)
     if kind.pool == "map" and not getattr(config, "vision_use_head", True):
         raise UnsupportedTeacher(f"{name} without its head has no embedding of an image")
+    own, size = _pair(config.image_size), _pair(image_size or config.image_size)
+    if name == "DINOv3ViTModel":
+        encoder = dinov3(model, size)
+        prove(model, encoder, lambda own, images: kind.output(own(pixel_values=images)))
+        return encoder
     if config.hidden_act not in _ACTIVATIONS:
         raise UnsupportedTeacher(
             f"expected {name} with hidden_act {', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}"
         )
-    own, size = _pair(config.image_size), _pair(image_size or config.image_size)
     weights = _weights(model, kind)
     options: dict[str, bool] = {}
     if size != own:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from smi_fast.engine.cpu import CpuEngine
+from smi_fast.engine.cpu import CpuEngine, Rotations
 from smi_fast.ops import backends
 
 
@@ -31,10 +31,15 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Forget what was derived from the weights."""
 
-    def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""
+    def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
+        """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one.
 
-    def last_block_rows(self, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        ``rotations`` are those of all blocks, of the last tokens [B, K, 1 or H, 2d], or None.
+        """
+
+    def last_block_rows(
+        self, tokens: Tensor, rows: int, rotations: Rotations = None
+    ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the last block, and their attention probabilities
         [B, H, R, N], which have no gradient.
         """

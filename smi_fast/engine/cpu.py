@@ -1,7 +1,7 @@
 """The CPU engine: frozen blocks at little more than the cost of their GEMMs.
 
 - LayerNorm's affine part and LayerScale are folded into the weights.
-- Attention and GELU read the output of one GEMM and write the input of the next.
+- Attention, GELU and SwiGLU read the output of one GEMM and write the input of the next.
 - The residual add is fused into the next LayerNorm.
 - Only tokens have a gradient; backward needs six arrays of each block.
 - Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
@@ -13,19 +13,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
-from smi_fast.engine.folding import FoldedBlock, foldable
-from smi_fast.ops import backends
+from smi_fast.engine.folding import FoldedBlock, foldable, has_eva_steps, has_mlp_norm
+from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
 _run_blocks = torch.ops.smi_fast.run_blocks_.default
 _run_blocks_backward = torch.ops.smi_fast.run_blocks_backward_.default
 _last_block_rows = torch.ops.smi_fast.last_block_rows.default
 _last_block_rows_backward = torch.ops.smi_fast.last_block_rows_backward.default
+_run_rotary_blocks = torch.ops.smi_fast.run_rotary_blocks_.default
+_run_rotary_blocks_backward = torch.ops.smi_fast.run_rotary_blocks_backward_.default
+_last_rotary_block_rows = torch.ops.smi_fast.last_rotary_block_rows.default
+_last_rotary_block_rows_backward = torch.ops.smi_fast.last_rotary_block_rows_backward.default
+
+# The rotation of patches in each block, see smi_fast.teacher.rotary.rotations; None without any.
+Rotations = Sequence[Tensor] | None
+# Rotations as the ops take them, and whether they pair the channels of two halves; or nothing.
+Turns = tuple[()] | tuple[list[Tensor], bool]
 
 _CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
@@ -49,7 +57,8 @@ class CpuEngine:
 
     def __init__(self, blocks: nn.Sequential) -> None:
         self._blocks = list(blocks)
-        self._unfoldable = next((i for i, block in enumerate(blocks) if not foldable(block)), None)
+        self._unfoldable = _first_unfoldable(self._blocks)
+        self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
         self._names = [
             (module, name)
             for module in blocks.modules()
@@ -58,30 +67,37 @@ class CpuEngine:
         ]
         self._state: list[object] = []
         self._held: list[Tensor] = []
-        self._runs: dict[tuple[int, int], FoldedRun] = {}
-        self._last: dict[int, LastBlock] = {}
+        self._runs: dict[tuple[int, int, bool], FoldedRun] = {}
+        self._last: dict[tuple[int, bool], LastBlock] = {}
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
         if self._unfoldable is not None:
-            return f"blocks.{self._unfoldable} has more than LayerNorm, GELU and LayerScale"
-        return backends.by_name(self.backend).why_not("gather_attention", device, dtype)
+            return f"blocks.{self._unfoldable} has more than LayerNorm, GELU, SwiGLU and LayerScale"
+        reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
+        if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
+            return "the C++ kernels are of an older version, without the steps of Eva: build anew"
+        return reason
 
-    def run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+    def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""
         self._follow_weights()
-        if (start, stop) not in self._runs:
-            self._runs[start, stop] = FoldedRun(self._blocks[start:stop])
-        return self._runs[start, stop](tokens)
+        key = start, stop, rotations is not None
+        if key not in self._runs:
+            self._runs[key] = FoldedRun(self._blocks[start:stop], rotary=rotations is not None)
+        return self._runs[key](tokens, None if rotations is None else rotations[start:stop])
 
-    def last_block_rows(self, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def last_block_rows(
+        self, tokens: Tensor, rows: int, rotations: Rotations = None
+    ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the last block, and their attention probabilities
         [B, H, R, N], which have no gradient.
         """
         self._follow_weights()
-        if rows not in self._last:
-            self._last[rows] = LastBlock(self._blocks[-1], rows)
-        return self._last[rows](tokens)
+        key = rows, rotations is not None
+        if key not in self._last:
+            self._last[key] = LastBlock(self._blocks[-1], rows, rotary=rotations is not None)
+        return self._last[key](tokens, None if rotations is None else rotations[-1])
 
     def refresh(self) -> None:
         """Forget what was folded."""
@@ -107,30 +123,45 @@ class CpuEngine:
             self._held = [weight.detach() for weight in weights]
 
 
+def _first_unfoldable(blocks: list[Any]) -> int | None:
+    """The first block that can't be folded, or can't run with the first one.
+
+    The MLPs of one run all have a norm of their own, or none.
+    """
+    for index, block in enumerate(blocks):
+        if not foldable(block) or has_mlp_norm(block.mlp) != has_mlp_norm(blocks[0].mlp):
+            return index
+    return None
+
+
 class FoldedRun:
     """Consecutive blocks as one autograd function of their tokens.
 
     Args:
         blocks: one or more that are :func:`smi_fast.engine.folding.foldable`, frozen, on the CPU.
+        rotary: whether queries and keys are rotated.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], rotary: bool = False) -> None:
         self.blocks = [FoldedBlock.of(block) for block in blocks]
         self.free: _Buffers | None = None
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.weights = [
             tensor
             for block in self.blocks
-            for matrix, bias in zip(_matrices(block), _biases(block), strict=True)
+            for matrix, bias in zip(_matrices(block), _biases(block, rotary), strict=True)
             for tensor in (matrix, matrix.T, bias)
         ]
         self.packed: list[Tensor] = []
         self.packed_rows = 0
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, N, D] after the blocks."""
+    def __call__(self, tokens: Tensor, rotations: Rotations = None) -> Tensor:
+        """Tokens [B, N, D] after the blocks, with the rotation of each where these are rotary."""
         saves = torch.is_grad_enabled() and tokens.requires_grad
-        result: Tensor = _RunBlocks.apply(tokens, self, saves)
+        turns: Turns = ()
+        if rotations is not None:
+            turns = [_like(rotation, tokens) for rotation in rotations], self.blocks[0].half
+        result: Tensor = _RunBlocks.apply(tokens, self, saves, turns)
         return result
 
     @property
@@ -183,7 +214,7 @@ class _Buffers:
         for _ in blocks[1:]:
             self.normalized += two_layer_norms() if saves else shared
         self.attended = new(batch, tokens, heads, width // heads)
-        self.hidden = new(rows, len(first.fc1_bias))
+        self.hidden = new(rows, first.fc2.shape[1])
         self.d_qkv = new(rows, 3 * width)
 
 
@@ -201,31 +232,38 @@ def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
     return block.qkv, block.proj, block.fc1, block.fc2
 
 
-def _biases(block: FoldedBlock) -> tuple[Tensor, ...]:
-    return block.q_bias, block.proj_bias, block.fc1_bias, block.fc2_bias
+def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
+    return block.query_bias(rotary), block.proj_bias, block.fc1_bias, block.fc2_bias
+
+
+def _like(rotation: Tensor, tokens: Tensor) -> Tensor:
+    return rotation.to(tokens.dtype).contiguous()
 
 
 class _RunBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, run: FoldedRun, saves: bool) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, run: FoldedRun, saves: bool, turns: Turns) -> Tensor:
         lease = run.acquire(tokens.shape[0], tokens.shape[1], saves)
         result, buffers = tokens.clone(memory_format=torch.contiguous_format), lease.buffers
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
-        *saved, added = _run_blocks(x, *run.weights_for_gemm, *memory, saves)
+        run_blocks = _run_rotary_blocks if turns else _run_blocks
+        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *turns)
         x += added
         x += run.blocks[-1].fc2_bias
-        ctx.run, ctx.lease = run, lease
+        ctx.run, ctx.lease, ctx.turns = run, lease, turns
         ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         result, buffers = grad.clone(memory_format=torch.contiguous_format), ctx.lease.buffers
         memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
-        _run_blocks_backward(result.flatten(0, 1), *ctx.run.weights_for_gemm, *memory)
-        return result, None, None
+        run_blocks_backward = _run_rotary_blocks_backward if ctx.turns else _run_blocks_backward
+        weights = ctx.run.weights_for_gemm
+        run_blocks_backward(result.flatten(0, 1), *weights, *memory, *ctx.turns)
+        return result, None, None, None
 
 
 class LastBlock:
@@ -233,28 +271,36 @@ class LastBlock:
 
     Args:
         block: one that is :func:`smi_fast.engine.folding.foldable`, frozen, on the CPU.
-        rows: R, at least one.
+        rows: R, at least one; with ``rotary`` at most the number of prefix tokens.
+        rotary: whether the queries and keys of patches are rotated.
     """
 
-    def __init__(self, block: Block, rows: int) -> None:
+    def __init__(self, block: nn.Module, rows: int, rotary: bool = False) -> None:
         folded = FoldedBlock.of(block)
         to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
-        self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded)]
-        self.options = (folded.eps, folded.heads, rows)
+        self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
+        self.weights += [folded.k_bias] if rotary else []
+        self.options, self.half = (folded.eps, folded.heads, rows), folded.half
 
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, tokens: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] of the block's output for tokens [B, N, D], and their attention
         probabilities [B, H, R, N], which have no gradient.
         """
-        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self)
+        turn: tuple[Any, ...] = ()
+        if rotation is not None:
+            turn = _like(rotation, tokens), self.half
+        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self, turn)
         return result
 
 
 class _RunLastBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, block: LastBlock) -> tuple[Tensor, Tensor]:
-        result, *saved = _last_block_rows(tokens, block.weights, *block.options)
-        ctx.block = block
+    def forward(
+        ctx: Any, tokens: Tensor, block: LastBlock, turn: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        run = _last_rotary_block_rows if turn else _last_block_rows
+        result, *saved = run(tokens, block.weights, *block.options, *turn)
+        ctx.block, ctx.turn = block, turn
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(saved[0])
         ctx.set_materialize_grads(False)
@@ -262,7 +308,8 @@ class _RunLastBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
-            return None, None
-        return _last_block_rows_backward(grad, ctx.block.weights, ctx.saved_tensors), None
+            return None, None, None
+        run = _last_rotary_block_rows_backward if ctx.turn else _last_block_rows_backward
+        return run(grad, ctx.block.weights, ctx.saved_tensors, *ctx.turn), None, None

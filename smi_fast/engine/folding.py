@@ -6,39 +6,80 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, LayerScale, Mlp
+from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # LayerNorm's affine part is folded only from these, since a subclass may compute something else.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
+_IDLE = (nn.Dropout, nn.Identity)
 _IDLE_OR_SCALE = (nn.Identity, LayerScale)
 
 
 def foldable(block: Any) -> bool:
-    """Whether a block has nothing but linear layers, LayerNorm, GELU and maybe LayerScale.
+    """Whether a block has only linear layers, LayerNorm, GELU or SwiGLU, and maybe LayerScale.
 
-    Subclasses don't count as these, because their own forward would be ignored.
+    It may be one of Eva, whose queries and keys are rotated. Subclasses don't count as these,
+    because their own forward would be ignored.
     """
-    if type(block) is not Block:
+    if type(block) not in (Block, EvaBlock) or not _foldable_mlp(block.mlp):
         return False
-    attention, mlp = block.attn, block.mlp
-    norms = (block.norm1, block.norm2)
-    if type(mlp) is not Mlp or getattr(attention, "gate", None) is not None:
+    attention = block.attn
+    if getattr(attention, "gate", None) is not None:
         return False
-    plain = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
-    idle = (attention.proj_drop, mlp.drop1, mlp.drop2)
-    layers = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+    norms, layers = (block.norm1, block.norm2), (*_qkv_layers(attention), attention.proj)
+    plain = (attention.q_norm, attention.k_norm, attention.norm)
+    scales = () if type(block) is EvaBlock else (block.ls1, block.ls2)
     return (
-        all(type(norm) in _LAYER_NORMS and norm.bias is not None for norm in norms)
+        all(_is_layer_norm(norm) for norm in norms)
         and all(type(module) is nn.Identity for module in plain)
-        and all(type(module) in (nn.Dropout, nn.Identity) for module in idle)
+        and type(attention.proj_drop) in _IDLE
         and all(is_plain(layer, nn.Linear) for layer in layers)
-        and type(mlp.act) is nn.GELU
-        and mlp.act.approximate == "none"
-        and all(type(scale) in _IDLE_OR_SCALE for scale in (block.ls1, block.ls2))
+        and len({layer.out_features for layer in layers[:-1]}) == 1  # k and v have as many heads
+        and all(type(scale) in _IDLE_OR_SCALE for scale in scales)
     )
+
+
+def has_eva_steps(block: Any) -> bool:
+    """Whether a block may have what Eva has: rotary positions, SwiGLU, or a norm in the MLP."""
+    return type(block) is EvaBlock or type(block.mlp) is not Mlp or has_mlp_norm(block.mlp)
+
+
+def has_mlp_norm(mlp: Any) -> bool:
+    """Whether an MLP has a norm in front of its second layer."""
+    return type(mlp.norm) is not nn.Identity
+
+
+def _is_layer_norm(norm: Any) -> bool:
+    return type(norm) in _LAYER_NORMS and norm.bias is not None
+
+
+def _foldable_mlp(mlp: Any) -> bool:
+    if type(mlp) is Mlp:
+        known = type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+    elif type(mlp) is GluMlp:
+        known = type(mlp.act) is nn.SiLU and not mlp.gate_last and mlp.chunk_dim == -1
+    else:
+        known = type(mlp) is SwiGLU and type(mlp.act) is nn.SiLU
+    return (
+        known
+        and (not has_mlp_norm(mlp) or _is_layer_norm(mlp.norm))
+        and all(type(module) in _IDLE for module in (mlp.drop1, mlp.drop2))
+        and all(is_plain(layer, nn.Linear) for layer in (*_fc1_layers(mlp), mlp.fc2))
+    )
+
+
+def _qkv_layers(attention: Any) -> tuple[Any, ...]:
+    if attention.qkv is not None:
+        return (attention.qkv,)
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _fc1_layers(mlp: Any) -> tuple[Any, ...]:
+    """The first layer, or with SwiGLU maybe two: that of the gate, and that of its input."""
+    return (mlp.fc1_g, mlp.fc1_x) if type(mlp) is SwiGLU else (mlp.fc1,)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -57,52 +98,67 @@ class FoldedBlock:
     """Weights of one block after folding, for D channels, attention width A and MLP width F.
 
     Attributes:
-        qkv: [3A, D]. The bias of k cancels in the softmax. The bias of v passes through attention
-            unchanged, so ``proj_bias`` contains it.
+        qkv: [3A, D]. The bias of v passes through attention unchanged, so ``proj_bias`` contains
+            it.
         q_bias: [A].
+        k_bias: [A]. It cancels in the softmax, unless keys are rotated.
         proj: [D, A].
         proj_bias: [D].
-        fc1: [F, D].
-        fc1_bias: [F].
+        fc1: [F, D], or of SwiGLU [2F, D], the rows of the gate first.
+        fc1_bias: [F] or [2F].
         fc2: [D, F].
         fc2_bias: [D].
-        eps: of the two LayerNorms.
+        eps: of the two LayerNorms, and of a third one in front of fc2, if there is one.
         heads: number of attention heads.
+        half: whether rotary positions pair the channels of two halves, or neighbours.
     """
 
     qkv: Tensor
     q_bias: Tensor
+    k_bias: Tensor
     proj: Tensor
     proj_bias: Tensor
     fc1: Tensor
     fc1_bias: Tensor
     fc2: Tensor
     fc2_bias: Tensor
-    eps: tuple[float, float]
+    eps: tuple[float, ...]
     heads: int
+    half: bool
 
     @classmethod
     @torch.no_grad()
-    def of(cls, block: Block) -> FoldedBlock:
+    def of(cls, block: Any) -> FoldedBlock:
         """Fold a :func:`foldable` block. Weights that folding doesn't change are shared."""
         attention, mlp = block.attn, block.mlp
-        qkv, qkv_bias = _after_norm(attention.qkv, block.norm1)
-        q_bias, _, v_bias = qkv_bias.chunk(3)
-        proj, proj_bias = _before_scale(attention.proj, block.ls1, v_bias)
-        fc1, fc1_bias = _after_norm(mlp.fc1, block.norm2)
-        fc2, fc2_bias = _before_scale(mlp.fc2, block.ls2)
+        scale1, scale2 = _scales(block)
+        qkv, qkv_bias = _after_norm(*_joined_qkv(attention), block.norm1)
+        q_bias, k_bias, v_bias = (bias.contiguous() for bias in qkv_bias.chunk(3))
+        proj, proj_bias = _before_scale(*_after_constant(attention.proj, v_bias), scale1)
+        fc1, fc1_bias = _after_norm(*_joined(_fc1_layers(mlp)), block.norm2)
+        fc2, fc2_bias, eps = mlp.fc2.weight, _bias(mlp.fc2), [block.norm1.eps, block.norm2.eps]
+        if has_mlp_norm(mlp):
+            fc2, fc2_bias = _after_norm(fc2, fc2_bias, mlp.norm)
+            eps.append(mlp.norm.eps)
+        fc2, fc2_bias = _before_scale(fc2, fc2_bias, scale2)
         return cls(
             qkv,
-            q_bias.contiguous(),
+            q_bias,
+            k_bias,
             proj.contiguous(),
             proj_bias,
             fc1,
             fc1_bias,
             fc2.contiguous(),
             fc2_bias,
-            (block.norm1.eps, block.norm2.eps),
+            tuple(eps),
             attention.num_heads,
+            bool(getattr(attention, "rotate_half", False)),
         )
+
+    def query_bias(self, rotary: bool) -> Tensor:
+        """The bias that attention adds: of queries [A], with rotary positions of keys too [2A]."""
+        return torch.cat([self.q_bias, self.k_bias]) if rotary else self.q_bias
 
 
 def _bias(linear: nn.Linear) -> Tensor:
@@ -110,22 +166,39 @@ def _bias(linear: nn.Linear) -> Tensor:
     return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
-def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer that follows the norm, with the norm's affine part folded in."""
-    return linear.weight * norm.weight, _bias(linear) + linear.weight @ norm.bias
+def _joined(layers: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of layers with the same input, one after the other."""
+    if len(layers) == 1:
+        return layers[0].weight, _bias(layers[0])
+    return torch.cat([layer.weight for layer in layers]), torch.cat([_bias(x) for x in layers])
 
 
-def _before_scale(
-    linear: nn.Linear, scale: nn.Module, extra: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer, with the LayerScale that follows it folded in.
-
-    ``extra`` is a constant that is missing from the layer's input, so the bias gets
-    ``weight @ extra``.
-    """
-    weight, bias = linear.weight, _bias(linear)
-    if extra is not None:
-        bias = bias + weight @ extra
-    if isinstance(scale, LayerScale):
-        weight, bias = scale.gamma[:, None] * weight, scale.gamma * bias
+def _joined_qkv(attention: Any) -> tuple[Tensor, Tensor]:
+    """Weight [3A, D] and bias [3A] of q, k and v. Eva may keep the bias outside of their layer."""
+    weight, bias = _joined(_qkv_layers(attention))
+    if getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     return weight, bias
+
+
+def _scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The factors [D] of LayerScale behind attention and behind the MLP."""
+    if type(block) is EvaBlock:
+        return block.gamma_1, block.gamma_2
+    first, second = (getattr(scale, "gamma", None) for scale in (block.ls1, block.ls2))
+    return first, second
+
+
+def _after_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that follows the norm, with the norm's affine part folded in."""
+    return weight * norm.weight, bias + weight @ norm.bias
+
+
+def _after_constant(linear: nn.Linear, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose input lacks a constant [F]."""
+    return linear.weight, _bias(linear) + linear.weight @ missing
+
+
+def _before_scale(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer, with the LayerScale that follows it folded in."""
+    return (weight, bias) if gamma is None else (gamma[:, None] * weight, gamma * bias)

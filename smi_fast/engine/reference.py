@@ -60,6 +60,58 @@ def multiply_(x: Tensor, factors: Tensor) -> None:
     x *= factors
 
 
+def swiglu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up, where gate, up = (x + bias).chunk(2, 1) and x is [rows, 2F].
+
+    Then x becomes the derivatives there. With s = sigmoid(g), that of silu at g is s + g s (1 - s).
+    """
+    x += bias
+    gate, up = x.chunk(2, dim=1)
+    s = gate.sigmoid()
+    silu = gate * s
+    out.copy_(silu * up)
+    x.copy_(torch.cat([up * (s + silu * (1 - s)), silu], dim=1))
+
+
+def swiglu_backward_(grad: Tensor, factors: Tensor, d_x: Tensor) -> None:
+    """Write the gradient of x + bias in :func:`swiglu_` into d_x [rows, 2F], from that of out.
+
+    ``factors`` is what x has become.
+    """
+    d_x.copy_((factors.unflatten(1, (2, -1)) * grad[:, None]).flatten(1))
+
+
+def rotate_(x: Tensor, bias: Tensor, rotation: Tensor, half: bool) -> None:
+    """Add a bias to queries and keys, or to keys alone, and rotate those of patches.
+
+    Args:
+        x: [B, N, parts, H, D]; with qkv the first two parts change, with k and v the first one.
+        bias: [parts that change, H, D], flat.
+        rotation: of patches, the last K tokens: sines and cosines [B, K, 1 or H, 2D].
+        half: whether channels i and i + D/2 are rotated against each other, or neighbours.
+    """
+    changed = x[:, :, : bias.numel() // x[0, 0, 0].numel()]
+    changed += bias.view(changed.shape[2:])
+    patches = changed[:, x.shape[1] - rotation.shape[1] :]
+    sine, cosine = rotation.unsqueeze(2).chunk(2, dim=-1)
+    patches.copy_(patches * cosine + _turned(patches, half) * sine)
+
+
+def rotate_backward_(gradient: Tensor, parts: int, rotation: Tensor, half: bool) -> None:
+    """Turn the gradient of x after :func:`rotate_` into that before it: rotate it back."""
+    patches = gradient[:, gradient.shape[1] - rotation.shape[1] :, :parts]
+    sine, cosine = rotation.unsqueeze(2).chunk(2, dim=-1)
+    patches.copy_(patches * cosine - _turned(patches * sine, half))
+
+
+def _turned(x: Tensor, half: bool) -> Tensor:
+    """Each pair (a, b) of the last axis as (-b, a)."""
+    if half:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([-b, a], dim=-1)
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
 def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor) -> None:
     """Write the attention of qkv [B, N, 3, H, D] into out; its queries get q_bias [H·D]."""
     out.copy_(gather_attention(_biased(qkv, q_bias), None, None, False)[0].view_as(out))

@@ -17,6 +17,10 @@ _STEPS = {
     ),
     "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
     "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",
+    "swiglu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
+    "swiglu_backward_": "(Tensor grad, Tensor factors, Tensor(a!) d_x) -> ()",
+    "rotate_": "(Tensor(a!) x, Tensor bias, Tensor rotation, bool half) -> ()",
+    "rotate_backward_": ("(Tensor(a!) gradient, int parts, Tensor rotation, bool half) -> ()"),
     "attend_": "(Tensor qkv, Tensor q_bias, Tensor(a!) out) -> ()",
     "attend_backward_": "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv) -> ()",
     "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
@@ -26,7 +30,8 @@ _STEPS = {
     ),
 }
 
-# Whole blocks, or the first rows of the last block. These have kernels in C++ only.
+# Whole blocks, or the first rows of the last block, without rotary positions and with them. These
+# have kernels in C++ only.
 _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
@@ -36,6 +41,23 @@ _BLOCKS = {
     "run_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv) -> ()"
+    ),
+    "run_rotary_blocks_": (
+        "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
+        " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
+        " Tensor[] rotations, bool half) -> Tensor[]"
+    ),
+    "run_rotary_blocks_backward_": (
+        "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor[] rotations, bool half)"
+        " -> ()"
+    ),
+    "last_rotary_block_rows": (
+        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor rotation,"
+        " bool half) -> Tensor[]"
+    ),
+    "last_rotary_block_rows_backward": (
+        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half) -> Tensor"
     ),
     "last_block_rows": (
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"

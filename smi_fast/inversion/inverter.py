@@ -24,8 +24,10 @@ from smi_fast.inversion.inputs import (
 )
 from smi_fast.inversion.loop import Callback, Loop, NonFinite
 from smi_fast.inversion.progress import Progress
+from smi_fast.inversion.ragged import check_ragged
 from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.sizes import at_size, begin, check_sizes, scale_shift
 from smi_fast.inversion.state import InversionState
 from smi_fast.inversion.view_inputs import (
     check_augmented,
@@ -41,7 +43,7 @@ from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
 from smi_fast.ops.grid import patch_mask
 from smi_fast.parametrizations import Fourier, Parametrization
-from smi_fast.schedules import Schedule, Stop, StopSchedule, bound, check, promised
+from smi_fast.schedules import Schedule, Stop, StopSchedule, bound, check, promised, sizes_of
 from smi_fast.teacher import SparseViT
 
 BACKGROUNDS = ("frozen", "regularized")
@@ -170,6 +172,9 @@ class SparseInverter:
             backend=backend,
             graph=graph and _graphs_allowed(),
         )
+        self._sizes = sizes_of(self.schedule, sparse.image_size, sparse.patch_size)
+        check_sizes(self.settings, self._sizes)
+        check_ragged(self.settings, self.schedule)
         self._counts = counts
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -212,9 +217,9 @@ class SparseInverter:
             targets: what the objectives read, a row for each image: class indices [B] or
                 probabilities [B, classes] for :class:`CrossEntropy`; None where none reads them.
             batch: B, the number of images, where there are no targets.
-            init: first images [B, 3, H, W] in normalised space, (pixels - mean) / std; by default
-                the parametrization's own, of ``Pixels`` standard normal noise. Pixels in [0, 1] are
-                taken as they are too, because they may be meant.
+            init: first images [B, 3, H, W] in normalised space, (pixels - mean) / std, of the
+                schedule's first size; by default the parametrization's own, of ``Pixels`` standard
+                normal noise. Pixels in [0, 1] are taken as they are too, because they may be meant.
             jitter: in place of the inverter's: a :class:`Jitter`; or shift int64 [T, 2] in pixels
                 and flip bool [T] of each iteration, for each image [T, B, 2] and [T, B]. With more
                 copies than one, R is the second axis. Around stops there is none, whatever is
@@ -282,8 +287,9 @@ class SparseInverter:
         batch: int | None = None,
     ) -> InversionState:
         """The state before the first iteration, from the same arguments as :meth:`invert`."""
-        settings, teacher = self.settings, self.teacher
-        teacher.refresh()
+        self.teacher.refresh()
+        settings = at_size(self.settings, self._sizes[0])
+        teacher = settings.teacher
         given, batch = as_targets(targets, batch, teacher)
         check_generator(generator)
         for objective in settings.objectives:
@@ -294,19 +300,17 @@ class SparseInverter:
             settings.iterations,
             batch,
             settings.copies,
-            teacher,
+            self.teacher,
             self.schedule,
             generator,
         )
-        for objective in settings.objectives:
-            objective.begin(teacher, batch, generator)
-        settings.importance.begin(teacher, batch, generator)
+        begin(settings, batch, generator)
         state = InversionState(
             settings=settings,
             targets=given,
             parameters=parameters,
             kept=teacher.every_patch(batch),
-            shift=shift,
+            shift=scale_shift(shift, self._sizes, self.teacher.image_size),
             flip=flip,
             generator=None if settings.augment is None else on_device(generator, teacher.device),
         )
@@ -327,26 +331,42 @@ class SparseInverter:
                 f"expected finite scores of importance {self.settings.importance!r} before the "
                 f"stop at {iteration}, got others"
             )
-        stop = Stop(iteration, state.kept, importance, self.teacher.grid, generator)
-        state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))
+        teacher, count, size = (
+            state.settings.teacher,
+            self._counts[iteration],
+            self._sizes[iteration],
+        )
+        stop = Stop(iteration, state.kept, importance, teacher.grid, generator, state.lengths)
+        selection = self.schedule.select(stop)
+        if size == teacher.image_size:
+            ragged = getattr(self.schedule, "ragged", False)
+            state.keep(check(selection, stop, count, ragged=ragged))
+            return
+        larger = at_size(self.settings, size)
+        state.enlarge(larger, check(selection, stop, count, larger.teacher.grid).kept)
+        begin(larger, len(state.kept), generator)
 
     @torch.no_grad()
     def _result(
         self, state: InversionState, marks: list[tuple[int, int, float]], interrupted: bool
     ) -> InversionResult:
-        teacher, normalised, kept = self.teacher, state.images(), state.kept
+        teacher = self.teacher
+        if state.settings.teacher.image_size != teacher.image_size:
+            # Interrupted while images were small.
+            state.enlarge(self.settings, teacher.every_patch(len(state.kept)))
+        normalised, kept = state.images(), state.kept
         ends = [*(mark[1:] for mark in marks[1:]), (state.done(), time.perf_counter())]
         timing = tuple(
             Phase(patches, end - first, stop - start)
             for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
-        logits = state.logits(normalised, kept)
+        logits = state.logits(normalised, kept, state.lengths)
         images = self.settings.space.denormalize(normalised)
         shown = kept if self.final_mask == "kept" else self._reranked(images)
         return InversionResult(
             images,
             kept,
-            patch_mask(shown, *teacher.grid),
+            patch_mask(shown, *teacher.grid, state.lengths if shown is kept else None),
             state.targets,
             logits,
             state.history(),
@@ -354,6 +374,7 @@ class SparseInverter:
             state.done(),
             interrupted,
             tuple(state.finished),
+            state.lengths,
         )
 
     def _reranked(self, images: Tensor) -> Tensor:

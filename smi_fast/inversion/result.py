@@ -29,7 +29,7 @@ class Phase:
     """The iterations between two stops.
 
     Attributes:
-        patches: kept patches of an image.
+        patches: kept patches of an image; the most of one where a schedule is ragged.
         iterations: how many.
         seconds: how long they took.
     """
@@ -75,6 +75,8 @@ class InversionResult:
         iterations: iterations done.
         interrupted: whether Ctrl-C ended the run early.
         finished: groups of patches that the schedule took out, in the order of their stops.
+        lengths: int64 [B], of a ragged schedule how many of ``kept`` count in each image, the first
+            ones; None where all do.
     """
 
     images: Tensor
@@ -87,6 +89,7 @@ class InversionResult:
     iterations: int
     interrupted: bool = False
     finished: tuple[FinishedGroup, ...] = ()
+    lengths: Tensor | None = None
 
     def over(self, background: Background = "mean") -> Tensor:
         """The patches of ``masks`` over a background.
@@ -117,8 +120,13 @@ class InversionResult:
 
         Raises:
             ValueError: the groups have different numbers of patches, as those of a run that was
-                interrupted before its last stop.
+                interrupted before its last stop; or the images have, after a ragged schedule.
         """
+        if self.lengths is not None:
+            raise ValueError(
+                f"expected as many patches in each image, got {self.lengths.tolist()}: read "
+                "images and masks instead"
+            )
         grid = (self.masks.shape[1], self.masks.shape[2])
         cells = to_patches(self.images, grid)
         pixels = cells.gather(1, self.kept[..., None].expand(-1, -1, cells.shape[2]))

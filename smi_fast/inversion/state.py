@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from smi_fast import ops
 from smi_fast.augmentations import name_of
 from smi_fast.inversion.result import FinishedGroup
 from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.sizes import enlarged_parameters
 from smi_fast.inversion.views import BatchInputs, evaluate, parts
-from smi_fast.ops.grid import patch_mask, spread
+from smi_fast.ops.grid import first, patch_mask, spread
 from smi_fast.schedules import Selection
 from smi_fast.teacher import SigmoidImages
 
@@ -34,6 +36,7 @@ class InversionState:
         shift: int64 [T, 2], in pixels, of each iteration; [T, B, 2] for each image. With R copies
             [T, R, 2] or [T, R, B, 2].
         flip: bool, likewise without the last axis.
+        lengths: int64 [B], how many of ``kept`` count in each image; None where all do.
         generator: on the device; draws what ``augment`` asks for. None without ``augment``.
         background: images [B, C, H, W] as they were at the last stop, where the parametrization
             can't freeze them itself.
@@ -52,6 +55,7 @@ class InversionState:
     kept: Tensor
     shift: Tensor
     flip: Tensor
+    lengths: Tensor | None = field(init=False, default=None)
     generator: torch.Generator | None = None
     background: Tensor | None = field(init=False, default=None)
     frozen: Tensor | None = field(init=False, default=None)
@@ -60,21 +64,33 @@ class InversionState:
     exp_avg_sq: Tensor = field(init=False)
     iteration: Tensor = field(init=False)
     record: Tensor = field(init=False)
+    _begun: Tensor | None = field(init=False, default=None)
+    # The lengths as numbers of the host.
+    _numbers: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.parameters) for _ in range(2))
+        self._begin()
         self.iteration = torch.zeros(1, dtype=torch.int64, device=self.parameters.device)
         augment, objectives = self.settings.augment, self.settings.objectives
         self._names = [] if augment is None else [f"augment {name_of(augment)}"]
         self._names += [*(objective.name for objective in objectives), "gradient"]
         columns = len(self._names)
         self.record = self.parameters.new_zeros(len(self.shift), columns, dtype=torch.float64)
+
+    def _begin(self) -> None:
+        """Begin to move the parameters, with moments of 0."""
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.parameters) for _ in range(2))
         bounds = self.settings.parametrization.bounds()
         self._low, self._high = (bound.to(self.parameters) for bound in bounds)
 
     @property
     def active(self) -> Tensor | None:
-        """int64 [B, K], the patches whose pixels change; None when all pixels change."""
+        """int64 [B, K], the patches whose pixels change; None when all pixels change.
+
+        Where images have numbers of patches of their own, the first patch of an image repeats.
+        """
+        if self.lengths is not None and self.settings.freeze_background:
+            return torch.where(first(self.kept, self.lengths), self.kept, self.kept[:, :1])
         sparse = self.kept.shape[1] < self.settings.teacher.num_patches
         return self.kept if self.settings.freeze_background and sparse else None
 
@@ -100,8 +116,26 @@ class InversionState:
             self.finished.append(self._finish(selection.finished))
         if settings.freeze_background and not settings.parametrization.pixelwise:
             self.background = self.images().clone()
-            self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid)
-        self.kept = selection.kept
+            self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid, selection.lengths)
+        self.kept, self.lengths = selection.kept, selection.lengths
+        self._numbers = None if self.lengths is None else self.lengths.tolist()
+
+    @torch.no_grad()
+    def enlarge(self, settings: Settings, kept: Tensor) -> None:
+        """Take a stop at which images grow: Adam begins anew from the enlarged images.
+
+        Args:
+            settings: of the larger size.
+            kept: int64 [B, K] of its grid.
+        """
+        self.parameters = enlarged_parameters(settings, self.images())
+        self.settings = settings
+        self._begun = self.iteration.clone()
+        self._begin()
+        self.background = self.frozen = None
+        self.kept = kept
+        if kept.shape[1] < settings.teacher.num_patches:
+            self.keep(Selection(kept))
 
     def _finish(self, patches: Tensor) -> FinishedGroup:
         settings, images = self.settings, self.images()
@@ -113,10 +147,13 @@ class InversionState:
         )
         return FinishedGroup(self.done(), patches, pixels, self.logits(images, patches))
 
-    def logits(self, images: Tensor, kept: Tensor) -> Tensor:
+    def logits(self, images: Tensor, kept: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The logits [B, classes] of the patches ``kept`` alone, without jitter."""
-        teacher, rows = self.settings.teacher, parts(len(kept), self.settings.max_batch)
-        return torch.cat([teacher(images[row], kept[row]).logits for row in rows])
+        found = []
+        for row in parts(len(kept), self.settings.max_batch):
+            own = None if lengths is None else lengths[row]
+            found.append(self.settings.teacher(images[row], kept[row], lengths=own).logits)
+        return torch.cat(found)
 
     def step(self, *, score: bool = False, number: int = 0) -> Tensor | None:
         """Take one iteration.
@@ -152,6 +189,7 @@ class InversionState:
             targets=self.targets,
             kept=self.kept,
             active=self.active,
+            lengths=self.lengths,
             shift=shift,
             flip=flip,
             iteration=number,
@@ -186,18 +224,28 @@ class InversionState:
         pixelwise = settings.parametrization.pixelwise
         if not pixelwise:
             tensors = tuple(tensor.flatten(2)[:, :, None] for tensor in tensors)  # type: ignore[assignment]
-        ops.adam_clamp_(
-            *tensors,
-            step=self.iteration[0],
+        adam = partial(
+            ops.adam_clamp_,
+            step=self._adam_step,
             lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             low=self._low,
             high=self._high,
-            active=self.active if pixelwise else None,
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,
         )
+        if self._numbers is None or not pixelwise or not settings.freeze_background:
+            adam(*tensors, active=self.active if pixelwise else None)
+            return
+        for index, number in enumerate(self._numbers):
+            own = slice(index, index + 1)
+            adam(*(tensor[own] for tensor in tensors), active=self.kept[own, :number])
+
+    @property
+    def _adam_step(self) -> Tensor:
+        """int64 [], updates of the parameters since their moments were 0."""
+        return (self.iteration if self._begun is None else self.iteration - self._begun)[0]
 
     @property
     def _moving(self) -> tuple[Tensor, ...]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from smi_fast.augmentations import apply
 from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
-from smi_fast.objectives import LossInputs, value_of
+from smi_fast.objectives import LossInputs, Objective, value_of
 from smi_fast.teacher import SigmoidImages, SparseOutput
+from smi_fast.teacher.taps import blocks_read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +28,7 @@ class BatchInputs:
         targets: [B, ...] or None.
         kept: int64 [B, K], the patches that the teacher computes.
         active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
+        lengths: int64 [B], how many of ``kept`` count in each image, or None where all do.
         shift: int64 [2] in pixels, or [B, 2] for each image; with R copies [R, 2] or [R, B, 2].
         flip: bool, likewise without the last axis.
         iteration: from 0, as a number of the host.
@@ -38,6 +40,7 @@ class BatchInputs:
     targets: Tensor | None
     kept: Tensor
     active: Tensor | None
+    lengths: Tensor | None = None
     shift: Tensor
     flip: Tensor
     iteration: int
@@ -149,13 +152,19 @@ def _part(
     pairs = [*zip(settings.objectives, settings.due(inputs.iteration), strict=True)]
     taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
     scored = settings.importance.taps(teacher.depth) if inputs.score else ()
-    kept = inputs.kept[rows]
+    kept, lengths = inputs.kept[rows], None if inputs.lengths is None else inputs.lengths[rows]
+    until = None
+    if not inputs.score and not _logits_are_read(pairs):
+        until = blocks_read(taps, teacher.depth)
     output = teacher(
         own if view is None else view,
         kept,
         jitter=(shift, flip),
         importance=inputs.score,
         taps={*taps, *scored},
+        until=until,
+        # Without logits there are no taps either, see check_ragged.
+        lengths=lengths if until is None else None,
     )
     given = LossInputs(
         images=own if isinstance(own, Tensor) else own.tensor,
@@ -164,6 +173,7 @@ def _part(
         targets=None if inputs.targets is None else inputs.targets[rows],
         kept=kept,
         active=None if inputs.active is None else inputs.active[rows],
+        lengths=lengths,
         teacher=teacher,
         space=settings.space,
         backend=settings.backend,
@@ -193,6 +203,10 @@ def _part(
         importance = _score(rows.start, shown, kept, output, gradients, settings)
     of_seen = None if view is None else found[1]
     return _Part([value.detach() for value in values], found[0], of_seen, importance)
+
+
+def _logits_are_read(pairs: list[tuple[Objective, bool]]) -> bool:
+    return any(due and objective.reads_logits for objective, due in pairs)
 
 
 def _leaf(images: Tensor | SigmoidImages, rows: slice) -> tuple[Tensor | SigmoidImages, Tensor]:

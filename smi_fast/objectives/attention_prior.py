@@ -48,6 +48,7 @@ class AttentionPrior(Objective):
     """
 
     name = "attention_prior"
+    reads_logits = False
     separable = True
 
     def __init__(self, weight: float = 1.0, components: int = 5) -> None:

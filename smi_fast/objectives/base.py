@@ -40,6 +40,24 @@ class _Images:
         vars(owner)[self._name] = images
 
 
+class _Logits:
+    """A field of a dataclass: logits, or None where the pass ended before them."""
+
+    def __get__(self, owner: LossInputs | None, kind: type | None = None) -> Tensor:
+        if owner is None:
+            raise AttributeError("logits")  # the field has no default
+        logits: Tensor | None = vars(owner)["logits"]
+        if logits is None:
+            raise RuntimeError(
+                "an objective with reads_logits=False read the logits, which are not computed "
+                "where no objective reads them: leave reads_logits out"
+            )
+        return logits
+
+    def __set__(self, owner: LossInputs, logits: Tensor | None) -> None:
+        vars(owner)["logits"] = logits
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
     """What the objectives of one iteration may read.
@@ -49,10 +67,14 @@ class LossInputs:
             the first read only: read them where they are needed.
         view: [B, C, H, W], the augmented images, which the teacher sees under jitter; None where
             they are the images.
-        logits: [B, classes], of the jittered images' kept patches.
+        logits: [B, classes], of the jittered images' kept patches. They are computed only where an
+            objective ``reads_logits``.
         targets: of the images, [B, ...], such as class indices int64 [B]; or None.
         kept: int64 [B, K], the patches that the teacher computed, ascending.
-        active: int64 [B, K], the patches whose pixels change, or None when all pixels change.
+        active: int64 [B, K], the patches whose pixels change, or None when all pixels change. With
+            ``lengths`` the first patch of an image repeats.
+        lengths: int64 [B], how many of ``kept`` and ``active`` count in each image, the first ones;
+            None where all do.
         teacher: the network that is inverted.
         space: size and normalisation of the images.
         backend: which implementation of the ops to use.
@@ -67,13 +89,14 @@ class LossInputs:
 
     images: _Images = _Images()
     view: Tensor | None = None
-    logits: Tensor
+    logits: _Logits = _Logits()
     targets: Tensor | None
     kept: Tensor
     active: Tensor | None
     teacher: SparseViT
     space: ImageSpace
     backend: str = AUTO
+    lengths: Tensor | None = None
     first: int = 0
     iteration: int = 0
     iteration_tensor: Tensor
@@ -108,12 +131,15 @@ class Objective(ABC):
         separable: whether the value is the mean over the images of the values of each image alone.
             Only then can a batch be split (``max_batch``); what :meth:`begin` draws for each image
             is then read by :meth:`LossInputs.rows_of`.
+        reads_logits: whether it reads :attr:`LossInputs.logits`. In iterations in which no
+            objective does, the teacher runs only the blocks up to the last tap.
     """
 
     name: str
     weight: float
     every: int = 1
     separable: bool = False
+    reads_logits: bool = True
 
     def taps(self, depth: int) -> tuple[str, ...]:
         """Names of the taps that it reads from a teacher with ``depth`` blocks.

@@ -57,6 +57,7 @@ class BatchNormMatching(Objective):
     """
 
     name = "batch_norm"
+    reads_logits = False
 
     def __init__(
         self,

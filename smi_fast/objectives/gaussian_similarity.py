@@ -41,6 +41,7 @@ class GaussianSimilarity(Objective):
     """
 
     name = "gaussian_similarity"
+    reads_logits = False
     separable = True
 
     def __init__(

@@ -34,6 +34,7 @@ class HeadSimilarity(Objective):
     """
 
     name = "head_similarity"
+    reads_logits = False
     separable = True
 
     def __init__(self, blocks: Sequence[int] | None = None, weight: float = 1.0) -> None:

@@ -44,6 +44,7 @@ class PatchSimilarity(Objective):
     """
 
     name = "patch_similarity"
+    reads_logits = False
 
     def __init__(self, blocks: Sequence[int] | None = None, weight: float = 1.0) -> None:
         self.blocks, self.weight = blocks, weight

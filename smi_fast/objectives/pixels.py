@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smi_fast import ops
 from smi_fast.objectives.base import LossInputs, Objective
-from smi_fast.ops.grid import patch_mask
+from smi_fast.ops.grid import first, patch_mask
 
 if TYPE_CHECKING:
     from smi_fast.teacher import SparseViT
@@ -46,6 +46,7 @@ class TotalVariation(Objective):
     weight: float = 1e-4
     norm: str = "l2"
     per_image: bool = True
+    reads_logits = False
 
     def __post_init__(self) -> None:
         if self.norm not in ("l1", "l2"):
@@ -70,8 +71,10 @@ class TotalVariation(Objective):
         return torch.stack(each).mean() if each else images.sum()
 
     def _of(self, images: Tensor, active: Tensor | None, inputs: LossInputs) -> Tensor:
+        # Where a patch repeats only the specification, which makes a mask of them, counts it once.
+        backend = inputs.backend if inputs.lengths is None else "reference"
         l1, l2 = ops.total_variation(
-            images, active, patch_size=inputs.teacher.patch_size, backend=inputs.backend
+            images, active, patch_size=inputs.teacher.patch_size, backend=backend
         )
         return l1 if self.norm == "l1" else l2
 
@@ -96,6 +99,7 @@ class L2Norm(Objective):
     weight: float = 1e-5
     name: str = "l2_norm"
     per_image: bool = True
+    reads_logits = False
 
     @property
     def separable(self) -> bool:  # type: ignore[override]
@@ -108,12 +112,14 @@ class L2Norm(Objective):
             shift, flip = inputs.active.new_zeros(2), inputs.active.new_zeros((), dtype=torch.bool)
             pixels, _ = ops.gather_patches(
                 pixels,
-                inputs.active,
+                inputs.active if inputs.lengths is None else inputs.kept,
                 shift,
                 flip,
                 patch_size=inputs.teacher.patch_size,
                 backend=inputs.backend,
             )
+            if inputs.lengths is not None:
+                pixels = pixels * first(inputs.kept, inputs.lengths)[..., None]
         if not self.per_image:
             pixels = pixels[None]
         norms: Tensor = torch.linalg.vector_norm(pixels.flatten(1), dim=1)
@@ -146,6 +152,7 @@ class PatchSeamTV(Objective):
 
     weight: float = 1e-4
     name: str = "patch_seams"
+    reads_logits = False
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         images, size = inputs.images, inputs.teacher.patch_size
@@ -188,6 +195,7 @@ class VariationTarget(Objective):
     """
 
     name = "variation_target"
+    reads_logits = False
 
     def __init__(self, low: float = 2500.0, high: float = 3000.0, weight: float = 0.05) -> None:
         if not 0 <= low <= high:

@@ -45,6 +45,7 @@ class TokenStatistics(Objective):
     """
 
     name = "token_statistics"
+    reads_logits = False
 
     def __init__(self, statistics: Statistics, weight: float = 0.05) -> None:
         if not statistics or not all(name.endswith(".tokens") for name in statistics):

@@ -46,10 +46,20 @@ def window_indices(
     return y[..., :, None] * width + x[..., None, :], cells
 
 
-def patch_mask(kept: Tensor, rows: int, columns: int) -> Tensor:
-    """A mask bool [B, rows, columns], true at the patches kept int64 [B, K]."""
+def patch_mask(kept: Tensor, rows: int, columns: int, lengths: Tensor | None = None) -> Tensor:
+    """A mask bool [B, rows, columns], true at the patches kept int64 [B, K].
+
+    With lengths int64 [B] only the first ones of each image count.
+    """
     flat = torch.zeros(len(kept), rows * columns, dtype=torch.bool, device=kept.device)
-    return flat.scatter(1, kept, True).reshape(-1, rows, columns)
+    if lengths is None:
+        return flat.scatter(1, kept, True).reshape(-1, rows, columns)
+    return flat.scatter(1, kept, first(kept, lengths)).reshape(-1, rows, columns)
+
+
+def first(kept: Tensor, lengths: Tensor) -> Tensor:
+    """bool [B, K], which of kept [B, K] are among the first ``lengths`` int64 [B] of an image."""
+    return torch.arange(kept.shape[1], device=kept.device) < lengths[:, None]
 
 
 def neighbourhood_mean(scores: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:

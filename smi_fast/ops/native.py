@@ -16,6 +16,15 @@ def _why_not_loaded(module: str) -> str | None:
     return None
 
 
+def has_cpu_kernel(name: str) -> bool:
+    """Whether the compiled module has a kernel of its own for the op ``smi_fast::name``.
+
+    One that was built from an older version may lack it.
+    """
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"smi_fast::{name}", "CPU")
+    return found
+
+
 WHY_NO_CPU = _why_not_loaded("smi_fast._C_cpu")
 WHY_NO_CUDA = _why_not_loaded("smi_fast._C_cuda")
 if WHY_NO_CUDA is not None and torch.version.cuda is None:

@@ -1,12 +1,20 @@
-"""A batch on its way into a pool: what it must be, and its pixels as bytes."""
+"""A batch on its way into a pool: what it must be, and its files and lines as bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from smi_fast.background import over
+from smi_fast.pool.layout import PROGRESS, files_of, picture_name
+from smi_fast.pool.metadata import to_line
 
 
 def check_batch(images: Tensor, masks: Tensor, size: int) -> None:
@@ -51,3 +59,82 @@ def to_uint8(images: Tensor) -> Any:
     """Pixels [B, 3, H, W] in [0, 1] as an array uint8 [B, H, W, 3]."""
     pixels = images.detach().cpu().float().clamp(0, 1).mul(255).round().byte()
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class Encoded(NamedTuple):
+    """A batch as a pool stores it.
+
+    Attributes:
+        files: content of each picture, by its name relative to the pool.
+        lines: of the metadata, one for each image.
+    """
+
+    files: dict[str, bytes]
+    lines: list[bytes]
+
+
+def encode(
+    settings: Mapping[str, Any],
+    images: Tensor,
+    masks: Tensor,
+    records: Sequence[Mapping[str, Any]],
+    moments: Sequence[Tensor] = (),
+    *,
+    batch: int,
+    start: int,
+) -> Encoded:
+    """Check a batch and encode it.
+
+    Args:
+        settings: of the pool.
+        images: see :meth:`smi_fast.pool.Pool.add`, as the next three.
+        masks: likewise.
+        records: likewise.
+        moments: likewise.
+        batch: number of the batch in the pool.
+        start: index of its first image.
+
+    Raises:
+        ValueError: shapes or types don't fit, a label is no class of the pool, or a record has a
+            NaN or an infinity.
+    """
+    names = settings["class_names"]
+    check_batch(images, masks, len(records))
+    for moment in moments:
+        check_batch(moment, masks, len(records))
+    labels = check_labels(records, len(names))
+    pictures: dict[str, bytes] = {}
+    lines: list[bytes] = []
+    if not records:
+        return Encoded(pictures, lines)
+    masked = over(images.float(), masks, settings["background"])
+    grey = (masks.cpu().byte() * 255).numpy()
+    pixels = zip(to_uint8(images), to_uint8(masked), grey, strict=True)
+    strips = None if not moments else to_uint8(torch.cat(list(moments), dim=3))
+    kept = [mask.flatten().nonzero()[:, 0].tolist() for mask in masks.cpu()]
+    for i, (record, label, each) in enumerate(zip(records, labels, pixels, strict=True)):
+        files = files_of(start + i, label, len(names))
+        contents = [png(array) for array in each]
+        pictures |= zip(files.values(), contents, strict=True)
+        if strips is not None:
+            pictures[f"{PROGRESS}/{picture_name(start + i)}"] = png(strips[i])
+        own = {**files, "index": start + i, "batch": batch, "batch_size": len(records)}
+        own |= {"label": label, "class_name": names[label], "kept": kept[i]}
+        own |= {"sha256": fingerprint(contents)}
+        lines.append(to_line({**own, **record, **own}))
+    return Encoded(pictures, lines)
+
+
+def fingerprint(contents: Iterable[bytes]) -> str:
+    """The hash of an image's files, in the order of :data:`~smi_fast.pool.layout.FOLDERS`."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    """Pixels uint8 [H, W] or [H, W, 3] as the content of a PNG file."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return content.getvalue()

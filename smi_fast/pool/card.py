@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smi_fast.pool.layout import CLASSES, METADATA, SETTINGS, class_folder
+from smi_fast.pool.layout import CARD, CLASSES, METADATA, SETTINGS, class_folder
 
 _TEXT = """---
 pretty_name: Images inverted by smi_fast
@@ -76,6 +76,13 @@ def card(settings: Mapping[str, Any]) -> str:
         count=len(names),
         rows="\n".join(rows),
     )
+
+
+def descriptions(settings: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that explain a pool to loaders and readers, by their names."""
+    count = len(settings["class_names"])
+    folders = "".join(f"{class_folder(label, count)}\n" for label in range(count))
+    return {CLASSES: folders.encode(), CARD: card(settings).encode()}
 
 
 def _one_line(name: str) -> str:

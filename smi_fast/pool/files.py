@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -62,13 +62,34 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
+def file_names(folder: Path) -> set[str]:
+    """The names of the files in a folder; none where it is missing.
+
+    Raises:
+        OSError: the system's error.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return {entry.name for entry in found if entry.is_file()}
+    except FileNotFoundError:
+        return set()
+
+
 def delete_file(path: Path) -> None:
     """Delete a file and what an interrupted write left of it; a missing file is no error."""
     path.unlink(missing_ok=True)
     unfinished_name(path).unlink(missing_ok=True)
 
 
-def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
+def picture_number(name: str) -> int | None:
+    """The number of a picture, also of a part of it; None for another name."""
+    found = _PICTURE.fullmatch(name)
+    return None if found is None else int(found[1] or found[2])
+
+
+def delete_pictures(
+    folder: Path, numbers: range = range(sys.maxsize), spared: Container[int] = ()
+) -> None:
     """Delete the pictures that a pool wrote into a folder, and the folder when it is then empty.
 
     Files with other names stay, and so does everything behind a symbolic link.
@@ -76,14 +97,15 @@ def delete_pictures(folder: Path, numbers: range = range(sys.maxsize)) -> None:
     Args:
         folder: one of the pool's folders.
         numbers: of the pictures; by default all.
+        spared: numbers of those that stay.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
-    for path in list(folder.iterdir()):
-        found = _PICTURE.fullmatch(path.name)
-        if found is None or path.is_dir():
+    for name in os.listdir(folder):
+        number = picture_number(name)
+        if number is None or number not in numbers or number in spared:
             continue
-        if int(found[1] or found[2]) in numbers:
-            path.unlink()
+        if not (folder / name).is_dir():
+            (folder / name).unlink()
     with suppress(OSError):
         folder.rmdir()

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from sys import intern
 from typing import Any
 
-from smi_fast.pool.layout import files_of
+from smi_fast.pool.files import explained
+from smi_fast.pool.layout import FOLDERS, files_of
 
 Record = dict[str, Any]
+# The entries whose text is another one in each record.
+_DISTINCT = {*FOLDERS, "sha256"}
 
 
 def to_line(entries: Mapping[str, Any]) -> bytes:
@@ -44,11 +48,25 @@ def whole_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int]:
+def read(path: Path, class_names: Sequence[str]) -> tuple[list[Record], int]:
+    """What :func:`parse` finds in a file; nothing where there is none.
+
+    Raises:
+        PoolError: it can't be read, or a line isn't the record of its image.
+    """
+    with explained(f"reading {path}"):
+        try:
+            with path.open("rb") as lines:
+                return parse(lines, class_names)
+        except FileNotFoundError:
+            return [], 0
+
+
+def parse(lines: Iterable[bytes], class_names: Sequence[str]) -> tuple[list[Record], int]:
     """The records of whole batches, and the number of bytes that they take.
 
     Args:
-        content: of the file.
+        lines: of the file, each with its end; one without an end is the last that counts.
         class_names: of all classes of the teacher, by index.
 
     Raises:
@@ -57,8 +75,10 @@ def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int
     records: list[Record] = []
     start = end = size = whole = 0  # the last batch is records[start:end]
     batch = -1
-    for index, line in enumerate(whole_lines(content).splitlines(keepends=True)):
-        record = from_json(line)
+    for index, line in enumerate(lines):
+        if not line.endswith(b"\n"):
+            break
+        record = to_record(line)
         if index == end:
             batch, start, end = batch + 1, end, end + _number(record, "batch_size", least=1)
         if not _belongs(record, index, batch, end - start, class_names):
@@ -68,6 +88,32 @@ def parse(content: bytes, class_names: Sequence[str]) -> tuple[list[Record], int
         if index + 1 == end:
             whole = size
     return records[: end if len(records) == end else start], whole
+
+
+def to_record(line: bytes) -> Any:
+    """The entries of a line. Equal texts of different lines are one object, to save memory.
+
+    Raises:
+        ValueError: no JSON, NaN and Infinity included.
+    """
+    return _DECODE(line.decode())
+
+
+def _sharing(pairs: list[tuple[str, Any]]) -> Record:
+    return {
+        intern(key): intern(value) if type(value) is str and key not in _DISTINCT else value
+        for key, value in pairs
+    }
+
+
+_DECODE = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_sharing).decode
+
+
+def numbers_of_a_batch(record: Any, class_names: Sequence[str]) -> tuple[int, int, int] | None:
+    """Batch, its size and the image's index, of a record of its own; None for another value."""
+    batch, size = _number(record, "batch", least=0), _number(record, "batch_size", least=1)
+    index = _number(record, "index", least=0)
+    return (batch, size, index) if _belongs(record, index, batch, size, class_names) else None
 
 
 def _number(record: Any, key: str, least: int) -> int:
@@ -93,6 +139,21 @@ def _belongs(
     )
 
 
+def parse_loss(content: bytes) -> dict[str, Any]:
+    """The loss of a batch, from its file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    loss = from_json(content)
+    history, stops = (isinstance(loss, dict) and loss.get(key) for key in ("history", "stops"))
+    lists = [stops, *history.values()] if isinstance(history, dict) else [None]
+    for numbers in lists:
+        if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError("it is not the loss of a batch")
+    return dict(loss)
+
+
 def append(path: Path, content: bytes, size: int | None = None) -> int:
     """Append whole lines and return the size of the file.
 
@@ -100,7 +161,7 @@ def append(path: Path, content: bytes, size: int | None = None) -> int:
         path: the file.
         content: the lines.
         size: of the file so far, in bytes, beyond which it is cut off; by default that of its
-            whole lines.
+            whole lines, for which the file is read.
 
     Raises:
         OSError: the system's error; :func:`cut` undoes what was written.

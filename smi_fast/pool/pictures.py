@@ -28,8 +28,9 @@ def draw_sheet(pool: Pool) -> None:
     Raises:
         PoolError: an image can't be read, or the sheet can't be written. The images are safe.
     """
-    with explained(f"writing {pool.path / CONTACT_SHEET}", _safe(pool)):
-        contact_sheet(pool.path, pool.path / CONTACT_SHEET)
+    records = pool.records
+    with explained(f"writing {pool.path / CONTACT_SHEET}", _safe(len(records))):
+        _sheet(pool.path, records, pool.path / CONTACT_SHEET)
 
 
 def draw_loss(pool: Pool) -> None:
@@ -40,12 +41,12 @@ def draw_loss(pool: Pool) -> None:
     """
     loss = pool.loss
     if loss is not None:
-        with explained(f"writing {pool.path / LOSS_CURVES}", _safe(pool)):
+        with explained(f"writing {pool.path / LOSS_CURVES}", _safe(len(pool.records))):
             loss_curves(loss["history"], loss["stops"], pool.path / LOSS_CURVES)
 
 
-def _safe(pool: Pool) -> str:
-    return f"; images safe in the pool: {len(pool.records)}"
+def _safe(images: int) -> str:
+    return f"; images safe in the pool: {images}"
 
 
 def contact_sheet(pool: str | Path, path: str | Path) -> None:
@@ -66,10 +67,13 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
         PoolError: the pool or one of its images can't be read.
         OSError: the sheet can't be written.
     """
-    records = Pool(pool).records
+    _sheet(Path(pool), Pool(pool).records, Path(path))
+
+
+def _sheet(pool: Path, records: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not records:
         raise ValueError(f"expected a pool of images, got an empty one in {pool}")
-    classes: dict[int, list[dict[str, Any]]] = {}
+    classes: dict[int, list[Mapping[str, Any]]] = {}
     for record in records:
         classes.setdefault(record["label"], []).append(record)
     rows = [classes[label][:MOST_PER_CLASS] for label in sorted(classes)[:MOST_CLASSES]]
@@ -83,14 +87,14 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
 
     def read(name: str) -> Image.Image:
         try:
-            with Image.open(Path(pool) / name) as image:
+            with Image.open(pool / name) as image:
                 scale = -(-SMALLEST_TILE // min(image.size))
                 return image.resize(
                     (image.width * scale, image.height * scale), Image.Resampling.NEAREST
                 )
         except Exception as error:  # Pillow has no common class for what a damaged file raises
             raise PoolError(
-                f"reading {Path(pool) / name} failed: {error}; put the image back, or make the "
+                f"reading {pool / name} failed: {error}; put the image back, or make the "
                 "pool anew with --overwrite"
             ) from error
 

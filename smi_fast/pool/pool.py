@@ -12,6 +12,7 @@ A pool is a folder::
     report/loss.json         the loss of the last batch, in each iteration
     report/seconds.jsonl     how long each batch took
     report/progress/         moments of each image's inversion side by side, if they were kept
+    parts/                   lines that the processes of a group have not put into the metadata yet
     .lock                    held by the process that adds images
 
 The settings decide every byte of it but those of ``report/seconds.jsonl``.
@@ -25,50 +26,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor
 
-from smi_fast.background import Background, over
+from smi_fast.background import Background
 from smi_fast.pool import metadata
-from smi_fast.pool.batch import check_batch, check_labels, to_uint8
-from smi_fast.pool.card import card
-from smi_fast.pool.files import (
-    PoolError,
-    delete_file,
-    delete_pictures,
-    explained,
-    unfinished_name,
-    write_atomically,
-)
-from smi_fast.pool.layout import (
-    CARD,
-    CLASSES,
-    FOLDERS,
-    LOCK,
-    LOSS,
-    METADATA,
-    PROGRESS,
-    REPORTS,
-    SECONDS,
-    SETTINGS,
-    UNFINISHED,
-    class_folder,
-    files_of,
-    picture_name,
-)
+from smi_fast.pool.batch import Encoded, encode, png, to_uint8
+from smi_fast.pool.card import descriptions
+from smi_fast.pool.contents import check_present, delete_pool, delete_strays
+from smi_fast.pool.files import PoolError, delete_pictures, explained, write_atomically
+from smi_fast.pool.layout import LOCK, LOSS, METADATA, SECONDS, SETTINGS, UNFINISHED, picture_name
 from smi_fast.pool.metadata import Record
-from smi_fast.pool.settings import Settings, make_settings, not_a_pool, parse_settings
-
-# What a process that was killed before it wrote the settings may have left.
-_TRACES = {LOCK, unfinished_name(Path(SETTINGS)).name}
+from smi_fast.pool.parts import check_free, images_of, read_parts, settle_parts, take
+from smi_fast.pool.settings import Settings, check_same, make_settings, read_settings
 
 
 class Pool:
@@ -93,8 +69,11 @@ class Pool:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: FileLock | None = None
-        # Images, batches and bytes of the metadata, which only the holder of the lock may cache.
-        self._held = self._batches = self._size = 0
+        # The records and the bytes of the metadata, which only the holder of the lock may cache.
+        self._records: list[Record] | None = None
+        self._size = 0
+        self._seconds_size: int | None = None
+        self._ahead: dict[int, list[bytes]] = {}
 
     @classmethod
     def create(
@@ -150,13 +129,15 @@ class Pool:
         """
         pool, wanted = cls(path), make_settings(settings, class_names, background)
         with pool._opening():
-            old = pool._settings()
+            old = read_settings(pool.path)
             if old is None:
                 pool._start(wanted, overwrite=False)
             else:
-                pool._check_settings(old, wanted)
-                pool._check_files()
-                pool._settle()
+                check_same(pool.path, old, wanted)
+                pool._describe(wanted, anew=False)
+                found = pool._parse()
+                check_present(pool.path, found[0])
+                pool._settle(found)
                 pool._discard_unfinished(before=pool._held)
         return pool
 
@@ -164,7 +145,7 @@ class Pool:
         """Let another process add images. The end of this process does the same."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+            self._lock = self._records = None
 
     def __enter__(self) -> Pool:
         return self
@@ -179,7 +160,7 @@ class Pool:
         Raises:
             PoolError: the folder holds no pool, or its settings can't be read.
         """
-        settings = self._settings()
+        settings = read_settings(self.path)
         if settings is None:
             raise PoolError(f"expected a pool in {self.path}, got an empty or missing folder")
         return settings
@@ -188,11 +169,13 @@ class Pool:
     def records(self) -> list[Record]:
         """The record of each image, in the order of their index.
 
+        The file is read anew each time, but not while this pool is the one that adds images.
+
         Raises:
             PoolError: the folder holds something else than a pool, its metadata can't be read, or
                 a line isn't the record of its image.
         """
-        return self._parse()[0]
+        return self._parse()[0] if self._records is None else list(self._records)
 
     @property
     def loss(self) -> dict[str, Any] | None:
@@ -201,8 +184,21 @@ class Pool:
         Raises:
             PoolError: the file can't be read, or holds something else.
         """
-        loss: dict[str, Any] | None = self._read(LOSS, _parse_loss, missing=None)
-        return loss
+        with explained(f"reading {self.path / LOSS}"):
+            try:
+                return metadata.parse_loss((self.path / LOSS).read_bytes())
+            except FileNotFoundError:
+                return None
+
+    @property
+    def batches(self) -> int:
+        """The number of batches that it held when it was opened, and that were added since."""
+        return self._records[-1]["batch"] + 1 if self._records else 0
+
+    @property
+    def ahead(self) -> dict[int, range]:
+        """The images of batches that a group made before their turn came, by the batch's number."""
+        return images_of(self._ahead)
 
     def add(
         self,
@@ -221,7 +217,8 @@ class Pool:
             masks: bool [B, rows, columns], true at kept patches.
             records: of each image its ``label``, and further entries as JSON values. The pool adds
                 ``file_name``, ``masked_file_name``, ``mask_file_name``, ``index``, ``batch``,
-                ``batch_size``, ``class_name`` and ``kept``, the patches of the mask.
+                ``batch_size``, ``class_name``, ``kept``, the patches of the mask, and ``sha256`` of
+                the three files after each other.
             loss: of this batch: its ``history``, the values of each objective by its name, and its
                 ``stops``. It replaces that of the batch before.
             seconds: that the batch took.
@@ -233,54 +230,53 @@ class Pool:
                 NaN or an infinity, or the pool was opened to be read only.
             PoolError: a file can't be written. The pool is then as it was before.
         """
-        if self._lock is None:
-            raise ValueError("expected a pool of Pool.create or Pool.resume, Pool(path) only reads")
-        settings = self.settings
-        names = settings["class_names"]
-        check_batch(images, masks, len(records))
-        for moment in moments:
-            check_batch(moment, masks, len(records))
-        labels = check_labels(records, len(names))
-        if not records:
-            return
-        pictures: dict[str, Image.Image] = {}
-        lines = []
-        masked = over(images.float(), masks, settings["background"])
-        grey = (masks.cpu().byte() * 255).numpy()
-        pixels = zip(to_uint8(images), to_uint8(masked), grey, strict=True)
-        strips = None if not moments else to_uint8(torch.cat(list(moments), dim=3))
-        kept = [mask.flatten().nonzero()[:, 0].tolist() for mask in masks.cpu()]
-        for i, (record, label, each) in enumerate(zip(records, labels, pixels, strict=True)):
-            index = self._held + i
-            files = files_of(index, label, len(names))
-            pictures |= zip(files.values(), map(Image.fromarray, each), strict=True)
-            if strips is not None:
-                pictures[f"{PROGRESS}/{picture_name(index)}"] = Image.fromarray(strips[i])
-            own = {**files, "index": index, "batch": self._batches, "batch_size": len(records)}
-            own |= {"label": label, "class_name": names[label], "kept": kept[i]}
-            lines.append(metadata.to_line({**own, **record, **own}))
-        loss_line = None if loss is None else metadata.to_line(loss)
-        time_line = metadata.to_line({"batch": self._batches, "seconds": seconds})
+        where = {"batch": self.batches, "start": self._held}
+        made = encode(self.settings, images, masks, records, moments, **where)
+        self.add_encoded(made, loss=loss, seconds=seconds)
 
+    def add_encoded(
+        self,
+        made: Encoded,
+        *,
+        loss: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Add a batch of :func:`smi_fast.pool.batch.encode`, see :meth:`add`.
+
+        Raises:
+            ValueError: the pool was opened to be read only.
+            PoolError: a file can't be written. The pool is then as it was before.
+        """
+        if self._lock is None or self._records is None:
+            raise ValueError("expected a pool of Pool.create or Pool.resume, Pool(path) only reads")
+        if not made.lines:
+            return
+        loss_line = None if loss is None else metadata.to_line(loss)
+        time_line = metadata.to_line({"batch": self.batches, "seconds": seconds})
         try:
-            for name, picture in pictures.items():
-                self._write(name, partial(picture.save, format="PNG"))
+            for name, content in made.files.items():
+                self._write(name, content)
             if loss_line is not None:
-                self._write_bytes(LOSS, loss_line)
+                self._write(LOSS, loss_line)
             if seconds is not None:
                 with self._explained(SECONDS):
-                    metadata.append(self.path / SECONDS, time_line)
+                    size = self._seconds_size
+                    self._seconds_size = metadata.append(self.path / SECONDS, time_line, size)
             with self._explained(METADATA):
-                self._size = metadata.append(self.path / METADATA, b"".join(lines), self._size)
+                content = b"".join(made.lines)
+                self._size = metadata.append(self.path / METADATA, content, self._size)
         except BaseException as error:
             with suppress(OSError):
                 if isinstance(error, PoolError):
                     metadata.cut(self.path / METADATA, self._size)
                 self._settle()  # an interrupt may have come after the last line
             raise
-        self._held += len(records)
-        self._batches += 1
+        self._records.extend(map(metadata.to_record, made.lines))
         self._discard_unfinished()
+        if self._ahead:
+            self._absorb()
+            if not self._ahead:
+                settle_parts(self.path, {})
 
     def add_unfinished(self, images: Tensor) -> None:
         """Save the images of an interrupted batch as ``unfinished/000000.png`` and so on.
@@ -294,48 +290,64 @@ class Pool:
             PoolError: a file can't be written.
         """
         for index, pixels in enumerate(to_uint8(images), start=self._held):
-            save = partial(Image.fromarray(pixels).save, format="PNG")
-            self._write(f"{UNFINISHED}/{picture_name(index)}", save)
+            self._write(f"{UNFINISHED}/{picture_name(index)}", png(pixels))
 
-    def _read(self, name: str, parse: Callable[[bytes], Any], missing: Any) -> Any:
-        with explained(f"reading {self.path / name}"):
-            try:
-                return parse((self.path / name).read_bytes())
-            except FileNotFoundError:
-                return missing
+    def gather(self) -> None:
+        """Take over what the processes of a group have added, as far as its turn has come.
+
+        Raises:
+            PoolError: a part of the metadata is damaged, one of its pictures is missing, or a file
+                can't be written.
+        """
+        names = self.settings["class_names"]
+        self._ahead = read_parts(self.path, names, self.batches)
+        check_present(self.path, map(metadata.to_record, chain(*self._ahead.values())))
+        self._absorb()
+        settle_parts(self.path, self._ahead)
+
+    def _absorb(self) -> None:
+        """Append the batches of parts whose turn has come to the metadata."""
+        lines = take(self._ahead, self.batches, self._held)
+        if lines and self._records is not None:
+            with self._explained(METADATA):
+                path = self.path / METADATA
+                self._size = metadata.append(path, b"".join(lines), self._size)
+            self._records.extend(map(metadata.to_record, lines))
 
     def _parse(self) -> tuple[list[Record], int]:
         """The records, and the number of bytes that they take."""
-        settings = self._settings()
+        settings = read_settings(self.path)
         if settings is None:
             return [], 0
-        parse = partial(metadata.parse, class_names=settings["class_names"])
-        found: tuple[list[Record], int] = self._read(METADATA, parse, missing=([], 0))
-        return found
+        return metadata.read(self.path / METADATA, settings["class_names"])
 
-    def _settle(self) -> None:
-        """Count what the pool holds, and delete what an interrupted batch left."""
-        records, self._size = self._parse()
-        self._held = len(records)
-        self._batches = records[-1]["batch"] + 1 if records else 0
+    @property
+    def _held(self) -> int:
+        """The number of images."""
+        return len(self._records or ())
+
+    def _settle(self, found: tuple[list[Record], int] | None = None) -> None:
+        """Hold what the pool has, and delete what an interrupted batch left."""
+        self._records, self._size = found or self._parse()
         with explained(f"writing {self.path / METADATA}"):
             metadata.cut(self.path / METADATA, self._size)
-        self._discard_strays()
+        self.gather()
+        ahead = {index for images in self.ahead.values() for index in images}
+        delete_strays(self.path, self._held, ahead)
 
     def _explained(self, name: str) -> Any:
         return explained(f"writing {self.path / name}", f"; images safe in the pool: {self._held}")
 
-    def _write(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+    def _write(self, name: str, content: bytes) -> None:
         with self._explained(name):
-            write_atomically(self.path / name, write)
-
-    def _write_bytes(self, name: str, content: bytes) -> None:
-        self._write(name, lambda file: file.write(content))
+            write_atomically(self.path / name, lambda file: file.write(content))
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
         """Hold the lock from here on, unless the body fails."""
-        self._settings()  # before the lock, which is a file, so that none is put among foreign ones
+        read_settings(
+            self.path
+        )  # before the lock, which is a file, so that none is put among foreign ones
         lock = FileLock(self.path / LOCK, timeout=0)
         with explained(f"opening {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -345,122 +357,33 @@ class Pool:
                 raise PoolError(f"another process adds images to {self.path}") from None
         self._lock = lock
         try:
+            check_free(self.path)
             yield
         except BaseException:
             self.close()
             raise
 
-    def _settings(self) -> Settings | None:
-        """The settings, or None where there is no pool yet.
-
-        Raises:
-            PoolError: the folder holds something else than a pool.
-        """
-        with explained(f"opening {self.path}"):
-            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        if names <= _TRACES:
-            return None
-        settings: Settings | None = self._read(
-            SETTINGS, partial(parse_settings, path=self.path), missing=None
-        )
-        if settings is None:
-            raise not_a_pool(self.path)
-        return settings
-
     def _start(self, settings: Settings, overwrite: bool) -> None:
-        if self._settings() is not None:
+        if read_settings(self.path) is not None:
             if overwrite:
-                self._delete()
+                delete_pool(self.path)
             elif self.records:
                 raise PoolError(
                     f"{self.path} is not empty: continue it with --resume or replace it with "
                     "--overwrite"
                 )
         content = json.dumps(settings, indent=2, allow_nan=False) + "\n"
-        self._write_bytes(SETTINGS, content.encode())
+        self._write(SETTINGS, content.encode())
         self._describe(settings, anew=True)
         self._settle()
 
     def _describe(self, settings: Settings, anew: bool) -> None:
-        """Write what explains the pool to loaders and readers, where it is missing or for all."""
-        count = len(settings["class_names"])
-        folders = "".join(f"{class_folder(label, count)}\n" for label in range(count))
-        for name, content in ((CLASSES, folders), (CARD, card(settings))):
+        """Write what explains the pool, where it is missing or for all."""
+        for name, content in descriptions(settings).items():
             if anew or not (self.path / name).exists():
-                self._write_bytes(name, content.encode())
-
-    def _check_settings(self, old: Settings, settings: Settings) -> None:
-        new = json.loads(json.dumps(settings))
-        for key in old | new:
-            with explained(f"reading {self.path / SETTINGS}"):
-                before, now = (
-                    json.dumps(side[key], sort_keys=True) if key in side else "nothing"
-                    for side in (old, new)
-                )
-            if before != now:
-                raise PoolError(
-                    f"{self.path} can't be resumed: it was made with {key} = {before}, "
-                    f"now it is {now}"
-                )
-        self._describe(settings, anew=False)
-
-    def _check_files(self) -> None:
-        for record in self.records:
-            for key in FOLDERS:
-                path = self.path / record[key]
-                with explained(f"reading {path}"):
-                    found = path.is_file()
-                if not found:
-                    raise PoolError(
-                        f"{path} is missing: put it back, or make the pool anew with --overwrite"
-                    )
-
-    def _class_folders(self) -> list[Path]:
-        """The folders of classes, and above each three the one that holds them."""
-        found = []
-        for folder in map(self.path.__truediv__, FOLDERS.values()):
-            found.append(folder)
-            if folder.is_dir() and not folder.is_symlink():
-                found += [each for each in folder.iterdir() if each.name.isdecimal()]
-        return found
-
-    def _discard_strays(self) -> None:
-        """Delete the images without a line, which loaders of folders would find."""
-        with suppress(OSError):
-            for folder in (*reversed(self._class_folders()), self.path / PROGRESS):
-                delete_pictures(folder, range(self._held, sys.maxsize))
+                self._write(name, content)
 
     def _discard_unfinished(self, before: int = sys.maxsize) -> None:
         """Delete unfinished images, or only those with a smaller number."""
         with suppress(OSError):
             delete_pictures(self.path / UNFINISHED, range(before))
-
-    def _delete(self) -> None:
-        """Delete everything but the settings, which mark the folder as a pool until the end.
-
-        The metadata goes first, so that no line outlives its files.
-        """
-        with explained(f"reading {self.path}"):
-            folders = [*self._class_folders(), self.path / UNFINISHED, self.path / PROGRESS]
-        for folder in filter(Path.is_symlink, (*folders, self.path / "report")):
-            raise PoolError(
-                f"{folder} is a symbolic link, which is not followed, so {self.path} is not "
-                "overwritten"
-            )
-        with explained(f"deleting {self.path}"):
-            for name in (METADATA, CLASSES, CARD, *REPORTS):
-                delete_file(self.path / name)
-            for folder in reversed(folders):
-                delete_pictures(folder)
-            with suppress(OSError):
-                (self.path / "report").rmdir()
-
-
-def _parse_loss(content: bytes) -> dict[str, Any]:
-    loss = metadata.from_json(content)
-    history, stops = (isinstance(loss, dict) and loss.get(key) for key in ("history", "stops"))
-    lists = [stops, *history.values()] if isinstance(history, dict) else [None]
-    for numbers in lists:
-        if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError("it is not the loss of a batch")
-    return dict(loss)

@@ -5,13 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
 from smi_fast import engine, ops
 from smi_fast.engine import Engine
 from smi_fast.teacher.attention import attend_first_rows, first_row_probabilities, project_qkv
-from smi_fast.teacher.taps import OUTPUT, PROBABILITIES, ROW, SCORES, TOKENS
+from smi_fast.teacher.mlp import behind_hidden, hidden_layer
+from smi_fast.teacher.narrowing import most_attended, with_prefix
+from smi_fast.teacher.ragged import RaggedRows
+from smi_fast.teacher.taps import (
+    HIDDEN,
+    KEYS,
+    OUTPUT,
+    PROBABILITIES,
+    QUERIES,
+    ROW,
+    SCORES,
+    TOKENS,
+    VALUES,
+)
+
+# What a block computes behind its q, k and v, and behind its attention.
+_BEHIND_QKV = {OUTPUT, HIDDEN, TOKENS}
+_BEHIND_ATTENTION = {HIDDEN, TOKENS}
 
 
 class BlocksOutput(NamedTuple):
@@ -37,7 +55,11 @@ class Way(NamedTuple):
     """
 
     engine: Engine | None
-    rotations: Sequence[Tensor | None]
+    rotations: Sequence[Tensor] | None
+
+    def rotation(self, block: int) -> Tensor | None:
+        """Of patches in one block, or None."""
+        return None if self.rotations is None else self.rotations[block]
 
 
 class Blocks:
@@ -48,6 +70,10 @@ class Blocks:
         prefix: prefix tokens in front of the patches.
         rows_read: the first tokens after the last block that the head reads; None for all.
         backend: which implementation of the ops to use.
+
+    Attributes:
+        narrow: share of the patches' tokens that goes into each of some blocks and on, see
+            :class:`smi_fast.SparseViT`.
     """
 
     def __init__(
@@ -58,6 +84,7 @@ class Blocks:
         self._prefix, self._rows_read = prefix, rows_read
         self._backend = backend
         self._engines = engine.candidates(blocks)
+        self.narrow: dict[int, float] = {}
 
     def refresh(self) -> None:
         """Forget what engines derived from the weights."""
@@ -79,29 +106,129 @@ class Blocks:
             importance: also return the importance of each patch.
             rotations: of patches in each block; None for no rotary embedding.
         """
-        fast = engine.choose(self._engines, x.device, x.dtype, self._backend)
-        way = Way(fast, rotations or [None] * len(self._blocks))
+        way, last = self._way(x, rotations), len(self._blocks) - 1
         found: dict[str, Tensor] = {}
-        done, last = 0, len(self._blocks) - 1
-        for index in sorted(taps.keys() - {last}):
+        if self.narrow:
+            return self._narrowed(way, x, taps, importance)
+        x = self._before(way, x, last, taps, found)
+        x, row = self._last(way, x, taps.get(last, {}), importance, found)
+        return BlocksOutput(x, row, found)
+
+    def _narrowed(
+        self, way: Way, x: Tensor, taps: dict[int, dict[str, str]], importance: bool
+    ) -> BlocksOutput:
+        """Run all blocks, from the first narrowed one on with fewer tokens. All taps are before it.
+
+        The importance of patches that don't reach the last block is 0.
+        """
+        found: dict[str, Tensor] = {}
+        kept = x.shape[1] - self._prefix
+        left = torch.arange(kept, device=x.device).expand(len(x), -1)
+        done, last = min(self.narrow), len(self._blocks) - 1
+        x = self._before(way, x, done, taps, found)
+        for index, share in self.narrow.items():
+            x = self._run(way, x, done, index)
+            with torch.no_grad():
+                attention = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)
+            places = most_attended(attention, share)
+            left = left.gather(1, places)
+            x = x.take_along_dim(with_prefix(places, self._prefix)[:, :, None], 1)
+            if way.rotations is not None:
+                turned = places[:, :, None, None]
+                way = way._replace(rotations=[r.take_along_dim(turned, 1) for r in way.rotations])
+            done = index
+        x = self._run(way, x, done, last)
+        x, row = self._last(way, x, {}, importance, found)
+        if row is not None:
+            row = row.new_zeros(len(row), kept).scatter(1, left, row)
+        return BlocksOutput(x, row, found)
+
+    def ragged(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        importance: bool,
+        rotations: Sequence[Tensor] | None = None,
+    ) -> BlocksOutput:
+        """Run all blocks, one by one, on a number of tokens of its own for each image.
+
+        On the CPU the rows of all images are concatenated, so that padded rows cost no product;
+        rotary positions, and a GPU, whose shapes are not to depend on data, keep them padded.
+
+        Args:
+            x: tokens [B, N, D].
+            lengths: int64 [B], tokens of each image, prefix tokens included; later ones don't
+                count.
+            importance: also return the importance of each patch, 0 for those that don't count.
+            rotations: of patches in each block; None for no rotary embedding.
+        """
+        packed = x.device.type == "cpu" and rotations is None
+        rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
+        turned: Sequence[Tensor | None] = rotations or [None] * len(self._blocks)
+        x, last = rows.pack(x), self._blocks[-1]
+        for block, rotation in zip(self._blocks, turned, strict=True):
+            y = block.norm1(x)
+            qkv = rows.unpack(project_qkv(block.attn, y, rotation))
+            scored = importance and block is last
+            out, row = ops.gather_attention(
+                qkv, lengths=lengths, importance=scored, backend=self._backend
+            )
+            if block is last:
+                read = slice(0, self._rows_read)
+                x, y, out = rows.unpack(x)[:, read], rows.unpack(y)[:, read], out[:, read]
+            else:
+                out = rows.pack(out)
+            x = _after_attention(block, x, y, out)
+            x = _after_mlp(block, x, _hidden(block, x))
+        return BlocksOutput(x, row[:, self._prefix :] if row is not None else None, {})
+
+    def read(
+        self,
+        x: Tensor,
+        taps: dict[int, dict[str, str]],
+        rotations: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The taps alone, of which there is at least one: nothing behind the last one runs.
+
+        The arguments are those of a call.
+        """
+        way, last = self._way(x, rotations), max(taps)
+        found: dict[str, Tensor] = {}
+        x = self._before(way, x, last, taps, found)
+        self._tapped(way, x, last, taps[last], found, goes_on=False)
+        return found
+
+    def _way(self, x: Tensor, rotations: Sequence[Tensor] | None) -> Way:
+        fast = engine.choose(self._engines, x.device, x.dtype, self._backend)
+        return Way(fast, rotations)
+
+    def _before(
+        self,
+        way: Way,
+        x: Tensor,
+        stop: int,
+        taps: dict[int, dict[str, str]],
+        found: dict[str, Tensor],
+    ) -> Tensor:
+        """Tokens before the block ``stop``. Taps of the blocks until there go into ``found``."""
+        done = 0
+        for index in sorted(index for index in taps if index < stop):
             x = self._run(way, x, done, index)
             x = self._tapped(way, x, index, taps[index], found)
             done = index + 1
-        x = self._run(way, x, done, last)
-        x, row = self._last(way, x, taps.get(last, {}), importance, found)
-        return BlocksOutput(x, row, found)
+        return self._run(way, x, done, stop)
 
     def _run(self, way: Way, x: Tensor, start: int, stop: int) -> Tensor:
         """Tokens after the blocks from ``start`` up to ``stop``; the same ones when these meet."""
         if start < stop and way.engine is not None:
-            return way.engine.run(x, start, stop)
-        for block, rotation in zip(
-            self._blocks[start:stop], way.rotations[start:stop], strict=True
-        ):
+            return way.engine.run(x, start, stop, way.rotations)
+        for index in range(start, stop):
+            block = self._blocks[index]
             y = block.norm1(x)
-            qkv = project_qkv(block.attn, y, rotation)
+            qkv = project_qkv(block.attn, y, way.rotation(index))
             out, _ = ops.gather_attention(qkv, backend=self._backend)
             x = _after_attention(block, x, y, out)
+            x = _after_mlp(block, x, _hidden(block, x))
         return x
 
     def _last(
@@ -128,11 +255,12 @@ class Blocks:
         """The rows [B, R, D] of the last block that the head reads, and their probabilities."""
         read = self._rows_read
         if read is not None and way.engine is not None:
-            return way.engine.last_block_rows(x, read)
+            return way.engine.last_block_rows(x, read, way.rotations)
         block = self._blocks[-1]
         y = block.norm1(x)
-        out, probabilities = attend_first_rows(block.attn, y, read, way.rotations[-1])
-        return _after_attention(block, x[:, :read], y[:, :read], out), probabilities
+        out, probabilities = attend_first_rows(block.attn, y, read, way.rotation(-1))
+        x = _after_attention(block, x[:, :read], y[:, :read], out)
+        return _after_mlp(block, x, _hidden(block, x)), probabilities
 
     def _importance(self, probabilities: Tensor) -> Tensor:
         """Attention to each patch [B, K], mean over heads: of the class token, or of all patches
@@ -148,43 +276,63 @@ class Blocks:
         index: int,
         names: dict[str, str],
         found: dict[str, Tensor],
+        goes_on: bool = True,
     ) -> Tensor:
-        """Tokens after one block, whose taps go into ``found``."""
-        block, kinds = self._blocks[index], set(names.values())
+        """Tokens after one block, whose taps go into ``found``.
+
+        Where nothing ``goes_on`` behind it, the block runs only as far as its taps are.
+        """
+        kinds = set(names.values())
+        needed = kinds | {TOKENS} if goes_on else kinds
         parts: dict[str, Tensor] = {}
         if ROW in kinds:
             parts[ROW] = self._class_row(way, x, index)
         if kinds <= {ROW, TOKENS}:
-            x = self._run(way, x, index, index + 1)
+            x = self._run(way, x, index, index + 1) if TOKENS in needed else x
         else:
-            y = block.norm1(x)
-            qkv = project_qkv(block.attn, y, way.rotations[index])
-            if {SCORES, PROBABILITIES} & kinds:
-                q, k, v = qkv.permute(2, 0, 3, 1, 4)
-                parts[SCORES] = q * q.shape[-1] ** -0.5 @ k.mT
-                parts[PROBABILITIES] = parts[SCORES].softmax(dim=-1)
-                out = (parts[PROBABILITIES] @ v).transpose(1, 2).flatten(2)
-            else:
-                out, _ = ops.gather_attention(qkv, backend=self._backend)
-            parts[OUTPUT] = out.unflatten(2, (block.attn.num_heads, -1))
-            x = _after_attention(block, x, y, out)
+            x = self._op_by_op(way, x, index, needed, parts)
         parts[TOKENS] = x
         found.update((name, parts[kind]) for name, kind in names.items())
         return x
 
+    def _op_by_op(
+        self, way: Way, x: Tensor, index: int, needed: set[str], parts: dict[str, Tensor]
+    ) -> Tensor:
+        """Tokens after one block, whose needed ``parts`` are kept; as they were if not needed."""
+        block = self._blocks[index]
+        y = block.norm1(x)
+        qkv = project_qkv(block.attn, y, way.rotation(index))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        parts.update({QUERIES: q, KEYS: k, VALUES: v})
+        if {SCORES, PROBABILITIES} & needed:
+            parts[SCORES] = q * q.shape[-1] ** -0.5 @ k.mT
+            parts[PROBABILITIES] = parts[SCORES].softmax(dim=-1)
+        if not _BEHIND_QKV & needed:
+            return x
+        if PROBABILITIES in parts:
+            out = (parts[PROBABILITIES] @ v).transpose(1, 2).flatten(2)
+        else:
+            out, _ = ops.gather_attention(qkv, backend=self._backend)
+        parts[OUTPUT] = out.unflatten(2, (block.attn.num_heads, -1))
+        if not _BEHIND_ATTENTION & needed:
+            return x
+        x = _after_attention(block, x, y, out)
+        parts[HIDDEN] = _hidden(block, x)
+        return _after_mlp(block, x, parts[HIDDEN]) if TOKENS in needed else x
+
     def _class_row(self, way: Way, x: Tensor, index: int) -> Tensor:
         """The first token's probabilities [B, heads, N] in a block's attention."""
         block = self._blocks[index]
-        y, rotation = block.norm1(x), way.rotations[index]
+        y, rotation = block.norm1(x), way.rotation(index)
         return first_row_probabilities(block.attn, y, 1, rotation)[0][:, :, 0]
 
 
 def _after_attention(block: Any, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """The rest of a block, token by token: projection, residuals and MLP.
+    """Tokens [B, R, D] in front of a block's MLP.
 
     Args:
         block: which one.
-        x: tokens before it [B, R, D].
+        x: tokens before the block [B, R, D].
         y: their first norm [B, R, D].
         out: attention's output [B, R, H·d].
     """
@@ -192,10 +340,18 @@ def _after_attention(block: Any, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     out = attention.norm(out)
     if getattr(attention, "gate", None) is not None:
         out = out * attention.gate(y).sigmoid()
-    scale1, scale2 = _layer_scales(block)
-    x = x + scale1(attention.proj(out))
-    x = x + scale2(block.mlp(block.norm2(x)))
+    x = x + _layer_scales(block)[0](attention.proj(out))
     return x
+
+
+def _hidden(block: Any, x: Tensor) -> Tensor:
+    """The hidden layer [B, R, F] of a block's MLP, for the tokens in front of it."""
+    return hidden_layer(block.mlp, block.norm2(x))
+
+
+def _after_mlp(block: Any, x: Tensor, hidden: Tensor) -> Tensor:
+    """Tokens after a block [B, R, D], of those in front of its MLP and of its hidden layer."""
+    return x + _layer_scales(block)[1](behind_hidden(block.mlp, hidden))
 
 
 def _layer_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -17,12 +16,15 @@ from smi_fast.ops.backends import AUTO, check_name
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
+from smi_fast.teacher.embedding import check_patches, embed
 from smi_fast.teacher.frozen import SharedWeights
+from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
 from smi_fast.teacher.probe import probe as compare
+from smi_fast.teacher.ragged import check_lengths
 from smi_fast.teacher.rotary import rotations
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.support import check_teacher, freeze
-from smi_fast.teacher.taps import parse
+from smi_fast.teacher.taps import check_until, parse
 
 Jitter = tuple[Tensor | tuple[int, int], Tensor | bool]
 
@@ -31,13 +33,14 @@ class SparseOutput(NamedTuple):
     """Output of :class:`SparseViT`.
 
     Attributes:
-        logits: [B, classes], or the embedding [B, width] of a teacher without a head.
+        logits: [B, classes], or the embedding [B, width] of a teacher without a head; None where
+            the pass ended early (``until``).
         importance: [B, K], the importance of each kept patch, without gradient; None unless it was
             asked for.
         taps: the requested tensors by name, see :mod:`smi_fast.teacher.taps`.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     importance: Tensor | None
     taps: dict[str, Tensor]
 
@@ -67,7 +70,12 @@ class SparseViT(nn.Module):
             its methods are ignored.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         probe: whether to compare logits and pixel gradients of one image with the teacher's own,
-            which costs a forward and a backward pass of each.
+            which costs a forward and a backward pass of each. It is done without ``narrow``.
+        narrow: {block: share}: in front of each of these blocks only this share of the patches'
+            tokens goes on, those that the class token attends to most in it, ``int(K * share)`` of
+            K and at least one, as in EViT (arXiv 2202.07800) but without a fused token. Gradients
+            of what goes on are exact; no gradient goes through the choice. Patches that don't
+            reach the last block have importance 0. By default all tokens go through all blocks.
 
     Attributes:
         channels: channels of an image.
@@ -79,9 +87,17 @@ class SparseViT(nn.Module):
     Raises:
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
         BackendUnavailable: there is no such backend.
+        ValueError: ``narrow`` out of range, or for a teacher whose head reads all tokens.
     """
 
-    def __init__(self, teacher: nn.Module, *, backend: str = AUTO, probe: bool = True) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        backend: str = AUTO,
+        probe: bool = True,
+        narrow: Mapping[int, float] | None = None,
+    ) -> None:
         super().__init__()
         vit = check_teacher(teacher)
         self.backend = check_name(backend)
@@ -97,6 +113,7 @@ class SparseViT(nn.Module):
         if probe and self.device.type != "meta":
             compare(vit, self)
         self.num_classes = _classes(self.vit)
+        self._blocks.narrow = check_narrow(narrow, self.depth, _rows_read(vit))
 
     @property
     def num_patches(self) -> int:
@@ -104,9 +121,19 @@ class SparseViT(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
+    def narrow(self) -> dict[int, float]:
+        """The share of tokens that goes into each narrowed block, ascending."""
+        return dict(self._blocks.narrow)
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.vit.blocks)
+
+    @property
+    def output_width(self) -> int:
+        """Length of an output: of the logits, or of the embedding of a teacher without a head."""
+        return self.num_classes or int(self.vit.embed_dim)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -152,6 +179,47 @@ class SparseViT(nn.Module):
         """Stay in eval mode: a frozen teacher has no training mode."""
         return super().train(False)
 
+    def at_size(self, image_size: tuple[int, int], *, probe: bool = True) -> SparseViT:
+        """The same teacher for images of another size, over the same weights.
+
+        timm resamples its position embeddings (``set_input_size``), so they alone are copied: make
+        another one after they have changed.
+
+        >>> SparseViT(teacher).at_size((32, 32)).grid
+        (4, 4)
+
+        Args:
+            image_size: (height, width) in pixels, which the patch size divides.
+            probe: as of :class:`SparseViT`.
+
+        Raises:
+            ValueError: the patch size doesn't divide it.
+            UnsupportedTeacher: the teacher can't be computed exactly at this size.
+        """
+        if any(side < self.patch_size or side % self.patch_size for side in image_size):
+            raise ValueError(
+                f"expected a size that patches of {self.patch_size} pixels divide, "
+                f"got {tuple(image_size)}"
+            )
+        self._weights.follow()
+        resized = freeze(self.vit)
+        resized.set_input_size(img_size=image_size)
+        return SparseViT(resized, backend=self.backend, probe=probe, narrow=self.narrow)
+
+    def check_ragged(self) -> None:
+        """Refuse a teacher that doesn't take ``lengths``.
+
+        Raises:
+            ValueError: its head reads all tokens, or it is narrowed.
+        """
+        if _rows_read(self.vit) is None:
+            raise ValueError(
+                "expected a teacher whose head reads its class token with lengths, got one that "
+                "pools all tokens"
+            )
+        if self._blocks.narrow:
+            raise ValueError(f"expected no narrow together with lengths, got {self.narrow}")
+
     def every_patch(self, batch: int) -> Tensor:
         """The set ``kept`` of all patches, int64 [batch, rows·columns]."""
         return torch.arange(self.num_patches, device=self.device).expand(batch, -1)
@@ -172,6 +240,8 @@ class SparseViT(nn.Module):
         jitter: Jitter | None = None,
         importance: bool = False,
         taps: Collection[str] = (),
+        until: int | None = None,
+        lengths: Tensor | None = None,
     ) -> SparseOutput:
         """Logits of the kept patches of images, or of jittered images.
 
@@ -183,10 +253,17 @@ class SparseViT(nn.Module):
                 :func:`smi_fast.ops.gather_patches`; None for no jitter.
             importance: also return the importance of each kept patch.
             taps: names of intermediate tensors to return, see :mod:`smi_fast.teacher.taps`.
+            until: an early exit: number of the first blocks that may run, in 0..depth. They give
+                the taps, and there are no logits. None for all blocks and logits.
+            lengths: int64 [B], how many of ``kept`` count in each image, from 0 to K; later ones
+                are padding, other patches of the image, which reach no logit, have no gradient and
+                importance 0. Blocks then run one by one. None for K in each.
 
         Raises:
-            ValueError: wrong shape, data type or device of the images or of ``kept``, or an unknown
-                tap.
+            ValueError: wrong shape, data type or device of the images or of ``kept``, an unknown
+                tap or one of a narrowed block, ``until`` out of range, in front of a tap or
+                together with importance, or ``lengths`` out of range, together with taps, until or
+                narrow, or for a teacher whose head reads all tokens.
             BackendUnavailable: the backend can't run these images.
         """
         if not torch.compiler.is_compiling():
@@ -194,15 +271,74 @@ class SparseViT(nn.Module):
         self._check_images(images.field if isinstance(images, SigmoidImages) else images)
         if kept is None:
             kept = self.every_patch(len(images))
-        patches, positions = self._gather(images, kept, jitter)
+        if lengths is not None:
+            if until is not None or taps:
+                raise ValueError("expected neither taps nor until together with lengths")
+            return self._ragged(images, kept, jitter, importance, lengths)
         wanted = parse(taps, self.depth, self.num_prefix_tokens) if taps else {}
-        x, row, tapped = self._blocks(
-            self._embed(patches, positions), wanted, importance, rotations(self.vit, positions)
-        )
+        refuse_narrowed(wanted, self._blocks.narrow)
+        if until is not None:
+            check_until(until, wanted, self.depth)
+            if importance:
+                raise ValueError(f"expected until=None with importance, got until={until}")
+            if not wanted:
+                return SparseOutput(None, None, {})
+        patches, positions = self._gather(images, kept, jitter)
+        x, turned = embed(self.vit, patches, positions), rotations(self.vit, positions)
+        if until is not None:
+            return SparseOutput(None, None, self._blocks.read(x, wanted, turned))
+        return self._logits(x, wanted, importance, turned)
+
+    def forward_patches(
+        self, patches: Tensor, kept: Tensor, *, importance: bool = False
+    ) -> SparseOutput:
+        """Logits of patches that were gathered before, such as those of a shard.
+
+        It equals ``forward(images, kept)`` with the patches of ``ops.gather_patches``, and has
+        gradients with respect to them. See :class:`smi_fast.pool.shards.SparseImageDataset`.
+
+        Args:
+            patches: [B, K, C·P·P], normalised as the model expects, channel by channel, row by row.
+            kept: int64 [B, K], the distinct places of the patches in the grid, from 0.
+            importance: also return the importance of each patch.
+
+        Raises:
+            ValueError: wrong shape, data type or device.
+        """
+        if not torch.compiler.is_compiling():
+            self._weights.follow()
+        check_patches(patches, kept, self._weight, self.num_patches)
+        x = embed(self.vit, patches, kept)
+        return self._logits(x, {}, importance, rotations(self.vit, kept))
+
+    def _logits(
+        self,
+        x: Tensor,
+        wanted: dict[int, dict[str, str]],
+        importance: bool,
+        turned: list[Tensor] | None,
+    ) -> SparseOutput:
+        x, row, tapped = self._blocks(x, wanted, importance, turned)
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
         return SparseOutput(self.vit.forward_head(x), row, tapped)
+
+    def _ragged(
+        self,
+        images: Tensor | SigmoidImages,
+        kept: Tensor,
+        jitter: Jitter | None,
+        importance: bool,
+        lengths: Tensor,
+    ) -> SparseOutput:
+        self.check_ragged()
+        patches, positions = self._gather(images, kept, jitter)
+        check_lengths(lengths, kept)
+        x, turned = embed(self.vit, patches, positions), rotations(self.vit, positions)
+        tokens = lengths + self.num_prefix_tokens
+        x, row, _ = self._blocks.ragged(x, tokens, importance, turned)
+        return SparseOutput(self.vit.forward_head(self.vit.norm(x)), row, {})
 
     def _gather(
         self, images: Tensor | SigmoidImages, kept: Tensor, jitter: Jitter | None
@@ -241,16 +377,6 @@ class SparseViT(nn.Module):
                 f"got {images.dtype} on {images.device}"
             )
 
-    def _embed(self, patches: Tensor, positions: Tensor) -> Tensor:
-        embed = self.vit.patch_embed
-        x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
-        prefix, table = _embeddings(self.vit)
-        if table is not None:
-            x = x + table[positions]
-        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-        embedded: Tensor = self.vit.norm_pre(x)
-        return embedded
-
 
 @torch.no_grad()
 def _classes(vit: VisionTransformer) -> int:
@@ -265,20 +391,3 @@ def _rows_read(vit: VisionTransformer) -> int | None:
     if vit.global_pool != "token" or vit.attn_pool is not None:
         return None
     return int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1
-
-
-def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens [1, P, D] with their position embedding, and that of patches [patches, D]."""
-    # timm's distilled teachers make register tokens when asked for them, and never read them.
-    distilled = isinstance(vit, VisionTransformerDistilled)
-    tokens = [vit.cls_token, vit.dist_token if distilled else vit.reg_token]
-    found = [token for token in tokens if token is not None]
-    if not found:
-        found = [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)]
-    prefix = torch.cat(found, dim=1) if len(found) > 1 else found[0]
-    if vit.pos_embed is None:
-        return prefix, None
-    if vit.no_embed_class:
-        return prefix, vit.pos_embed[0]
-    count = vit.num_prefix_tokens
-    return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]

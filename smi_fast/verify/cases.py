@@ -34,6 +34,10 @@ CHANGED = {
     "normalize_backward_": (0,),
     "gelu_": (0, 2),
     "multiply_": (0,),
+    "swiglu_": (0, 2),
+    "swiglu_backward_": (2,),
+    "rotate_": (0,),
+    "rotate_backward_": (0,),
     "attend_": (2,),
     "attend_backward_": (3,),
 }

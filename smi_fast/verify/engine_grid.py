@@ -25,6 +25,28 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "normalize_backward_", (added, grad, x, rstd))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
         yield OpCall(label, "multiply_", (added, grad))
+    for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):
+        x, bias = torch.randn(rows, 2 * width), torch.randn(2 * width)
+        grad = torch.randn(rows, width)
+        label = f"{rows}x{width}"
+        yield OpCall(label, "swiglu_", (3 * x, bias, torch.empty(rows, width)))
+        yield OpCall(label, "swiglu_backward_", (grad, x, torch.empty(rows, 2 * width)))
+    wide = torch.tensor([[-80.0, -15.0, -1e-3, 0.0, 1e-3, 15.0, 80.0, *7 * [1.5]]])
+    yield OpCall("wide", "swiglu_", (wide, torch.zeros(14), torch.empty(1, 7)))
+    for parts, prefix, own, width, half in (
+        (3, 1, 1, 64, True),
+        (3, 5, 2, 12, False),
+        (3, 0, 1, 34, True),
+        (2, 1, 1, 64, False),
+        (2, 4, 2, 8, True),
+    ):
+        changed, count = parts - 1, prefix + 9
+        x, bias = torch.randn(2, count, parts, 2, width), torch.randn(changed * 2 * width)
+        angle = 6 * torch.rand(2, 9, own, width)
+        rotation = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        label = f"{parts}-{prefix}-{own}-{width}-{'half' if half else 'pairs'}"
+        yield OpCall(label, "rotate_", (x, bias, rotation, half))
+        yield OpCall(label, "rotate_backward_", (x, changed, rotation, half))
     far = torch.tensor([[-200.0, -15.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 15.0, 200.0]])
     yield OpCall("far", "gelu_", (far, torch.zeros(9), torch.empty_like(far)))
     for count, width in ((1, 64), (2, 8), (47, 64), (66, 72), (197, 32), (0, 8)):

@@ -33,6 +33,17 @@ CASES = [
     ("Dinov2Model", {}, "pooler_output"),
     ("Dinov2Model", {"use_swiglu_ffn": True}, "pooler_output"),
     ("Dinov2WithRegistersModel", {"num_register_tokens": 3}, "pooler_output"),
+    ("DINOv3ViTModel", {"num_register_tokens": 3, "key_bias": True}, "pooler_output"),
+    (
+        "DINOv3ViTModel",
+        {"image_size": (32, 48), "rope_theta": 7.0},
+        "class token",
+    ),
+    (
+        "DINOv3ViTModel",
+        {"use_gated_mlp": True, "hidden_act": "silu", "mlp_bias": False, "proj_bias": False},
+        "pooler_output",
+    ),
     ("CLIPVisionModel", {}, "pooler_output"),
     ("CLIPVisionModelWithProjection", {"projection_dim": 16}, "image_embeds"),
     ("CLIPForImageClassification", {"num_labels": 5}, "logits"),
@@ -84,6 +95,7 @@ def test_each_class_computes_the_same(name: str, options: dict[str, Any], part: 
         ("ViTModel", "class token"),
         ("DeiTForImageClassificationWithTeacher", "logits"),
         ("Dinov2WithRegistersModel", "pooler_output"),
+        ("DINOv3ViTModel", "pooler_output"),
         ("CLIPVisionModel", "pooler_output"),
         ("SiglipVisionModel", "pooler_output"),
     ],
@@ -91,7 +103,8 @@ def test_each_class_computes_the_same(name: str, options: dict[str, Any], part: 
 def test_another_image_size_interpolates_as_the_model_does(name: str, part: str) -> None:
     model = make(name)
     converted = from_huggingface(model, image_size=(40, 64))
-    options = {} if name.startswith("Dinov2") else {"interpolate_pos_encoding": True}
+    unasked = name.lower().startswith("dino")
+    options = {} if unasked else {"interpolate_pos_encoding": True}
     images = torch.randn(2, 3, 40, 64)
     assert SparseViT(converted).grid == (5, 8)
     assert relative_error(converted(images), answer(model, images, part, **options)) < 1e-5
@@ -154,6 +167,10 @@ def two_eps() -> Any:
         (lambda: make("CLIPModel"), r"^CLIPModel .* two networks; convert model\.vision_model$"),
         (lambda: make("ViTMSNModel"), "^ViTMSNModel of transformers can't be .* one of ViTModel"),
         (lambda: make("SiglipVisionModel", vision_use_head=False), "without its head"),
+        (
+            lambda: make("DINOv3ViTModel", hidden_act="relu"),
+            "DINOv3ViTModel of plain MLPs with hidden_act 'gelu', got 'relu'",
+        ),
         (lambda: make("ViTModel", hidden_act="mish"), "with hidden_act gelu, .*, got 'mish'"),
         (other_forward, "Louder computes something else .* differ by 0.5"),
         (adapted, "aren't those of a plain ViT: .*extra"),

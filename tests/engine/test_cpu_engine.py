@@ -17,8 +17,9 @@ from smi_fast.engine import candidates, choose
 from smi_fast.engine.cpu import CpuEngine, FoldedRun, LastBlock
 from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
+from smi_fast.verify.cases import random_kept
 from tests.helpers.inversions import PUBLISHED
-from tests.helpers.teachers import make_teacher, random_images, relative_error, with_gradient
+from tests.helpers.teachers import EVA, make_teacher, random_images, relative_error, with_gradient
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
@@ -210,7 +211,8 @@ def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
         ({"mlp_layer": timm.layers.SwiGLU}, False),
         ({"norm_layer": "rmsnorm"}, False),
         ({"scale_attn_norm": True}, False),
-        ({"scale_mlp_norm": True}, False),
+        ({"scale_mlp_norm": True}, True),
+        ({"scale_mlp_norm": True, "norm_layer": "rmsnorm"}, False),
     ],
 )
 def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None:
@@ -224,6 +226,74 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
         with_gradient(sparse, images), with_gradient(model, images), strict=True
     ):
         assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [
+        ("eva02_tiny_patch14_224", True),
+        ("eva02_base_patch16_clip_224", False),  # a norm inside of attention
+        ("eva02_base_patch14_224", True),  # one inside of the MLP
+        ("eva_giant_patch14_clip_224", True),  # without rotary positions
+        ("vit_small_patch16_dinov3", True),
+        ("vit_small_plus_patch16_dinov3_qkvb", True),
+        ("vit_small_patch16_rope_mixed_224", True),
+        ("vit_small_patch16_rope_224 three layers", True),
+        ("vit_small_patch16_rope_224 grouped queries", False),
+        ("vit_small_patch16_rope_224 query and key norm", False),
+    ],
+)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_blocks_of_eva(name: str, computed: bool, pool: str) -> None:
+    """On a kept subset in motion, in float64; with token pooling the last block has one row."""
+    sizes = {} if name in EVA else {"img_size": 84}
+    teacher = make_teacher(name, depth=3, global_pool=pool, **sizes).double()
+    ours, plain = (SparseViT(teacher, backend=backend) for backend in ("cpp", "reference"))
+    assert all(foldable(block) == computed for block in teacher.blocks)
+    (candidate,) = candidates(ours.vit.blocks)
+    chosen = choose([candidate], ours.device, ours.dtype, "cpp")
+    assert chosen is (candidate if computed else None)
+    images, kept = random_images(teacher).double(), random_kept(2, 7, ours.num_patches)
+    importance = [model(images, kept, importance=True).importance for model in (ours, plain)]
+    torch.testing.assert_close(*importance, rtol=1e-9, atol=1e-12)
+    found, expected = (with_gradient(model, images, kept) for model in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_swiglu_without_rotary_positions(teacher: VisionTransformer) -> None:
+    options = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4}
+    model = make_teacher("vit_tiny_patch16_224", img_size=32, depth=3, **options)
+    assert all(foldable(block) for block in model.blocks)
+    images, sparse = random_images(model), SparseViT(model, backend="cpp")
+    found, expected = with_gradient(sparse, images), with_gradient(model, images)
+    assert relative_error(found[0], expected[0]) < 1e-5
+    assert relative_error(found[1], expected[1]) < 1e-4
+
+
+def test_blocks_with_and_without_a_norm_in_the_mlp_are_left_to_the_ops() -> None:
+    options = {"img_size": 32, "depth": 2, "scale_mlp_norm": True}
+    model = make_teacher("vit_tiny_patch16_224", **options)
+    model.blocks[1].mlp.norm = nn.Identity()
+    reason = CpuEngine(model.blocks).why_not(torch.device("cpu"), torch.float32)
+    assert reason is not None and reason.startswith("blocks.1 has ")
+
+
+def test_a_gate_that_comes_last_is_left_to_the_ops() -> None:
+    gated = partial(timm.layers.GluMlp, act_layer=nn.SiLU)
+    options = {"img_size": 32, "depth": 1, "mlp_layer": gated, "act_layer": nn.SiLU}
+    for last in (True, False):
+        model = make_teacher("vit_tiny_patch16_224", **options)
+        model.blocks[0].mlp.gate_last = last
+        assert foldable(model.blocks[0]) != last
+
+
+def test_kernels_of_an_older_version_leave_eva_to_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_cpu_kernel", lambda name: False)
+    for name, runs in (("vit_small_patch16_dinov3", False), ("deit_tiny_patch16_224", True)):
+        candidate = CpuEngine(make_teacher(name, img_size=64, depth=1).blocks)
+        reason = candidate.why_not(torch.device("cpu"), torch.float32)
+        assert (reason is None) == runs
+        assert runs or "older version, without the steps of Eva: build anew" in str(reason)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch32_224"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -247,6 +248,8 @@ def test_a_teacher_that_can_not_be_scored_is_refused() -> None:
     [
         (Wrong(None), r"Wrong\(\) to return scores \[2, 24\], got NoneType"),
         (Wrong(torch.zeros(2, 3)), r"Wrong\(\) to return scores \[2, 24\], got \[2, 3\]"),
+        (Wrong(torch.ones(2, 24) > 0), r"return real numbers on cpu, got torch.bool on cpu"),
+        (Wrong(torch.ones(2, 24, device="meta")), "real numbers on cpu, got torch.float32 on meta"),
         (Wrong(torch.full((2, 24), torch.nan)), "expected finite scores .* before the stop at 3"),
     ],
 )
@@ -267,6 +270,24 @@ def test_without_stops_nothing_is_scored(teacher: VisionTransformer) -> None:
     assert torch.equal(result.images, run(teacher, schedule=Dense()).images)
 
 
-def test_attention_needs_a_block() -> None:
-    with pytest.raises(ValueError, match=r"expected blocks, such as \(-1,\), got \(\)"):
-        Attention(())
+@pytest.mark.parametrize("blocks", [(), 5, "ab", (1.5,), (True,)])
+def test_attention_needs_blocks(blocks: object) -> None:
+    message = f"expected blocks, such as (-1,), got {blocks!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Attention(blocks)
+
+
+def test_blocks_may_be_a_list() -> None:
+    assert Attention([-1, 0]) == Attention((-1, 0))
+
+
+@pytest.mark.parametrize("block", ["2", 1.0, None, True])
+def test_gradient_needs_a_block(block: object) -> None:
+    with pytest.raises(ValueError, match=f"^expected a block, such as -2, got {block!r}$"):
+        Gradient(block)
+
+
+@pytest.mark.parametrize("given", ["rollout", Rollout, None])
+def test_smoothed_needs_an_importance(given: object) -> None:
+    with pytest.raises(TypeError, match=r"^expected an importance to smooth, such as Rollout\(\)"):
+        Smoothed(given)

@@ -34,6 +34,8 @@ def every_objective(teacher: smi_fast.SparseViT) -> list[Objective]:
         smi_fast.AdversarialJS(student),
         smi_fast.PatchSeamTV(),
         smi_fast.VariationTarget(),
+        smi_fast.EmbeddingTarget(torch.randn(10, dtype=teacher.dtype)),
+        smi_fast.NeuronTarget(0, channel=[3, 4], where="mlp_hidden"),
     ]
 
 

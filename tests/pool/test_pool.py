@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from functools import partial
@@ -12,16 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from smi_fast import pool
 from smi_fast.background import over
-from smi_fast.pool import Pool, PoolError, metadata
+from smi_fast.pool import Pool, PoolError, metadata, pictures
 from tests.helpers.pools import NAMES, SETTINGS, batch, files, read
 
 ZERO = {"label": 0}
 # What every pool has.
 ALWAYS = {"settings.json", "classes.txt", "README.md"}
+
+
+def hash_of_files(path: Path, record: dict[str, Any]) -> str:
+    names = ("file_name", "masked_file_name", "mask_file_name")
+    content = b"".join((path / record[name]).read_bytes() for name in names)
+    return hashlib.sha256(content).hexdigest()
 
 
 def fail_at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int) -> None:
@@ -56,6 +62,7 @@ def test_pixels_masks_and_records_come_back_exactly(tmp_path: Path) -> None:
             "file_name": f"images/000{i % 3}/{i:06}.png",
             "masked_file_name": f"masked/000{i % 3}/{i:06}.png",
             "mask_file_name": f"masks/000{i % 3}/{i:06}.png",
+            "sha256": hash_of_files(tmp_path / "pool", record),
         }
         for key, pixels in (("file_name", images), ("masked_file_name", masked)):
             expected = (pixels[i] * 255).round().permute(1, 2, 0).numpy()
@@ -133,9 +140,7 @@ def test_an_empty_batch_adds_nothing(tmp_path: Path) -> None:
     assert made.records == []
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "calls"), [(os, "replace", 6), (os, "fsync", 7), (Image.Image, "save", 6)]
-)
+@pytest.mark.parametrize(("owner", "name", "calls"), [(os, "replace", 6), (os, "fsync", 7)])
 def test_a_full_disk_leaves_the_pool_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int
 ) -> None:
@@ -273,6 +278,42 @@ def test_resume_continues_the_numbers(tmp_path: Path) -> None:
     found = Pool(tmp_path / "pool").records
     assert [record["index"] for record in found] == [0, 1, 2, 3, 4]
     assert [record["seed"] for record in found] == [1, 1, 2, 2, 2]
+
+
+def test_a_writer_reads_the_metadata_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Reading it for each batch would take time that grows with the square of the pool's size.
+    with Pool.create(tmp_path, SETTINGS, NAMES) as made:
+        made.add(*batch(3))
+    sizes = []
+    parse = metadata.parse
+
+    def counted(lines: Any, class_names: Any) -> Any:
+        found = parse(lines, class_names)
+        sizes.append(found[1])
+        return found
+
+    monkeypatch.setattr(metadata, "parse", counted)
+    with Pool.resume(tmp_path, SETTINGS, NAMES) as found:
+        for seed in range(3):
+            found.add(*batch(2, seed=seed), loss={"stops": [], "history": {"l": [1.0]}})
+            pictures.draw_loss(found)
+            assert len(found.records) == 5 + 2 * seed
+        pictures.draw_sheet(found)
+        held = found.records
+    assert len(sizes) == 1
+    assert held == Pool(tmp_path).records and len(sizes) == 2
+
+
+def test_equal_texts_of_records_are_one_object(tmp_path: Path) -> None:
+    with Pool.create(tmp_path, SETTINGS, NAMES) as made:
+        for _ in range(2):
+            made.add(
+                *batch(1)[:2], [{**ZERO, "schedule": "S" * 99, "versions": {"torch": "t" * 9}}]
+            )
+        for records in (made.records, Pool(tmp_path).records):
+            assert len({id(record["schedule"]) for record in records}) == 1
+            assert len({id(record["versions"]["torch"]) for record in records}) == 1
+            assert len({id(key) for record in records for key in record}) == len(records[0])
 
 
 def test_resume_minds_no_order_of_keys(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast import SparseViT
+from smi_fast import SparseViT, ops
 from smi_fast.verify.cases import random_kept
 from tests.helpers.inversions import pixels_of
 from tests.helpers.teachers import (
@@ -257,3 +257,40 @@ def test_a_loop_of_your_own_freezes_the_background_with_it(teacher: VisionTransf
     frozen = torch.where(sparse.pixel_mask(kept), images, background)
     (gradient,) = torch.autograd.grad(sparse(frozen, kept).logits.square().sum(), images)
     assert torch.equal(gradient != 0, pixels_of(kept))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_patches_that_were_gathered_before(name: str) -> None:
+    teacher = SparseViT(make_teacher(name))
+    images = random_images(teacher.vit)
+    kept = random_kept(len(images), teacher.num_patches, max(1, teacher.num_patches // 3))
+    patches, _ = ops.gather_patches(images, kept, patch_size=teacher.patch_size)
+    patches = patches.detach().requires_grad_()
+    expected = teacher(images, kept, importance=True)
+    found = teacher.forward_patches(patches, kept, importance=True)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.importance, expected.importance)
+    found.logits.square().sum().backward()
+    assert patches.grad.abs().amax(dim=(1, 2)).min() > 0
+
+
+def test_forward_patches_says_what_it_expected(teacher: VisionTransformer) -> None:
+    sparse = SparseViT(teacher)
+    width = 3 * sparse.patch_size**2
+    patches, kept = torch.zeros(2, 3, width).to(sparse.dtype), torch.tensor([[0, 1, 2], [3, 1, 0]])
+    last = sparse.num_patches - 1
+    for given, places, sentence in (
+        (
+            patches[0],
+            kept,
+            rf"patches {sparse.dtype} \[B, K, {width}\] .* got .* \[3, ",
+        ),
+        (patches[..., 1:], kept, rf"patches {sparse.dtype} \[B, K, {width}\] for this"),
+        (patches.byte(), kept, "for this teacher, got torch.uint8"),
+        (patches, kept[:, :2], r"kept int64 \[2, 3\] for these patches, got torch.int64 \[2, 2\]"),
+        (patches, kept.int(), "for these patches, got torch.int32"),
+        (patches, kept - 1, rf"expected kept in 0..{last}, got -1..2"),
+        (patches, kept + last, rf"expected kept in 0..{last}, got {last}..{last + 3}"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            sparse.forward_patches(given, places)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from timm.layers import GluMlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from smi_fast import SparseViT
 from smi_fast.verify.cases import random_kept
@@ -34,16 +38,27 @@ def plain(teacher: VisionTransformer, images: Tensor, kept: Tensor) -> list[dict
         scores = attention.q_norm(q) * attention.scale @ attention.k_norm(k).mT
         parts = {"scores": scores, "": scores.softmax(-1)}
         parts |= {"row": parts[""][:, :, 0], "output": (parts[""] @ v).transpose(1, 2)}
-        x = block(x)
+        parts |= {"q": attention.q_norm(q), "k": attention.k_norm(k), "v": v}
+        x, parts["hidden"] = hidden_of(block, x)
         found.append({**parts, "tokens": x})
     return found
 
 
+def hidden_of(block: nn.Module, *given: object) -> tuple[Tensor, Tensor]:
+    """The output of a block, and what its own MLP gives to its second layer."""
+    inputs: list[Tensor] = []
+    hook = block.mlp.fc2.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    output = block(*given)
+    hook.remove()
+    return output, inputs[0]
+
+
 def name_of(block: object, part: str) -> str:
-    return f"block.{block}.tokens" if part == "tokens" else f"attention.{block}.{part}".rstrip(".")
+    room = {"tokens": "block", "hidden": "mlp"}.get(part, "attention")
+    return f"{room}.{block}.{part}".rstrip(".")
 
 
-PARTS = ("", "scores", "output", "row", "tokens")
+PARTS = ("", "scores", "output", "row", "q", "k", "v", "hidden", "tokens")
 # Without a class token there is no row.
 CASES = [(g, p) for g in GEOMETRIES for p in PARTS if (p, "gap" in g) != ("row", True)]
 
@@ -80,6 +95,20 @@ def test_many_taps_at_once_change_no_logits() -> None:
     assert sparse(images).taps == {}
 
 
+@pytest.mark.parametrize(
+    "mlp", [GluMlp, partial(GluMlp, act_layer=nn.SiLU, gate_last=False), SwiGLU]
+)
+def test_the_hidden_layer_of_a_gated_mlp(mlp: Callable[..., nn.Module]) -> None:
+    options = {"depth": 1, "img_size": 64, "mlp_layer": mlp, "scale_mlp_norm": True}
+    teacher = make_teacher("vit_tiny_patch16_224", **options)
+    images = random_images(teacher)
+    sparse = SparseViT(teacher, probe=False)
+    _, expected = hidden_of(teacher.blocks[0], teacher._pos_embed(teacher.patch_embed(images)))
+    found = sparse(images, taps=["mlp.0.hidden"])
+    torch.testing.assert_close(found.taps["mlp.0.hidden"], expected)
+    torch.testing.assert_close(found.logits, teacher(images))
+
+
 def test_a_row_leaves_the_last_block_short() -> None:
     """Only one row of the last MLP is computed for a tapped class token's row."""
     teacher = make_teacher("deit_tiny_patch16_224", depth=2)
@@ -96,7 +125,9 @@ def test_a_row_leaves_the_last_block_short() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("block.3", "expected a tap such as block.3.tokens.* got 'block.3'"),
+        ("block.3", "expected a tap such as block.3.tokens, mlp.* got 'block.3'"),
+        ("mlp.1", "got 'mlp.1'"),
+        ("mlp.2.hidden", r"blocks 0..1, got 'mlp.2.hidden'"),
         ("attention.first", "got 'attention.first'"),
         ("attention.-1", "got 'attention.-1'"),
         ("block.2.tokens", r"blocks 0..1, got 'block.2.tokens'"),

@@ -40,6 +40,39 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "csrc/cpu/engine_eva_steps_kernel.h",
+        f"{BUDGET} swiglu",
+        Mutant(
+            "eva-swiglu-derivative",
+            "store(gate, u * (s + silu * (one - s)));",
+            "store(gate, u * s);",
+            "The derivative of silu is its sigmoid.",
+        ),
+        Mutant(
+            "eva-swiglu-tail",
+            "std::copy_n(last[1], left, x + width + i);",
+            "",
+            "The last derivatives of a row are missing.",
+        ),
+        Mutant(
+            "eva-rotate-back",
+            "kBackward ? a * cosine[i] + b * sine[j]",
+            "kBackward ? a * cosine[i] + b * sine[i]",
+            "Backward takes the sine of the wrong channel.",
+            f"{BUDGET} rotate",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/engine_eva_steps.cpp",
+        f"{BUDGET} rotate",
+        Mutant(
+            "eva-rotate-heads",
+            "(own == 1 ? 0 : i % heads)",
+            "0",
+            "Every head takes the rotation of the first.",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_row_attention_kernel.h",
         f"{BUDGET} attend_rows",
         Mutant(
@@ -74,16 +107,15 @@ MUTANTS = (
         ),
         Mutant(
             "blocks-eps",
-            "own_eps += 2;",
+            "own_eps += eps_count;",
             "own_eps += 0;",
             "Every block has the eps of the first.",
             f"{ENGINE}::test_every_norm_has_its_own_eps",
         ),
         Mutant(
             "blocks-order",
-            "const Tensor &qkv = saved[2 * i], &derivative = saved[2 * i + 1];",
-            "const Tensor &qkv = saved[2 * (blocks.size() - 1 - i)], "
-            "&derivative = saved[2 * i + 1];",
+            "const Tensor &qkv = saved[count * i], &derivative",
+            "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
             "The gradient of a block reads what another block saved.",
         ),
     ),
@@ -107,21 +139,42 @@ MUTANTS = (
         "smi_fast/engine/folding.py",
         BLOCKS,
         Mutant(
+            "folding-key-bias",
+            "torch.cat([self.q_bias, self.k_bias]) if rotary",
+            "torch.cat([self.q_bias, 0 * self.k_bias]) if rotary",
+            "The bias of LayerNorm doesn't reach keys that are rotated.",
+            f"{ENGINE}::test_blocks_of_eva",
+        ),
+        Mutant(
+            "folding-norm-of-mlp",
+            "fc2, fc2_bias = _after_norm(fc2, fc2_bias, mlp.norm)",
+            "fc2, fc2_bias = fc2 * mlp.norm.weight, fc2_bias",
+            "The bias of the norm inside of the MLP is lost.",
+            f"{ENGINE}::test_blocks_of_eva",
+        ),
+        Mutant(
+            "folding-gate",
+            "type(mlp.act) is nn.SiLU and not mlp.gate_last and",
+            "type(mlp.act) is nn.SiLU and",
+            "The halves of a gated MLP may be the wrong way round.",
+            f"{ENGINE}::test_a_gate_that_comes_last_is_left_to_the_ops",
+        ),
+        Mutant(
             "folding-norm-bias",
-            "_bias(linear) + linear.weight @ norm.bias",
-            "_bias(linear)",
+            "bias + weight @ norm.bias",
+            "bias",
             "The bias of LayerNorm is lost.",
         ),
         Mutant(
             "folding-value-bias",
-            "bias = bias + weight @ extra",
-            "bias = bias + extra",
+            "_bias(linear) + linear.weight @ missing",
+            "_bias(linear) + missing",
             "The bias of v doesn't pass through the projection.",
         ),
         Mutant(
             "folding-scale",
-            "scale.gamma[:, None] * weight, scale.gamma * bias",
-            "scale.gamma[:, None] * weight, bias",
+            "(gamma[:, None] * weight, gamma * bias)",
+            "(gamma[:, None] * weight, bias)",
             "LayerScale leaves the bias out.",
         ),
         Mutant(
@@ -164,7 +217,7 @@ MUTANTS = (
         ),
         Mutant(
             "engine-last-rows",
-            "if rows not in self._last:",
+            "if key not in self._last:",
             "if not self._last:",
             "The number of rows is that of the first pass.",
             f"{ENGINE}::test_passes_may_read_other_numbers_of_rows",

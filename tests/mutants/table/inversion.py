@@ -53,7 +53,7 @@ MUTANTS = (
         REBIRTH,
         Mutant(
             "state-logits",
-            "teacher(images[row], kept[row]).logits",
+            "teacher(images[row], kept[row], lengths=own).logits",
             "teacher(images[row]).logits",
             "The logits are those of every patch.",
             f"{INVERTER}::test_result_shows_kept_patches_and_is_in_range",
@@ -118,8 +118,8 @@ MUTANTS = (
         ),
         Mutant(
             "state-step",
-            "step=self.iteration[0],",
-            "step=self.iteration[0] + 1,",
+            "step=self._adam_step,",
+            "step=self._adam_step + 1,",
             "Adam's bias correction is one iteration ahead.",
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
@@ -158,6 +158,20 @@ MUTANTS = (
     *of_file(
         "smi_fast/inversion/views.py",
         VIEWS,
+        Mutant(
+            "views-early-exit",
+            "if not inputs.score and not _logits_are_read(pairs):",
+            "if False:",
+            "Every block runs, whatever the loss reads.",
+            "tests/teacher/test_early_exit.py::test_a_loss_runs_the_blocks_that_it_reads",
+        ),
+        Mutant(
+            "views-due-logits",
+            "any(due and objective.reads_logits",
+            "any(objective.reads_logits",
+            "An objective that isn't due makes every block run.",
+            "tests/teacher/test_early_exit.py",
+        ),
         Mutant(
             "views-weight",
             "value if objective.weight == 1 else objective.weight * value",
@@ -268,15 +282,15 @@ MUTANTS = (
         INVERTER,
         Mutant(
             "inverter-refresh",
-            "        teacher.refresh()\n",
+            "        self.teacher.refresh()\n",
             "",
             "An inversion takes over what was folded from other weights.",
             "tests/teacher/test_weights.py::test_every_inversion_starts_with_a_refresh",
         ),
         Mutant(
             "inverter-check",
-            "state.keep(check(self.schedule.select(stop), stop, self._counts[iteration]))",
-            "state.keep(self.schedule.select(stop))",
+            "state.keep(check(selection, stop, count, ragged=ragged))",
+            "state.keep(selection)",
             "The answer of a schedule is not checked.",
             f"{GROUPS}::test_a_broken_promise_ends_the_inversion",
         ),

@@ -55,6 +55,63 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/objectives/embedding_target.py",
+        f"{OBJECTIVES}/test_embedding_target.py",
+        Mutant(
+            "embedding-rows",
+            "wanted = inputs.rows_of(wanted)",
+            "wanted = wanted[: len(found)]",
+            "Each part of a split batch takes the embeddings of the first.",
+        ),
+        Mutant(
+            "embedding-angle",
+            "return (2 * half.square()).mean()",
+            "return half.square().mean()",
+            "The spherical distance is half of itself.",
+        ),
+        Mutant(
+            "embedding-coupled",
+            'self.separable = distance != "infonce"',
+            "self.separable = True",
+            "A batch with infonce is split, so that other images are missing.",
+        ),
+        Mutant(
+            "embedding-finite",
+            "if not bool(given.isfinite().all()):",
+            "if False:",
+            "An embedding that is NaN is taken.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/objectives/neuron_target.py",
+        f"{OBJECTIVES}/test_neuron_target.py",
+        Mutant(
+            "neuron-prefix",
+            "else slice(prefix, None)",
+            "else slice(0, None)",
+            "The class token counts as a patch.",
+        ),
+        Mutant(
+            "neuron-rows",
+            "inputs.rows_of(self._neurons)",
+            "self._neurons[: len(inputs.kept)]",
+            "Each part of a split batch takes the neurons of the first.",
+        ),
+        Mutant(
+            "neuron-direction",
+            "F.normalize(neurons, dim=1)",
+            "neurons",
+            "The length of a direction matters.",
+        ),
+        Mutant(
+            "neuron-logits",
+            "    reads_logits = False\n",
+            "",
+            "A loss of the first block runs all of them.",
+            "tests/teacher/test_early_exit.py",
+        ),
+    ),
+    *of_file(
         "smi_fast/objectives/batch_norm.py",
         BATCH_NORM,
         Mutant(

@@ -12,6 +12,60 @@ CORRECTNESS = "tests/verify/test_correctness.py::test_wrong_kernel_is_seen"
 
 MUTANTS = (
     *of_file(
+        "examples/linear_gradient_matching.py",
+        "tests/test_examples.py",
+        Mutant(
+            "example-gradient",
+            "wrong = (features @ head.T).softmax(1) - F.one_hot(labels, len(head))",
+            "wrong = (features @ head.T).softmax(1)",
+            "The closed gradient of a linear head forgets the labels.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/visualize.py",
+        "tests/test_visualize.py",
+        Mutant(
+            "visualize-labels",
+            '{"label": first + i,',
+            '{"label": i,',
+            "The second batch of neurons has the names of the first.",
+        ),
+        Mutant(
+            "visualize-resume",
+            "if start < held:",
+            "if False:",
+            "A resumed pool has its first neurons twice.",
+        ),
+        Mutant(
+            "visualize-kept",
+            "        result.kept,\n",
+            "",
+            "The activation is that of the whole image.",
+        ),
+        Mutant(
+            "visualize-importance",
+            "if before >= 0 else Attention()",
+            "if False else Attention()",
+            "Sparse images keep the patches that the class token attends to.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/convert/dinov3.py",
+        "tests/convert/test_huggingface.py",
+        Mutant(
+            "dinov3-theta",
+            "rope_temperature=config.rope_theta,",
+            "rope_temperature=100.0,",
+            "Patches turn by other angles than the model's.",
+        ),
+        Mutant(
+            "dinov3-act",
+            "if config.hidden_act != expected:",
+            "if False:",
+            "Another activation is only found out by the proof.",
+        ),
+    ),
+    *of_file(
         "smi_fast/convert/build.py",
         CONVERT,
         Mutant(
@@ -47,59 +101,172 @@ MUTANTS = (
         ),
         Mutant(
             "pool-metadata-first",
-            "            for name, picture in pictures.items():\n",
-            '            metadata.append(self.path / METADATA, b"".join(lines), self._size)\n'
-            "            for name, picture in pictures.items():\n",
+            "            for name, content in made.files.items():\n",
+            '            metadata.append(self.path / METADATA, b"".join(made.lines), self._size)\n'
+            "            for name, content in made.files.items():\n",
             "An interrupted batch has lines whose files don't exist.",
         ),
         Mutant(
             "pool-unfinished",
-            "        self._batches += 1\n        self._discard_unfinished()\n",
-            "        self._batches += 1\n",
+            "made.lines))\n        self._discard_unfinished()\n",
+            "made.lines))\n",
             "Unfinished images stay after their batch was added.",
         ),
         Mutant(
-            "pool-delete-first",
-            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
-            "                delete_file(self.path / name)\n"
-            "            for folder in reversed(folders):\n"
-            "                delete_pictures(folder)\n",
-            "            for folder in reversed(folders):\n"
-            "                delete_pictures(folder)\n"
-            "            for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
-            "                delete_file(self.path / name)\n",
-            "An interrupted overwrite leaves lines whose files don't exist.",
-        ),
-        Mutant(
             "pool-missing",
-            "pool._check_files()",
-            "pass",
+            "                check_present(pool.path, found[0])\n",
+            "",
             "A pool that lacks a file is resumed.",
         ),
         Mutant(
-            "pool-link",
-            'for folder in filter(Path.is_symlink, (*folders, self.path / "report")):',
-            "for folder in filter(Path.is_symlink, []):",
-            "An overwrite that leaves a linked folder alone says nothing.",
+            "pool-parse",
+            "return self._parse()[0] if self._records is None else list(self._records)",
+            "return self._parse()[0]",
+            "Each batch reads the whole metadata.",
         ),
         Mutant(
             "pool-number",
-            "index = self._held + i",
-            "index = i",
+            '"start": self._held}',
+            '"start": 0}',
             "A second batch replaces the first.",
         ),
         Mutant(
-            "pool-background",
-            'masks, settings["background"])',
-            'masks, "mean")',
-            "Masked images have the mean colour whatever the pool says.",
-        ),
-        Mutant(
             "pool-strays",
-            "        self._discard_strays()\n",
+            "        delete_strays(self.path, self._held, ahead)\n",
             "",
             "Loaders of folders find the images of a batch that was killed.",
         ),
+    ),
+    *of_file(
+        "smi_fast/pool/contents.py",
+        POOL,
+        Mutant(
+            "pool-delete-first",
+            "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
+            "            delete_file(path / name)\n"
+            "        delete_parts(path)\n"
+            "        for folder in reversed(folders):\n"
+            "            delete_pictures(folder)\n",
+            "        for folder in reversed(folders):\n"
+            "            delete_pictures(folder)\n"
+            "        delete_parts(path)\n"
+            "        for name in (METADATA, CLASSES, CARD, *REPORTS):\n"
+            "            delete_file(path / name)\n",
+            "An interrupted overwrite leaves lines whose files don't exist.",
+        ),
+        Mutant(
+            "pool-link",
+            'for folder in filter(Path.is_symlink, (*folders, path / "report", path / PARTS)):',
+            "for folder in filter(Path.is_symlink, []):",
+            "An overwrite that leaves a linked folder alone says nothing.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/shards.py",
+        "tests/pool/test_shards.py",
+        Mutant(
+            "shards-order",
+            "patches.append(grid.swapaxes(1, 2)[mask])",
+            "patches.append(grid.swapaxes(1, 2)[mask][::-1])",
+            "Patches aren't in the order of their places.",
+        ),
+        Mutant(
+            "shards-missing",
+            'if (header["shard"], header["shards"]) != (str(number), str(count)):',
+            "if False:",
+            "A missing shard is not noticed.",
+        ),
+        Mutant(
+            "shards-normalised",
+            "return space.normalize(pixels).flatten(-3)",
+            "return pixels.flatten(-3)",
+            "The teacher sees patches in another space than it was trained in.",
+        ),
+        Mutant(
+            "shards-room",
+            "        room -= needed\n",
+            "",
+            "A shard grows without a limit.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/export.py",
+        "tests/pool/test_export.py",
+        Mutant(
+            "export-folder",
+            "if any(path.iterdir()):",
+            "if False:",
+            "What is exported mixes with other files.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/parts.py",
+        "tests/pool/test_parts.py",
+        Mutant(
+            "parts-torn",
+            "        if len(lines) == size:\n",
+            "        if lines:\n",
+            "A part of a batch counts.",
+        ),
+        Mutant(
+            "parts-turn",
+            "        if number not in ahead:\n            break\n",
+            "        if number not in ahead:\n            continue\n",
+            "Batches come into the metadata before those that are missing.",
+        ),
+        Mutant(
+            "parts-free",
+            "    for file in _files(path, _LOCKS):\n",
+            "    for file in ():\n",
+            "A pool is resumed while a process of a group still adds images.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/group.py",
+        "tests/test_group.py",
+        Mutant(
+            "group-next",
+            'int(self._store.add("next", 1)) - 1',
+            'int(self._store.add(f"next{self.rank}", 1)) - 1',
+            "Each process makes all batches.",
+            "tests/test_group.py::test_numbers_are_given_out_once",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/check.py",
+        "tests/pool/test_check.py",
+        Mutant(
+            "check-hash",
+            'fingerprint(contents) != record["sha256"]:',
+            "not contents:",
+            "A picture that was replaced by another is taken for whole.",
+        ),
+        Mutant(
+            "check-mask",
+            'if kept == record.get("kept") else',
+            "if True else",
+            "A mask of other patches is taken for whole.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/merge.py",
+        "tests/pool/test_merge.py",
+        Mutant(
+            "merge-trajectory",
+            'record["trajectory"] + trajectory',
+            'record["trajectory"]',
+            "Trajectories of different pools share a number.",
+        ),
+        Mutant(
+            "merge-held",
+            "_check_held(made.path, held[start : start + len(new)], new)",
+            "pass",
+            "A merge goes on from the images of other pools.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/settings.py",
+        POOL,
         Mutant(
             "pool-order-of-keys",
             "json.dumps(side[key], sort_keys=True)",
@@ -116,6 +283,12 @@ MUTANTS = (
             ".mul(255).byte()",
             "Pixels are cut off instead of rounded.",
         ),
+        Mutant(
+            "pool-background",
+            'masks, settings["background"])',
+            'masks, "mean")',
+            "Masked images have the mean colour whatever the pool says.",
+        ),
     ),
     *of_file(
         "smi_fast/pool/metadata.py",
@@ -125,6 +298,12 @@ MUTANTS = (
             "return records[: end if len(records) == end else start], whole",
             "return records, whole",
             "A part of a batch counts, and the next one starts from another seed.",
+        ),
+        Mutant(
+            "metadata-texts",
+            "intern(value) if",
+            "value if",
+            "Each record holds the same long texts once more.",
         ),
         Mutant(
             "metadata-cut",
@@ -181,9 +360,41 @@ MUTANTS = (
         ),
         Mutant(
             "files-foreign",
-            "if found is None or path.is_dir():",
-            "if path.is_dir():",
+            "    found = _PICTURE.fullmatch(name)\n",
+            '    found = _PICTURE.search("000000.png")\n',
             "An overwrite deletes files that the pool didn't write.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/plan.py",
+        FILL,
+        Mutant(
+            "fill-resume",
+            "if trajectory.start >= plan.held]",
+            "]",
+            "A resumed run inverts the first labels again.",
+        ),
+        Mutant(
+            "fill-trajectory",
+            "last.label == label and last.images < most",
+            "last.images < most",
+            "An image has the label of the trajectory before it.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/pool/writer.py",
+        FILL,
+        Mutant(
+            "writer-thread",
+            "        self._last = self._threads.submit(job)\n",
+            "        job()\n",
+            "The next batch waits until the one before is written.",
+        ),
+        Mutant(
+            "writer-error",
+            "        if kind is None:\n            self.wait()\n",
+            "",
+            "The last batch is lost without a word.",
         ),
     ),
     *of_file(
@@ -197,20 +408,14 @@ MUTANTS = (
             "tests/test_batch_seeds.py",
         ),
         Mutant(
-            "fill-resume",
-            "if trajectory.start >= held]",
-            "]",
-            "A resumed run inverts the first labels again.",
-        ),
-        Mutant(
-            "fill-trajectory",
-            "last.label == label and last.images < most",
-            "last.images < most",
-            "An image has the label of the trajectory before it.",
+            "fill-loss",
+            "if number == last if part else last not in plan.ahead:",
+            "if True:",
+            "The pool shows the loss of the batch that was written last.",
         ),
         Mutant(
             "fill-unfinished",
-            "pool.add_unfinished(error.result.images)",
+            "unfinished(error.result.images)",
             "pass",
             "The images before a NaN are lost.",
         ),

@@ -4,6 +4,10 @@ from tests.mutants.mutant import Mutant, of_file
 
 CHECK = "tests/schedules/test_check.py"
 STOPS = "tests/schedules/test_stops.py"
+RESOLUTION = "tests/schedules/test_resolution.py"
+MASS = "tests/schedules/test_mass.py"
+RAGGED = "tests/inversion/test_ragged_loop.py"
+LOOP = "tests/inversion/test_resolution_loop.py"
 REBIRTH = "tests/schedules/test_rebirth.py"
 COMPACT = "tests/schedules/test_compact.py"
 INVERTER = "tests/inversion/test_inverter.py"
@@ -51,10 +55,192 @@ MUTANTS = (
             ":].sum(-1)",
             "A token that holds the loss down is the least important.",
         ),
+        Mutant(
+            "importance-device",
+            "or scores.is_complex() or scores.device != kept.device:",
+            "or scores.is_complex():",
+            "Scores on another device reach the schedule.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/mass.py",
+        MASS,
+        Mutant(
+            "mass-one-more",
+            "before.sum(dim=1) + 1",
+            "before.sum(dim=1) + 2",
+            "One patch more than needed stays.",
+        ),
+        Mutant(
+            "mass-padding",
+            "torch.where(there, stop.importance.double().clamp(min=0), -1)",
+            "stop.importance.double().clamp(min=0)",
+            "Padding of an earlier stop is kept again.",
+        ),
+        Mutant(
+            "mass-order",
+            "(patches + behind).argsort(dim=1)",
+            "patches.argsort(dim=1)",
+            "Padding stands among the patches that stay.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/base.py",
+        MASS,
+        Mutant(
+            "mass-unsaid",
+            "        if not ragged:",
+            "        if False:",
+            "A schedule that didn't say that it is ragged is checked too late.",
+        ),
+        Mutant(
+            "mass-check-back",
+            "patch_mask(stop.kept, *stop.grid, stop.lengths)",
+            "patch_mask(stop.kept, *stop.grid)",
+            "Patches that were dropped may come back.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/ragged.py",
+        MASS,
+        Mutant(
+            "mass-taps",
+            "tapped = [o.name for o in settings.objectives if o.taps(teacher.depth)]",
+            "tapped: list[str] = []",
+            "A run with taps fails only after the stop.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        f"{RAGGED}::test_only_the_patches_that_count_move",
+        Mutant(
+            "ragged-frozen",
+            "*settings.teacher.grid, selection.lengths)",
+            "*settings.teacher.grid)",
+            "Padding moves with a Fourier series.",
+        ),
+        Mutant(
+            "ragged-adam",
+            "active=self.kept[own, :number])",
+            "active=self.kept[own])",
+            "Adam moves padding by its momentum.",
+        ),
+        Mutant(
+            "ragged-logits",
+            "own = None if lengths is None else lengths[row]",
+            "own = None",
+            "The logits of a result are those of padding too.",
+            f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
+        ),
+    ),
+    *of_file(
+        "smi_fast/objectives/pixels.py",
+        f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
+        Mutant(
+            "ragged-variation",
+            'inputs.backend if inputs.lengths is None else "reference"',
+            "inputs.backend",
+            "Total variation counts a repeated patch more than once.",
+        ),
+        Mutant(
+            "ragged-norm",
+            "inputs.active if inputs.lengths is None else inputs.kept",
+            "inputs.active",
+            "The gradient of the L2 norm is lost where a patch repeats.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/views.py",
+        f"{RAGGED}::test_an_iteration_without_logits",
+        Mutant(
+            "ragged-until",
+            "lengths=lengths if until is None else None",
+            "lengths=lengths",
+            "An iteration that reads no logits fails after the stop.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/schedules/resolution.py",
+        RESOLUTION,
+        Mutant(
+            "resolution-part",
+            "* before // after",
+            "% before",
+            "A patch takes the importance of another one than the one that it is a part of.",
+        ),
+        Mutant(
+            "resolution-proportion",
+            "height * size / max(image_size), width * size",
+            "size, width * size",
+            "Small images of a rectangle are squares.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/sizes.py",
+        f"{LOOP}::test_shifts_are_scaled_to_the_nearest_pixel",
+        Mutant(
+            "resolution-shift",
+            "if size != image_size:",
+            "if False:",
+            "Small images are shifted as far as large ones.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/state.py",
+        f"{LOOP}::test_equals_one_inversion_after_another",
+        Mutant(
+            "resolution-adam",
+            "self._begun = self.iteration.clone()",
+            "self._begun = None",
+            "Adam's correction counts the iterations of small images, whose moments are gone.",
+        ),
+        Mutant(
+            "resolution-moments",
+            "        self._begin()\n        self.background = self.frozen = None",
+            "        self.exp_avg = torch.zeros_like(self.parameters)\n"
+            "        self.exp_avg_sq = torch.ones_like(self.parameters)\n"
+            "        self.background = self.frozen = None",
+            "The squares of Adam don't begin at 0 when images grow.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/inversion/inverter.py",
+        LOOP,
+        Mutant(
+            "resolution-begin",
+            "begin(larger, len(state.kept), generator)",
+            "None",
+            "Objectives go on with what they drew for the smaller grid.",
+            f"{LOOP}::test_objectives_begin_anew_for_the_larger_grid",
+        ),
+        Mutant(
+            "resolution-interrupted",
+            "state.enlarge(self.settings, teacher.every_patch(len(state.kept)))",
+            "teacher = state.settings.teacher",
+            "A run that is interrupted early gives small images.",
+            f"{LOOP}::test_an_interrupted_run_gives_whole_images",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        f"{LOOP}::test_replaced_weights_are_those_of_the_small_teacher_too",
+        Mutant(
+            "resolution-weights",
+            "        self._weights.follow()\n        resized = freeze(self.vit)",
+            "        resized = freeze(self.vit)",
+            "A teacher of another size has the weights from before they were replaced.",
+        ),
     ),
     *of_file(
         "smi_fast/schedules/base.py",
         CHECK,
+        Mutant(
+            "resolution-range",
+            "if bool(((patches < 0) | (patches >= total)).any()):",
+            "if bool((patches < 0).any()):",
+            "Patches past the larger grid are taken.",
+            RESOLUTION,
+        ),
         Mutant(
             "still-stop",
             "for t in schedule.at for before in (0, 1))",

@@ -9,10 +9,130 @@ IMPORTANCE = f"{SPARSE}::test_importance_is_the_attention_of_what_the_head_reads
 TAPS = "tests/teacher/test_taps.py::test_each_tap_is_what_the_block_computes"
 PROBE = "tests/teacher/test_probe.py"
 SUPPORT = "tests/teacher/test_support.py::test_what_cannot_be_exact_is_refused_by_name"
+EXIT = "tests/teacher/test_early_exit.py"
 EVA = "tests/teacher/test_eva.py"
 WEIGHTS = "tests/teacher/test_weights.py"
 
+NARROW = "tests/teacher/test_narrow.py"
+RAGGED = "tests/teacher/test_ragged.py"
+
 MUTANTS = (
+    *of_file(
+        "smi_fast/teacher/blocks.py",
+        f"{NARROW}::test_equals_timms_blocks_on_the_tokens_that_go_on",
+        Mutant(
+            "narrow-left",
+            "left = left.gather(1, places)",
+            "left = places",
+            "After a second narrowing importance belongs to other patches.",
+        ),
+        Mutant(
+            "narrow-block",
+            "attention = self._class_row(way, x, index)[:, :, self._prefix :].mean(1)",
+            "attention = self._class_row(way, x, index - 1)[:, :, self._prefix :].mean(1)",
+            "Tokens are chosen by the weights of the block before.",
+        ),
+        Mutant(
+            "narrow-rotations",
+            "r.take_along_dim(turned, 1)",
+            "r[:, : places.shape[1]]",
+            "Tokens that go on are rotated as the first ones.",
+            f"{NARROW}::test_rotations_go_on_with_their_tokens",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/ragged.py",
+        RAGGED,
+        Mutant(
+            "ragged-rows",
+            "x.new_zeros(len(self.lengths) * self.tokens, *x.shape[2:])",
+            "x.new_ones(len(self.lengths) * self.tokens, *x.shape[2:])",
+            "Rows that don't count are not 0.",
+        ),
+        Mutant(
+            "ragged-length",
+            "torch.arange(tokens, device=lengths.device) < lengths[:, None]",
+            "torch.arange(tokens, device=lengths.device) <= lengths[:, None]",
+            "One patch behind the length of each image costs products.",
+        ),
+        Mutant(
+            "ragged-range",
+            "(lengths < 0) | (lengths > most)",
+            "lengths < 0",
+            "More patches than there are may count.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/blocks.py",
+        f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
+        Mutant(
+            "ragged-attention",
+            "qkv, lengths=lengths, importance=scored",
+            "qkv, importance=scored",
+            "Tokens attend to padding.",
+        ),
+        Mutant(
+            "ragged-packed",
+            'packed = x.device.type == "cpu" and rotations is None',
+            "packed = False",
+            "Padded rows cost matrix products.",
+            f"{RAGGED}::test_padded_rows_cost_no_product",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        RAGGED,
+        Mutant(
+            "ragged-prefix",
+            "tokens = lengths + self.num_prefix_tokens",
+            "tokens = lengths",
+            "The class token counts as a patch.",
+        ),
+        Mutant(
+            "ragged-pooling",
+            "if _rows_read(self.vit) is None:",
+            "if False:",
+            "A teacher that pools all tokens pools padding.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/narrowing.py",
+        NARROW,
+        Mutant(
+            "narrow-prefix",
+            "torch.cat([first, places + prefix], dim=1)",
+            "torch.cat([first, places], dim=1)",
+            "Prefix tokens go on twice.",
+        ),
+        Mutant(
+            "narrow-taps",
+            "max(blocks) >= min(narrow)",
+            "max(blocks) > min(narrow)",
+            "Taps of a narrowed block are taken, which have other tokens.",
+        ),
+        Mutant(
+            "narrow-pooling",
+            "if narrow and rows_read is None:",
+            "if False:",
+            "A teacher that pools all tokens is narrowed.",
+        ),
+        Mutant(
+            "narrow-least",
+            "max(1, int(row.shape[1] * share))",
+            "int(row.shape[1] * share)",
+            "No token goes on where few are kept.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        NARROW,
+        Mutant(
+            "narrow-size",
+            "probe=probe, narrow=self.narrow)",
+            "probe=probe)",
+            "A narrowed teacher of another size computes all tokens.",
+        ),
+    ),
     *of_file(
         "smi_fast/teacher/blocks.py",
         TAPS,
@@ -47,6 +167,13 @@ MUTANTS = (
             "y, 1, rotation)[0][:, :, 0]",
             "y, 2, rotation)[0][:, :, 1]",
             "The row is that of the second token.",
+        ),
+        Mutant(
+            "blocks-early-exit",
+            "found, goes_on=False)",
+            "found, goes_on=True)",
+            "An early exit computes what no tap reads.",
+            f"{EXIT}::test_nothing_runs_that_the_last_tap_does_not_need",
         ),
         Mutant(
             "blocks-norm",
@@ -88,6 +215,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/teacher/mlp.py",
+        "tests/teacher/test_taps.py::test_the_hidden_layer_of_a_gated_mlp",
+        Mutant(
+            "mlp-gate",
+            "if mlp.gate_last else mlp.act(first) * second",
+            "if True else mlp.act(first) * second",
+            "The wrong half of a gated MLP is activated.",
+        ),
+        Mutant(
+            "mlp-norm",
+            "mlp.norm(mlp.drop1(found))",
+            "mlp.drop1(found)",
+            "The hidden layer isn't normed.",
+        ),
+    ),
+    *of_file(
         "smi_fast/teacher/rotary.py",
         EVA,
         Mutant(
@@ -111,7 +254,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/teacher/sparse_vit.py",
+        "smi_fast/teacher/embedding.py",
         SUBSET,
         Mutant(
             "sparse-positions",
@@ -125,6 +268,17 @@ MUTANTS = (
             "return prefix, vit.pos_embed[0, count:]",
             "The class token has no position embedding.",
         ),
+        Mutant(
+            "sparse-places",
+            "bool(((kept < 0) | (kept >= count)).any()):",
+            "bool((kept >= count).any()):",
+            "A patch of a negative place takes another's position.",
+            f"{SPARSE}::test_forward_patches_says_what_it_expected",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        SUBSET,
         Mutant(
             "sparse-distilled",
             "int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1",
@@ -142,8 +296,8 @@ MUTANTS = (
         ),
         Mutant(
             "sparse-follow",
-            "if not torch.compiler.is_compiling():\n            self._weights.follow()",
-            "if False:\n            self._weights.follow()",
+            "            self._weights.follow()\n        self._check_images",
+            "            pass\n        self._check_images",
             "Weights that are replaced are not noticed.",
             f"{WEIGHTS}::test_changes_are_noticed",
         ),
@@ -248,6 +402,13 @@ MUTANTS = (
             "form.format(abs(block))",
             "A block from the end is one from the start.",
             "tests/objectives/test_every_objective.py tests/objectives/test_patch_similarity.py",
+        ),
+        Mutant(
+            "taps-until",
+            "if index >= until for name",
+            "if index > until for name",
+            "A tap of the first block behind an early exit is asked for.",
+            f"{EXIT}::test_what_is_no_early_exit_is_refused",
         ),
     ),
     *of_file(

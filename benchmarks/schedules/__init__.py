@@ -1,0 +1,1 @@
+"""What schedules cost and give for a fixed number of images."""

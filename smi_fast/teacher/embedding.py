@@ -1,0 +1,76 @@
+"""From patches of pixels to the tokens in front of the first block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+
+def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> None:
+    """Check patches and their places; the range of these only on the CPU, without a wait.
+
+    Args:
+        patches: [B, K, C·P·P].
+        kept: int64 [B, K].
+        weight: of the patch embedding [D, C, P, P].
+        count: number of patches of a whole image.
+
+    Raises:
+        ValueError: wrong shape, data type or device, or a place outside the grid.
+    """
+    width = weight[0].numel()
+    if patches.dim() != 3 or patches.shape[2] != width or patches.dtype != weight.dtype:
+        raise ValueError(
+            f"expected patches {weight.dtype} [B, K, {width}] for this teacher, "
+            f"got {patches.dtype} {list(patches.shape)}"
+        )
+    if kept.shape != patches.shape[:2] or kept.dtype != torch.int64:
+        raise ValueError(
+            f"expected kept int64 {list(patches.shape[:2])} for these patches, "
+            f"got {kept.dtype} {list(kept.shape)}"
+        )
+    if {patches.device, kept.device} != {weight.device}:
+        raise ValueError(
+            f"expected patches and kept on {weight.device}, got {patches.device} and {kept.device}"
+        )
+    on_host = kept.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and bool(((kept < 0) | (kept >= count)).any()):
+        raise ValueError(f"expected kept in 0..{count - 1}, got {kept.min()}..{kept.max()}")
+
+
+def embed(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
+    """The tokens [B, prefix + K, D] of patches.
+
+    Args:
+        vit: the teacher.
+        patches: [B, K, C·P·P].
+        positions: int64 [B, K], the place of each in the grid.
+    """
+    project = vit.patch_embed
+    x = project.norm(F.linear(patches, project.proj.weight.flatten(1), project.proj.bias))
+    prefix, table = _embeddings(vit)
+    if table is not None:
+        x = x + table[positions]
+    x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+    embedded: Tensor = vit.norm_pre(x)
+    return embedded
+
+
+def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
+    """Prefix tokens [1, P, D] with their position embedding, and that of patches [patches, D]."""
+    # timm's distilled teachers make register tokens when asked for them, and never read them.
+    distilled = isinstance(vit, VisionTransformerDistilled)
+    tokens = [vit.cls_token, vit.dist_token if distilled else vit.reg_token]
+    found = [token for token in tokens if token is not None]
+    if not found:
+        found = [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)]
+    prefix = torch.cat(found, dim=1) if len(found) > 1 else found[0]
+    if vit.pos_embed is None:
+        return prefix, None
+    if vit.no_embed_class:
+        return prefix, vit.pos_embed[0]
+    count = vit.num_prefix_tokens
+    return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]

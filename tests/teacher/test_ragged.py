@@ -1,0 +1,142 @@
+"""Numbers of patches of their own: each image is as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smi_fast import SparseViT
+from smi_fast.teacher.ragged import RaggedRows
+from smi_fast.verify.cases import random_kept
+from tests.helpers.teachers import make_teacher, random_images, relative_error
+
+LENGTHS = [7, 20, 1]
+
+
+def with_gradient(sparse: SparseViT, images: Tensor, kept: Tensor, **options: object) -> tuple:
+    images = images.clone().requires_grad_()
+    output = sparse(images, kept, importance=True, **options)
+    (gradient,) = torch.autograd.grad(torch.linalg.vector_norm(output.logits, dim=1).sum(), images)
+    return output.logits.detach(), output.importance, gradient
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_patch16_224 rectangle",
+        "deit_tiny_distilled_patch16_224",
+        "vit_tiny_patch16_224 qk norm",
+        "vit_small_patch16_dinov3",
+        "vit_small_patch16_rope_mixed_224",
+    ],
+)
+def test_each_image_is_as_if_it_were_alone(name: str) -> None:
+    teacher = make_teacher(name, depth=3)
+    if teacher.global_pool != "token" or teacher.attn_pool is not None:
+        teacher = make_teacher(name, depth=3, global_pool="token", class_token=True)
+    sparse, images = SparseViT(teacher), random_images(teacher, 3)
+    kept = random_kept(3, 20, teacher.patch_embed.num_patches)
+    shift, flip = torch.tensor([[3, -5], [16, 2], [0, 9]]), torch.tensor([True, False, True])
+    lengths = torch.tensor(LENGTHS)
+    logits, importance, gradient = with_gradient(
+        sparse, images, kept, lengths=lengths, jitter=(shift, flip)
+    )
+    for i, length in enumerate(LENGTHS):
+        alone = (images[i : i + 1], kept[i : i + 1, :length])
+        expected = with_gradient(sparse, *alone, jitter=(shift[i : i + 1], flip[i : i + 1]))
+        assert relative_error(logits[i : i + 1], expected[0]) < 1e-5
+        torch.testing.assert_close(importance[i, :length], expected[1][0], rtol=1e-4, atol=1e-7)
+        assert not importance[i, length:].any()
+        assert relative_error(gradient[i : i + 1], expected[2]) < 1e-4
+        # Pixels that no patch shows have no gradient at all.
+        assert torch.equal(gradient[i : i + 1] != 0, expected[2] != 0)
+
+
+def test_all_lengths_equal_to_the_number_kept_change_nothing() -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    sparse, images, kept = SparseViT(teacher), random_images(teacher), random_kept(2, 9, 196)
+    whole = with_gradient(sparse, images, kept)
+    found = with_gradient(sparse, images, kept, lengths=torch.tensor([9, 9]))
+    for ours, expected in zip(found, whole, strict=True):
+        assert relative_error(ours, expected) < 1e-4
+
+
+def test_what_is_behind_the_length_does_not_matter() -> None:
+    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=2))
+    images, lengths = torch.randn(2, 3, 224, 224), torch.tensor([3, 0])
+    first = torch.arange(8).expand(2, -1)
+    other = torch.cat([first[:, :3], first[:, 3:] + 90], dim=1)
+    other[1] = torch.arange(40, 48)
+    found = [sparse(images, kept, lengths=lengths).logits for kept in (first, other)]
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+@pytest.fixture
+def rows_of_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of rows of each linear layer that a block runs."""
+    rows: list[int] = []
+    forward = nn.Linear.forward
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        rows.append(x.numel() // x.shape[-1])
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    return rows
+
+
+def test_padded_rows_cost_no_product(rows_of_layers: list[int]) -> None:
+    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=3), probe=False)
+    rows_of_layers.clear()
+    images, kept = torch.randn(3, 3, 224, 224), random_kept(3, 20, 196)
+    sparse(images, kept, lengths=torch.tensor(LENGTHS))
+    # Projection and two layers of the MLP, of two blocks; of the last only the class tokens; head.
+    assert rows_of_layers == [sum(LENGTHS) + 3] * 6 + [3] * 4
+
+
+def test_rows_are_packed_and_unpacked() -> None:
+    x = torch.randn(3, 5, 2)
+    rows = RaggedRows.of(torch.tensor([2, 0, 5]), 5, packed=True)
+    packed = rows.pack(x)
+    assert torch.equal(packed[0], torch.cat([x[0, :2], x[2]]))
+    back = rows.unpack(packed)
+    assert torch.equal(back[0, :2], x[0, :2]) and torch.equal(back[2], x[2])
+    assert not back[0, 2:].any() and not back[1].any()
+    padded = RaggedRows.of(torch.tensor([2, 0, 5]), 5, packed=False)
+    assert padded.pack(x) is x and padded.unpack(x) is x
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (torch.tensor([1, 5]), r"numbers in 0\.\.4, got \[1, 5\]"),
+        (torch.tensor([-1, 2]), r"numbers in 0\.\.4, got \[-1, 2\]"),
+        (torch.tensor([1]), r"got torch.int64 \[1\] on cpu"),
+        (torch.tensor([1.0, 2.0]), r"got torch.float32 \[2\] on cpu"),
+        (torch.tensor([1, 2], device="meta"), r"got torch.int64 \[2\] on meta"),
+        ([1, 2], "got list"),
+    ],
+)
+def test_wrong_lengths_are_refused(lengths: object, message: str) -> None:
+    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=1), probe=False)
+    images, kept = torch.randn(2, 3, 224, 224), torch.arange(4).expand(2, -1)
+    with pytest.raises(ValueError, match=f"^expected lengths int64 .*{message}$"):
+        sparse(images, kept, lengths=lengths)
+
+
+def test_what_reads_every_token_is_refused() -> None:
+    name = "vit_tiny_patch16_224 average with class token"
+    images, lengths = torch.randn(1, 3, 224, 224), torch.tensor([3])
+    with pytest.raises(ValueError, match="whose head reads its class token with lengths, got one"):
+        SparseViT(make_teacher(name), probe=False)(images, lengths=lengths)
+    teacher = make_teacher("deit_tiny_patch16_224", depth=2)
+    message = "^expected neither taps nor until together with lengths$"
+    for options in ({"taps": ["block.0.tokens"]}, {"until": 1}):
+        with pytest.raises(ValueError, match=message):
+            SparseViT(teacher, probe=False)(images, lengths=lengths, **options)
+    with pytest.raises(ValueError, match=r"^expected no narrow together with lengths, got {1: 0.5"):
+        SparseViT(teacher, probe=False, narrow={1: 0.5})(images, lengths=lengths)
