@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(cli_pool.app, name="pool")
 app.command()(cli_pool.migrate)
 app.command()(cli_pool.export)
+app.command()(cli_pool.report)
 
 
 def main() -> None:

@@ -131,3 +131,10 @@ def export(
         else:
             layouts[layout](pool, out)
     print(f"{len(Pool(pool).records)} images in {out}")
+
+
+def report(pool: _Pool) -> None:
+    """Write one page of HTML about a pool, with its images in it."""
+    from smi_fast.pool.page import write_page
+
+    print(f"look at {write_page(pool)}")

@@ -15,7 +15,8 @@ LOSS = "report/loss.json"
 LOSS_CURVES = "report/loss.png"
 SECONDS = "report/seconds.jsonl"
 PROGRESS = "report/progress"
-REPORTS = (CONTACT_SHEET, LOSS, LOSS_CURVES, SECONDS)
+PAGE = "report/index.html"
+REPORTS = (CONTACT_SHEET, LOSS, LOSS_CURVES, SECONDS, PAGE)
 # The folder of each of an image's files, by the entry of its record that names the file. Hugging
 # Face's imagefolder knows a column of files by the ending of these names.
 FOLDERS = {"file_name": "images", "masked_file_name": "masked", "mask_file_name": "masks"}

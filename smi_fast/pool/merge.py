@@ -9,8 +9,8 @@ from typing import Any
 
 from smi_fast.pool.batch import Encoded, fingerprint
 from smi_fast.pool.files import PoolError, explained
-from smi_fast.pool.layout import FOLDERS, METADATA, PROGRESS, SECONDS, files_of, picture_name
-from smi_fast.pool.metadata import Record, from_json, to_line, to_record
+from smi_fast.pool.layout import FOLDERS, METADATA, PROGRESS, files_of, picture_name
+from smi_fast.pool.metadata import Record, read_seconds, to_line, to_record
 from smi_fast.pool.pool import Pool
 
 # What must be the same in all pools.
@@ -51,7 +51,7 @@ def merge(pools: Sequence[str | Path], out: str | Path) -> Pool:
         held, start, batch, trajectory = made.records, 0, 0, 0
         for path in paths:
             found = Pool(path)
-            records, loss, seconds = found.records, found.loss, _seconds(path)
+            records, loss, seconds = found.records, found.loss, read_seconds(path)
             for number, group in groupby(records, key=lambda record: record["batch"]):
                 old = list(group)
                 new = _renumbered(old, start, batch, trajectory, made.settings["class_names"])
@@ -114,12 +114,3 @@ def _files(path: Path, old: Sequence[Record], new: Sequence[Record]) -> Iterator
         with explained(f"reading {strip}"):
             if strip.exists():
                 yield f"{PROGRESS}/{picture_name(after['index'])}", strip.read_bytes()
-
-
-def _seconds(path: Path) -> dict[int, float]:
-    """How long each batch took, where the pool knows it."""
-    file = path / SECONDS
-    with explained(f"reading {file}"):
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        entries = [from_json(line) for line in lines if line.endswith(b"\n")]
-        return {entry["batch"]: entry["seconds"] for entry in entries}

@@ -14,7 +14,7 @@ from sys import intern
 from typing import Any
 
 from smi_fast.pool.files import explained
-from smi_fast.pool.layout import FOLDERS, files_of
+from smi_fast.pool.layout import FOLDERS, SECONDS, files_of
 
 Record = dict[str, Any]
 # The entries whose text is another one in each record.
@@ -152,6 +152,19 @@ def parse_loss(content: bytes) -> dict[str, Any]:
         if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
             raise ValueError("it is not the loss of a batch")
     return dict(loss)
+
+
+def read_seconds(path: Path) -> dict[int, float]:
+    """How long each batch of the pool in ``path`` took, by its number, where the pool knows it.
+
+    Raises:
+        PoolError: the file can't be read.
+    """
+    file = path / SECONDS
+    with explained(f"reading {file}"):
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        entries = [from_json(line) for line in lines if line.endswith(b"\n")]
+        return {entry["batch"]: entry["seconds"] for entry in entries}
 
 
 def append(path: Path, content: bytes, size: int | None = None) -> int:

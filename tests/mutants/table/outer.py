@@ -200,6 +200,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/pool/page.py",
+        "tests/pool/test_page.py",
+        Mutant(
+            "page-escape",
+            'name, shown = escape(group[0]["class_name"]), group[:MOST_PER_CLASS]',
+            'name, shown = group[0]["class_name"], group[:MOST_PER_CLASS]',
+            "A class of a strange name runs as a script.",
+        ),
+        Mutant(
+            "page-last-bin",
+            "counts[min(int(value * BINS), BINS - 1)] += 1",
+            "counts[int(value * BINS) % BINS] += 1",
+            "An image of confidence 1 counts among those of 0.",
+        ),
+    ),
+    *of_file(
         "smi_fast/pool/parts.py",
         "tests/pool/test_parts.py",
         Mutant(
