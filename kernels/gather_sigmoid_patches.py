@@ -129,13 +129,15 @@ def _gather_sigmoid_patches_bwd(
 
     in_patch = inside < P
     mask = in_patch[:, None, None] & (columns < COLUMNS)[None, :, None] & in_patch[None, None, :]
-    moves = mask & (found > 0)[None, :, None]
+    wanted = mask & (found > 0)[None, :, None]
+    moves = wanted
     if WITH_FROZEN:
         cells = frozen + batch * (ROWS * COLUMNS) + (y // P) * COLUMNS + x // P
         moves = moves & (tl.load(cells, mask=moves, other=0) == 0)
     slot = (batch * K + found - 1) * C + channel
     patch = grad + slot[None, :, None] * (P * P) + inside[:, None, None] * P + inside[None, None, :]
-    of_pixels = tl.load(patch, mask=moves, other=0.0).to(tl.float32)
+    # Frozen pixels are loaded, too: a mask of single pixels would forbid loads of 16 bytes.
+    of_pixels = tl.load(patch, mask=wanted, other=0.0).to(tl.float32)
     window = (
         field + batch * stride_b + channel.to(tl.int64) * stride_c + y * stride_y + x * stride_x
     )

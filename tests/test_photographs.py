@@ -13,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from benchmarks.clip import onnx_file, packages, tower
 from benchmarks.quality import photographs
 from smi_fast import Fourier, SparseViT
+from smi_fast.jitter import Jitter
+from tests.helpers.loss_inputs import loss_inputs
 
 WHEEL = packages.Wheel("made_up==1.0", "made_up-1.0-py3-none-any.whl", "0" * 64)
 
@@ -113,20 +115,19 @@ def test_weights_come_to_where_timm_has_them() -> None:
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
-def test_the_objective_is_the_cross_entropy_of_centred_cosines() -> None:
+def test_the_objective_is_the_cosine_of_centred_embeddings() -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(3, 6) + 4
-    objective = photographs.NearestPhotograph(embeddings)
-    centred = embeddings - embeddings.mean(0)
-    image = (0.4 * embeddings[1:2] + 0.6 * embeddings[2:]).requires_grad_()
-    expected = 20 * F.cosine_similarity(image - embeddings.mean(0), centred)
-    torch.testing.assert_close(objective.similarities(image), expected[None])
-    # A step against the gradient makes the image more similar to its own photograph.
-    loss = F.cross_entropy(objective.similarities(image), torch.tensor([1]))
-    (gradient,) = torch.autograd.grad(loss, image)
-    nearer = objective.similarities(image - 0.1 * gradient)
-    assert F.cross_entropy(nearer, torch.tensor([1])) < loss
-    assert objective.similarities(embeddings).argmax(1).tolist() == [0, 1, 2]
+    objective = photographs.CentredCosine(embeddings)
+    images = embeddings[[1, 0, 0]].requires_grad_()
+    targets = torch.tensor([1, 0, 2])
+    inputs = loss_inputs(logits=images, targets=targets)
+    a, _, c = embeddings - embeddings.mean(0)
+    torch.testing.assert_close(objective(inputs), (1 - F.cosine_similarity(a, c, dim=0)) / 3)
+    # A step against the gradient makes the third image more similar to its own photograph.
+    (gradient,) = torch.autograd.grad(objective(inputs), images)
+    nearer = loss_inputs(logits=images - 0.1 * gradient, targets=targets)
+    assert objective(nearer) < objective(inputs)
 
 
 def test_rank_0_is_the_most_probable_class() -> None:
@@ -152,7 +153,7 @@ def test_a_run_is_taken_up_from_its_file(tmp_path: Path, monkeypatch: pytest.Mon
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7
     )
     vit.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    contender = photographs.Contender(Fourier(1.0), sparse=True)
+    contender = photographs.Contender(Fourier(1.0), 0.2, Jitter(), stop=0.1)
     embeddings, path = torch.randn(3, 7), tmp_path / "runs" / "one.pt"
     arguments = (SparseViT(vit.eval()), contender, embeddings, 10)
     first = photographs.made(path, *arguments)

@@ -14,7 +14,7 @@ from smi_fast.parametrizations.sigmoid import SigmoidParametrization
 from smi_fast.teacher.space import ImageSpace
 
 # Square root of the covariance of colours (red, green, blue) in ImageNet, as published with
-# "Feature Visualization" (Olah et al., Distill, 2017); scaled to a largest column norm of 1 below.
+# "Feature Visualization" (Olah et al., Distill, 2017); scaled below, so that it keeps the contrast.
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
@@ -24,17 +24,20 @@ class Fourier(SigmoidParametrization):
 
     With z [B, C, H, W // 2 + 1] complex, stored as its real and imaginary parts, equal to::
 
-        s = frequency.clamp(min=1 / max(H, W)) ** -decay
-        u = torch.fft.irfft2(c * s * z, s=(H, W), norm="ortho")
+        s = frequency.clamp(min=max(flat_below, 1 / max(H, W))) ** -decay
+        v = torch.fft.irfft2(c * s * z, s=(H, W), norm="ortho")
+        u = torch.einsum("ij,bjhw->bihw", colours, v)
         images = (torch.sigmoid(u) - mean) / std
 
     where the frequency is in cycles per pixel, and the constant c is chosen so that standard normal
-    parameters give u a standard deviation of 1, whatever the size of the image and the decay. An
-    iteration of Adam moves each parameter by about ``lr``, and so the contrast of u by about
-    ``lr``: one learning rate suits every size.
+    parameters give v a standard deviation of 1, whatever the size of the image and the decay. The
+    colours are the principal ones of photographs, scaled so that u has the standard deviation of v;
+    without ``colour``, u is v. An iteration of Adam moves each parameter by about ``lr``, and so
+    the contrast of u by about ``lr``: one learning rate suits every size.
 
-    Source: the scaling by frequency is from "Feature Visualization" (Olah et al., Distill, 2017).
-    Its normalisation, the quiet start and the default decay were chosen by measurement.
+    Source: the scaling by frequency and the colours are from "Feature Visualization" (Olah et al.,
+    Distill, 2017). The normalisation, the quiet start, the default decay and the frequency below
+    which the scale is flat were chosen by measurement.
 
     >>> fourier = Fourier(decay=1.5)
     >>> result = SparseInverter(teacher, parametrization=fourier, lr=0.2, iterations=10,
@@ -43,31 +46,41 @@ class Fourier(SigmoidParametrization):
     Args:
         decay: exponent of 1/frequency, at least 0; 0 moves all frequencies alike.
         start: standard deviation of u at the start; small ones start from nearly uniform grey.
-        colour: whether the channels of u are mixed by the covariance of natural colours, for three
-            channels.
+        colour: whether parameters move the principal colours of photographs instead of red, green
+            and blue; None for those of images of three channels.
+        flat_below: frequency in cycles per pixel below which all frequencies move alike, in
+            [0, 1]. Large images have lower frequencies than small ones; without this bound most of
+            their contrast goes into shapes that are larger than any object.
 
     Raises:
-        ValueError: decay below 0, start not above 0, or ``colour`` for images that don't have three
-            channels.
+        ValueError: decay below 0, start not above 0, flat_below out of [0, 1], or ``colour=True``
+            for images that don't have three channels.
     """
 
     decay: float = 1.5
     start: float = 0.02
-    colour: bool = False
+    colour: bool | None = False
+    flat_below: float = 0.0
     _scale: Tensor = field(init=False, repr=False, compare=False)
     _colours: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.decay, Real) and 0 <= self.decay < math.inf):
             raise ValueError(f"expected decay 0 or above, got {self.decay!r}")
+        if self.colour not in (True, False, None):
+            raise ValueError(f"expected colour True, False or None, got {self.colour!r}")
+        if not (isinstance(self.flat_below, Real) and 0 <= self.flat_below <= 1):
+            raise ValueError(f"expected flat_below in [0, 1], got {self.flat_below!r}")
         check_start(self.start)
 
     def bind(self, space: ImageSpace) -> Fourier:
         if self.colour and space.channels != 3:
             raise ValueError(f"expected images of 3 channels with colour, got {space.channels}")
         bound = super().bind(space)
-        object.__setattr__(bound, "_scale", _frequency_scale(space, self.decay))
-        object.__setattr__(bound, "_colours", _colours(space) if self.colour else None)
+        mixed = space.channels == 3 if self.colour is None else self.colour
+        scale = _frequency_scale(space, self.decay, self.flat_below)
+        object.__setattr__(bound, "_scale", scale)
+        object.__setattr__(bound, "_colours", _colours(space) if mixed else None)
         return bound
 
     def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
@@ -92,11 +105,13 @@ class Fourier(SigmoidParametrization):
         return torch.view_as_real(torch.fft.rfft2(u, norm="ortho") / self._scale)
 
 
-def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
+def _frequency_scale(space: ImageSpace, decay: float, flat_below: float) -> Tensor:
     """[H, W // 2 + 1], what each coefficient is multiplied by."""
     rows = torch.fft.fftfreq(space.height, dtype=torch.float64)
     columns = torch.fft.fftfreq(space.width, dtype=torch.float64)
-    frequency = torch.hypot(rows[:, None], columns).clamp(min=1 / max(space.height, space.width))
+    # The mean of an image has frequency 0, and moves like the lowest frequency beside it.
+    lowest = max(flat_below, 1 / max(space.height, space.width))
+    frequency = torch.hypot(rows[:, None], columns).clamp(min=lowest)
     scale = (frequency**-decay)[:, : space.width // 2 + 1]
     # The variance that each coefficient, with parts of variance 1, adds to HW pixels: a conjugate
     # pair adds 4, but irfft2 reads only the Hermitian half of the columns that are their own pair.
@@ -112,5 +127,6 @@ def _frequency_scale(space: ImageSpace, decay: float) -> Tensor:
 
 def _colours(space: ImageSpace) -> Tensor:
     colours = torch.tensor(COLOURS, dtype=torch.float64)
-    scaled: Tensor = (colours / colours.norm(dim=0).max()).to(parameters_like(space))
-    return scaled
+    # Channels of standard deviation 1 keep it, on the average over the channels.
+    keeping: Tensor = (colours * (3**0.5 / colours.norm())).to(parameters_like(space))
+    return keeping

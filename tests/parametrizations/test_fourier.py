@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,11 +14,12 @@ from tests.helpers.parametrizations import SIZES, logits_of_pixels, space
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("options", [{}, {"colour": True}, {"flat_below": 1 / 20}])
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
 def test_contrast_is_that_of_the_parameters_at_every_size_and_decay(
-    height: int, width: int, decay: float
+    height: int, width: int, decay: float, options: dict[str, Any]
 ) -> None:
-    fourier = Fourier(decay, start=0.3).bind(space(height, width))
+    fourier = Fourier(decay, start=0.3, **options).bind(space(height, width))
     parameters = fourier.initial(64, torch.Generator().manual_seed(0))
     assert parameters.shape == (64, 3, height, width // 2 + 1, 2)
     assert logits_of_pixels(fourier, parameters).square().mean().sqrt() == pytest.approx(
@@ -59,19 +62,33 @@ def test_ten_iterations_of_the_default_move_contrast_alike_at_every_size() -> No
     assert large == pytest.approx(small, rel=0.03)
 
 
-def test_equals_the_formula_of_its_docstring() -> None:
-    fourier = Fourier(1.5).bind(space(24, 32))
+@pytest.mark.parametrize(("flat_below", "lowest"), [(0.0, 1 / 32), (0.1, 0.1)])
+def test_equals_the_formula_of_its_docstring(flat_below: float, lowest: float) -> None:
+    fourier = Fourier(1.5, flat_below=flat_below).bind(space(24, 32))
     parameters = torch.randn(2, 3, 24, 17, 2, dtype=torch.float64) / 8
     frequency = torch.hypot(
         torch.fft.fftfreq(24, dtype=torch.float64)[:, None],
         torch.fft.fftfreq(32, dtype=torch.float64),
     )
-    scale = (frequency.clamp(min=1 / 32) ** -1.5)[:, :17]
+    scale = (frequency.clamp(min=lowest) ** -1.5)[:, :17]
     z = torch.complex(parameters[..., 0], parameters[..., 1])
     u = torch.fft.irfft2(z * scale, s=(24, 32), norm="ortho")
     found = logits_of_pixels(fourier, parameters)
     constant = (found * u).sum() / u.square().sum()
     torch.testing.assert_close(found, constant * u)
+
+
+def test_flat_frequencies_of_a_large_image_move_like_those_of_a_small_one() -> None:
+    """The shapes of 64 px and more have the same share of the contrast at 64 and at 256 px."""
+
+    def share(side: int, **options: float) -> float:
+        bound = Fourier(1.5, start=1.0, **options).bind(space(side, side))
+        u = logits_of_pixels(bound, bound.initial(8, torch.Generator().manual_seed(0)))
+        small = torch.nn.functional.avg_pool2d(u, 32)
+        return (small.square().mean() / u.square().mean()).item()
+
+    assert share(256, flat_below=1 / 64) == pytest.approx(share(64), rel=0.25)
+    assert share(256) > 1.5 * share(64)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES[4:])
@@ -104,15 +121,23 @@ def test_gradient() -> None:
         ({"decay": -0.1}, "decay 0 or above, got -0.1"),
         ({"decay": float("nan")}, "decay 0 or above, got nan"),
         ({"start": 0.0}, "start above 0, got 0.0"),
+        ({"colour": "natural"}, "colour True, False or None, got 'natural'"),
+        ({"flat_below": -0.1}, r"flat_below in \[0, 1\], got -0.1"),
+        ({"flat_below": float("nan")}, r"flat_below in \[0, 1\], got nan"),
     ],
 )
-def test_bad_options(options: dict[str, float], message: str) -> None:
+def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fourier(**options)
 
 
 def test_colour_needs_three_channels() -> None:
     one = torch.ones(1)
+    grey = Fourier(colour=None).bind(ImageSpace(1, 8, 8, 0.5 * one, one))
+    assert grey.images(grey.initial(2, None)).shape == (2, 1, 8, 8)
+    given = torch.randn(1, 3, 8, 5, 2, dtype=torch.float64)
+    either, mixed = (Fourier(colour=colour).bind(space(8, 8)) for colour in (None, True))
+    torch.testing.assert_close(either.images(given), mixed.images(given))
     with pytest.raises(ValueError, match="3 channels with colour, got 1"):
         Fourier(colour=True).bind(ImageSpace(1, 8, 8, 0.5 * one, one))
 

@@ -28,7 +28,7 @@ def test_ops_are_timed_beside_their_alternatives() -> None:
     entries = [entry for op in ops for entry in timing.op_times(CPU, op, batch=2)]
     ways = {entry["op"]: set(entry["milliseconds"]) for entry in entries}
     assert {"eager", "torch.compile", "sdpa"} <= ways["gather_attention_backward"]
-    assert len(ways) == 8 and all(t > 0 for e in entries for t in e["milliseconds"].values())
+    assert len(ways) == 10 and all(t > 0 for e in entries for t in e["milliseconds"].values())
     assert not any(entry["failed"] for entry in entries)
 
 
@@ -70,7 +70,7 @@ def test_crash_of_one_entry_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -
     wrong = frozenset({("planted", "total_variation")})
     entries = list(timing.entries(CPU, wrong, limit=5))
     failed = [entry for entry in entries if "not_timed" in entry]
-    assert len(entries) == 8 + 4 and len(failed) == 2
+    assert len(entries) == 10 + 4 and len(failed) == 2
     assert failed[0] == {"op": "adam_clamp_", "not_timed": "its process was ended by SIGSEGV"}
     assert failed[1]["backend"] == "auto" and "5 s" in failed[1]["not_timed"]
 

@@ -333,8 +333,8 @@ MUTANTS = (
         ),
         Mutant(
             "fourier-lowest",
-            ".clamp(min=1 / max(space.height, space.width))",
-            ".clamp(min=1 / min(space.height, space.width))",
+            "lowest = max(flat_below, 1 / max(space.height, space.width))",
+            "lowest = max(flat_below, 1 / min(space.height, space.width))",
             "The lowest frequency is that of the shorter side.",
         ),
         Mutant(
@@ -348,6 +348,18 @@ MUTANTS = (
             'torch.einsum("ij,bjhw->bihw", self._colours, u)',
             'torch.einsum("ji,bjhw->bihw", self._colours, u)',
             "Colours are mixed by the transposed matrix.",
+        ),
+        Mutant(
+            "fourier-colours-contrast",
+            "colours * (3**0.5 / colours.norm())",
+            "colours / colours.norm(dim=0).max()",
+            "Colours of photographs lower the contrast.",
+        ),
+        Mutant(
+            "fourier-flat-below",
+            "lowest = max(flat_below, 1 / max(space.height, space.width))",
+            "lowest = 1 / max(space.height, space.width)",
+            "The lowest frequencies move faster than the flat ones.",
         ),
     ),
     *of_file(

@@ -96,8 +96,8 @@ MUTANTS = (
         ),
         Mutant(
             "triton-sigmoid-patches-zero",
-            "moves = mask & (found > 0)[None, :, None]",
-            "moves = mask",
+            "wanted = mask & (found > 0)[None, :, None]",
+            "wanted = mask",
             "Patches that aren't kept have the gradient of another one.",
         ),
         Mutant(
