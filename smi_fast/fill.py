@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smi_fast.group import Group
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
 from smi_fast.judge import check_judge, verdicts
-from smi_fast.plan import Trajectory, agree, batches_left, plan_of
+from smi_fast.plan import Trajectory, agree, batches_left, check_complete, plan_of
 from smi_fast.pool import UNFINISHED, Pool
 from smi_fast.pool.parts import Part
 from smi_fast.pool.pictures import draw_loss
@@ -185,6 +185,7 @@ def fill(
         group.finish()
         if first:
             pool.gather()
+            check_complete(pool, len(labels))
             draw_loss(pool)
 
 

@@ -7,7 +7,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 # Processes wait for each other as long as batches take. torchrun ends all of them when one fails.
@@ -21,7 +21,7 @@ class Group:
     independent: no tensor is sent.
 
     Args:
-        store: of all processes.
+        store: of all processes, and new: keys of other processes would be taken for theirs.
         rank: of this process, from 0. Process 0 holds the pool's lock.
         size: number of processes.
 
@@ -39,11 +39,29 @@ class Group:
 
         Raises:
             ValueError: a variable of the environment, by which torchrun says where the store is, is
-                missing or wrong.
+                missing or wrong; or torchrun has restarted the processes of several machines.
         """
         if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
             return None
         store, rank, size = next(iter(rendezvous("env://")))
+        # The store outlives a restart. Machines count their restarts apart, so that only on a single
+        # machine the count tells which keys are new.
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        return cls.new(PrefixStore(f"smi_fast/{attempt}", store), rank, size)
+
+    @classmethod
+    def new(cls, store: Store, rank: int, size: int) -> Group:
+        """A group whose store no other process of this rank has used.
+
+        Raises:
+            ValueError: one has.
+        """
+        if store.add(f"started/{rank}", 1) > 1:
+            raise ValueError(
+                f"expected process {rank} to start once, got a restart by torchrun on several "
+                "machines: run the command again with --resume"
+            )
         return cls(store, rank, size)
 
     @staticmethod

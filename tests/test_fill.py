@@ -338,9 +338,10 @@ def test_a_group_makes_the_same_pool_in_any_order(
     # Another process has taken the first turns of three, and is killed.
     store = HashStore()
     store.add("next", 2)
-    begun = filled(tmp_path / "group", make(teacher), group=Group(store, 0, 1))
-    assert (begun.records, begun.ahead) == ([], {2: range(4, 5)})
-    begun.close()
+    with pytest.raises(PoolError, match=r"expected 5 images in .*, got 0: --resume makes the rest"):
+        filled(tmp_path / "group", make(teacher), group=Group(store, 0, 1))
+    with Pool.resume(tmp_path / "group", SETTINGS, list("abcde")) as begun:
+        assert (begun.records, begun.ahead) == ([], {2: range(4, 5)})
     shutil.copytree(tmp_path / "group", tmp_path / "resumed")
     filled(tmp_path / "resumed", make(teacher)).close()
     assert files(tmp_path / "resumed") == expected
@@ -352,6 +353,7 @@ def test_a_group_makes_the_same_pool_in_any_order(
 def test_batches_of_another_size_are_refused(teacher: VisionTransformer, tmp_path: Path) -> None:
     store = HashStore()
     store.add("next", 1)
-    filled(tmp_path, make(teacher), group=Group(store, 0, 1)).close()
+    with pytest.raises(PoolError, match="expected 5 images"):
+        filled(tmp_path, make(teacher), group=Group(store, 0, 1))
     with pytest.raises(PoolError, match=r"expected batch 1 of 3 trajectories .* the images 2 to 3"):
         filled(tmp_path, make(teacher), batch_size=3)

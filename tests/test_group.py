@@ -31,10 +31,10 @@ def arguments(pool: Path, *options: str) -> list[str]:
     return [*found, "--classes", "0-4", "--per-class", "2", "--batch-size", "1", *options]
 
 
-def start(pool: Path, *options: str) -> subprocess.Popen[str]:
+def start(pool: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
     """Starts two processes by torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", "2", "-m", "smi_fast"]
+    torchrun += ["--max-restarts", str(restarts), "--nproc-per-node", "2", "-m", "smi_fast"]
     return subprocess.Popen(
         [*torchrun, *arguments(pool, *options)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -48,19 +48,25 @@ def written(pool: Path) -> int:
     return len(list((pool / "masks").glob("*/*.png")))
 
 
-def kill(pool: Path, *options: str, all_of_it: bool) -> None:
-    """Starts a group, and kills a worker or all processes by -9 amid their work."""
+def begin(pool: Path, group: subprocess.Popen[str]) -> list[int]:
+    """Waits until a group has written three more images, and returns its workers."""
     before = written(pool)
-    group = start(pool, *options)
     while written(pool) < before + 3:
         assert group.poll() is None, group.communicate()[1]
         time.sleep(0.01)
     children = (PROC / str(group.pid) / "task" / str(group.pid) / "children").read_text().split()
     assert len(children) == 2
+    return [int(child) for child in children]
+
+
+def kill(pool: Path, *options: str, all_of_it: bool) -> None:
+    """Starts a group, and kills a worker or all processes by -9 amid their work."""
+    group = start(pool, *options)
+    workers = begin(pool, group)
     if all_of_it:
         group.send_signal(signal.SIGKILL)
-    for child in map(int, children if all_of_it else children[1:]):
-        os.kill(child, signal.SIGKILL)
+    for worker in workers if all_of_it else workers[1:]:
+        os.kill(worker, signal.SIGKILL)
     group.communicate(timeout=120)
     assert group.returncode != 0
 
@@ -98,6 +104,26 @@ def test_a_killed_group_can_be_resumed(tmp_path: Path, expected: dict[str, bytes
     assert written(pool) < 10
     alone(pool, "--resume")
     assert files(pool) == expected
+
+
+def test_torchrun_restarts_a_group(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    pool = tmp_path / "pool"
+    group = start(pool, "--overwrite", restarts=1)
+    worker = begin(pool, group)[1]
+    first = (pool / "masks/0000/000000.png").stat().st_mtime_ns
+    os.kill(worker, signal.SIGKILL)
+    _, err = group.communicate(timeout=300)
+    assert group.returncode == 0, err
+    assert files(pool) == expected
+    assert (pool / "masks/0000/000000.png").stat().st_mtime_ns == first  # it was not made again
+
+
+def test_a_store_of_other_processes_is_refused() -> None:
+    store = HashStore()
+    groups = [Group.new(store, rank, 2) for rank in range(2)]
+    assert [group.rank for group in groups] == [0, 1]
+    with pytest.raises(ValueError, match="expected process 1 to start once, got a restart"):
+        Group.new(store, 1, 2)
 
 
 def test_numbers_are_given_out_once() -> None:

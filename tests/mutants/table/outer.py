@@ -385,6 +385,12 @@ MUTANTS = (
         "smi_fast/plan.py",
         FILL,
         Mutant(
+            "plan-complete",
+            "    if len(pool.records) != images:\n",
+            "    if False:\n",
+            "A group that left batches out says that it is done.",
+        ),
+        Mutant(
             "fill-resume",
             "if trajectory.start >= plan.held]",
             "]",
