@@ -44,8 +44,8 @@ class Group:
         if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
             return None
         store, rank, size = next(iter(rendezvous("env://")))
-        # The store outlives a restart. Machines count their restarts apart, so that only on a single
-        # machine the count tells which keys are new.
+        # The store outlives a restart. Machines count their restarts apart, so that the count
+        # tells which keys are new only where there is a single machine.
         alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
         return cls.new(PrefixStore(f"smi_fast/{attempt}", store), rank, size)
