@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # Each public name by the module that has it; the types of the same names are in __init__.pyi.
 _NAMES = {
+    "calibrate": ("calibration",),
     "convert": ("from_huggingface", "from_open_clip", "from_torchvision"),
     "inversion": ("InversionResult", "NonFiniteLoss", "SparseInverter", "invert"),
     "jitter": ("Jitter",),

@@ -5,6 +5,7 @@ from smi_fast import compat as compat
 from smi_fast import importance as importance
 from smi_fast import ops as ops
 from smi_fast import recipes as recipes
+from smi_fast.calibrate import calibration as calibration
 from smi_fast.convert import from_huggingface as from_huggingface
 from smi_fast.convert import from_open_clip as from_open_clip
 from smi_fast.convert import from_torchvision as from_torchvision

@@ -250,7 +250,7 @@ MUTANTS = (
     ),
     *of_file(
         "smi_fast/pool/check.py",
-        "tests/pool/test_check.py",
+        "tests/pool/test_pool_check.py",
         Mutant(
             "check-hash",
             'fingerprint(contents) != record["sha256"]:',
