@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smi_fast import SparseInverter, StopSchedule, load_teacher
+from smi_fast import SparseInverter, StopSchedule, load_teacher, recipes
+from smi_fast.fill import fill
 from smi_fast.ops.grid import pixel_mask
+from smi_fast.pool import Pool
+from smi_fast.provenance import describe
 from tests.helpers.inversions import PUBLISHED
 from tests.helpers.libraries import library
 
@@ -107,6 +110,19 @@ def test_linear_gradient_matching(capsys: pytest.CaptureFixture[str]) -> None:
     first, _, last = lines[0].split()[-3:]
     assert float(last) < 0.3 < float(first)
     assert int(lines[1].split()[-1].rstrip("%")) > 60
+
+
+def test_quantise_from_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 bits change the logits a little: not at all would be no quantisation."""
+    library("torchao")
+    teacher = load_teacher("fashion-canvas")
+    inverter = SparseInverter(teacher, **recipes.clear().options(iterations=20))
+    with Pool.create(tmp_path / "pool", describe(inverter), [str(i) for i in range(10)]) as pool:
+        fill(pool, inverter, [0, 3, 7, 9], recipe=recipes.clear(), progress=False)
+    example("quantise_from_pool.py")["main"]([str(tmp_path / "pool")])
+    same, error = capsys.readouterr().out.splitlines()
+    assert same == "the same class as before for 100% of 4 images"
+    assert 0.1 < float(error.split()[-1].rstrip("%")) < 5
 
 
 def test_the_gradient_of_a_linear_head_is_that_of_autograd() -> None:

@@ -420,6 +420,28 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/calibrate.py",
+        "tests/test_calibrate.py",
+        Mutant(
+            "calibration-mean",
+            'image_space(sparse, settings["mean"], settings["std"])',
+            "image_space(sparse, None, None)",
+            "A pool is normalised with another mean than it was made with.",
+        ),
+        Mutant(
+            "calibration-teacher",
+            'settings["teacher_sha256"] != fingerprint(sparse.vit)',
+            "False",
+            "A pool of another teacher calibrates this one.",
+        ),
+        Mutant(
+            "calibration-normalised",
+            "self.space.normalize(self.read(index)[None])[0]",
+            "self.read(index)",
+            "Batches are pixels in [0, 1].",
+        ),
+    ),
+    *of_file(
         "smi_fast/fill.py",
         FILL,
         Mutant(
