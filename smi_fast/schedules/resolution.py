@@ -82,4 +82,6 @@ class ResolutionSchedule:
             return Selection(
                 torch.arange(total, device=stop.kept.device).expand(len(stop.kept), -1)
             )
-        return Selection(importance.topk(count, dim=1).indices.sort(dim=1).values)
+        # The parts of a patch tie, and topk leaves open which of them stay; here the first ones do.
+        order = importance.argsort(dim=1, descending=True, stable=True)
+        return Selection(order[:, :count].sort(dim=1).values)

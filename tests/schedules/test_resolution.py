@@ -48,6 +48,13 @@ def test_the_parts_of_the_most_important_patches_stay(dtype: torch.dtype) -> Non
     ]
 
 
+def test_of_the_parts_of_one_patch_the_first_ones_stay() -> None:
+    schedule = ResolutionSchedule((24, 48), at=(5,), keep=1 / 4)
+    importance = torch.tensor([[5, 1, 2, 0, 9, 3], [1, 1, 1, 1, 1, 1]])
+    kept = schedule.select(stop(importance)).kept
+    assert kept.tolist() == [[0, 1, 14, 15, 20, 21], [0, 1, 2, 3, 4, 5]]
+
+
 def test_a_patch_may_be_a_part_of_two() -> None:
     schedule = ResolutionSchedule((24, 36), at=(5,), keep=0.2)
     importance = torch.rand(1, 24)

@@ -163,6 +163,12 @@ MUTANTS = (
         "smi_fast/schedules/resolution.py",
         RESOLUTION,
         Mutant(
+            "resolution-ties",
+            "importance.argsort(dim=1, descending=True, stable=True)",
+            "total - 1 - importance.flip(1).argsort(dim=1, descending=True, stable=True)",
+            "Of the parts of one patch the last ones stay.",
+        ),
+        Mutant(
             "resolution-part",
             "* before // after",
             "% before",
