@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 TOKENS, PROBABILITIES, SCORES, OUTPUT, ROW = "tokens", "probabilities", "scores", "output", "row"
 QUERIES, KEYS, VALUES, HIDDEN = "q", "k", "v", "hidden"
@@ -44,11 +45,16 @@ def of_blocks(form: str, blocks: Sequence[int] | None, depth: int) -> tuple[str,
         depth: number of the teacher's blocks.
 
     Raises:
-        ValueError: a block that the teacher doesn't have.
+        ValueError: no list of whole numbers, no block at all, or one that the teacher doesn't have.
     """
-    chosen = range(depth) if blocks is None else blocks
+    try:
+        chosen = tuple(range(depth) if blocks is None else blocks)
+    except TypeError:
+        chosen = ()
+    if not chosen or not all(isinstance(block, Integral) for block in chosen):
+        raise ValueError(f"expected blocks as whole numbers, [0, -1], got {blocks!r}")
     if any(not -depth <= block < depth for block in chosen):
-        raise ValueError(f"expected blocks in -{depth}..{depth - 1}, got {tuple(chosen)}")
+        raise ValueError(f"expected blocks in -{depth}..{depth - 1}, got {chosen}")
     return tuple(form.format(block % depth) for block in chosen)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from timm.layers import GluMlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast import SparseViT
+from smi_fast import PatchSimilarity, SparseViT
 from smi_fast.verify.cases import random_kept
 from tests.helpers.teachers import make_teacher, random_images
 
@@ -143,3 +144,11 @@ def test_no_row_without_a_class_token() -> None:
     sparse = SparseViT(make_teacher("vit_medium_patch16_gap_256", depth=1))
     with pytest.raises(ValueError, match=r"no class token: no 'attention.0.row'"):
         sparse(torch.zeros(1, 3, 256, 256), taps=("attention.0.row",))
+
+
+@pytest.mark.parametrize("blocks", [0.1, [], [0.5], "ab"])
+def test_blocks_are_whole_numbers_and_at_least_one(blocks: Any) -> None:
+    """A weight in the place of the blocks, say; and a loss over no block would be no loss."""
+    with pytest.raises(ValueError, match=r"expected blocks as whole numbers, \[0, -1\], got "):
+        PatchSimilarity(blocks).taps(depth=12)
+    assert PatchSimilarity([-1]).taps(depth=12) == ("attention.11.output",)
