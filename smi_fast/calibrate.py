@@ -6,14 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from smi_fast.inversion.inputs import image_space
 from smi_fast.inversion.result import InversionResult
+from smi_fast.pool.batch import read_pixels
 from smi_fast.pool.files import PoolError
 from smi_fast.pool.pool import Pool
 from smi_fast.teacher import SparseViT
@@ -92,11 +91,7 @@ def _on_cpu(space: ImageSpace) -> ImageSpace:
 def _read(files: list[Path], shape: tuple[int, ...], index: int) -> Tensor:
     """An image [C, H, W] in [0, 1]."""
     path = files[index]
-    try:
-        with Image.open(path) as picture:
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-    except Exception as error:  # Pillow has no common class for what a damaged file raises
-        raise PoolError(f"reading {path} failed: {error}") from error
+    pixels = torch.from_numpy(read_pixels(path)).permute(2, 0, 1).float() / 255
     if pixels.shape != shape:
         raise PoolError(f"expected {path} of {list(shape)}, got {list(pixels.shape)}")
     return pixels

@@ -44,16 +44,9 @@ def merge(
 
     A merge that was interrupted goes on when it is called again.
     """
-    from smi_fast.pool import CONTACT_SHEET
     from smi_fast.pool.merge import merge as copy
-    from smi_fast.pool.pictures import draw_loss, draw_sheet
 
-    made = copy(pools, out)
-    images = len(made.records)
-    if images:
-        draw_sheet(made)
-    draw_loss(made)
-    print(f"{images} images in {out}; look at {out / CONTACT_SHEET}")
+    _present(copy(pools, out))
 
 
 def migrate(
@@ -61,16 +54,21 @@ def migrate(
     out: Annotated[Path, typer.Option(help="Folder for the new pool.")],
 ) -> None:
     """Copy a pool of an older version into one of this version; the old one stays."""
-    from smi_fast.pool import CONTACT_SHEET
     from smi_fast.pool.migrate import migrate as copy
+
+    _present(copy(pool, out))
+
+
+def _present(pool: Pool) -> None:
+    """Draw the pictures of a pool that was copied, and print where they are."""
+    from smi_fast.pool import CONTACT_SHEET
     from smi_fast.pool.pictures import draw_loss, draw_sheet
 
-    made = copy(pool, out)
-    images = len(made.records)
+    images = len(pool.records)
     if images:
-        draw_sheet(made)
-    draw_loss(made)
-    print(f"{images} images in {out}; look at {out / CONTACT_SHEET}")
+        draw_sheet(pool)
+    draw_loss(pool)
+    print(f"{images} images in {pool.path}; look at {pool.path / CONTACT_SHEET}")
 
 
 def summarise(pool: Pool, schedule: Schedule) -> None:

@@ -28,7 +28,7 @@ class Trajectory(NamedTuple):
 
     @property
     def indices(self) -> range:
-        """Of its images."""
+        """Places of the images in the pool."""
         return range(self.start, self.start + self.images)
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def arguments(pool: Path, *options: str) -> list[str]:
-    """Of a pool of ten images in batches of one."""
+    """The arguments that make a pool of ten images in batches of one."""
     found = ["invert", "--out", str(pool), "--schedule", "dense", "--iterations", "40", "--quiet"]
     return [*found, "--classes", "0-4", "--per-class", "2", "--batch-size", "1", *options]
 

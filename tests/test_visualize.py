@@ -60,7 +60,7 @@ def test_a_pool_has_a_whole_and_a_sparse_image_of_each_neuron(
     recorded = torch.tensor([record["activation"] for record in records])
     own = found[range(6), 2 * [0, 1, 2]]
     torch.testing.assert_close(recorded, own, rtol=0.05, atol=0.02)  # files have 8 bits
-    # Of the images of one kind, a neuron is excited most by its own.
+    # Among the images of one kind, its own one excites a neuron most.
     for rows in (found[:3], found[3:]):
         assert rows.argmax(0).tolist() == [0, 1, 2]
 

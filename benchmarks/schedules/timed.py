@@ -26,8 +26,9 @@ from benchmarks.quality.images import Images, folder
 from benchmarks.schedules.contenders import CONTENDERS, Contender
 from smi_fast import load_teacher
 
-# Of a run before the timed one, because the first iterations of a process are slow; and of the run
-# whose memory is measured. The memory of a run doesn't depend on its length.
+# Iterations of two runs that aren't timed. The first one comes before the timed run, because the
+# first iterations of a process are slow. The second one's memory is measured, which doesn't depend
+# on its length.
 SHORT = 14
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from smi_fast.background import over
+from smi_fast.pool.files import PoolError
 from smi_fast.pool.layout import PROGRESS, files_of, picture_name
 from smi_fast.pool.metadata import to_line
 
@@ -131,6 +133,19 @@ def fingerprint(contents: Iterable[bytes]) -> str:
     for content in contents:
         digest.update(content)
     return digest.hexdigest()
+
+
+def read_pixels(path: Path) -> np.ndarray[Any, Any]:
+    """The pixels of a picture file, uint8 [H, W] or [H, W, 3].
+
+    Raises:
+        PoolError: it is missing or damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture)
+    except Exception as error:  # Pillow has no common class for what a damaged file raises
+        raise PoolError(f"reading {path} failed: {error}") from error
 
 
 def png(pixels: np.ndarray[Any, Any]) -> bytes:

@@ -7,7 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from smi_fast.pool.files import PoolError, explained, write_atomically
+from smi_fast.pool.files import PoolError, explained, write_content
 from smi_fast.pool.layout import CLASSES, class_folder, picture_name
 from smi_fast.pool.pool import Pool
 
@@ -50,9 +50,9 @@ def export_imagenet(pool: str | Path, out: str | Path) -> int:
     for record in records:
         where = f"{class_folder(record['label'], classes)}/{picture_name(record['index'])}"
         for key, split in (("file_name", "train"), ("masked_file_name", "train_masked")):
-            _write(folder / split / where, _content(source.path / record[key]))
+            write_content(folder / split / where, _content(source.path / record[key]))
     lines = "".join(f"{class_folder(label, classes)}\n" for label in range(classes))
-    _write(folder / CLASSES, lines.encode())
+    write_content(folder / CLASSES, lines.encode())
     return len(records)
 
 
@@ -87,11 +87,11 @@ def export_webdataset(pool: str | Path, out: str | Path, *, most_bytes: int = MO
         }
         image = b"".join(_member(name, each) for name, each in members.items())
         if content.tell() and content.tell() + len(image) + 1024 > most_bytes:
-            _write(folder / f"{number:05}.tar", content.getvalue() + bytes(1024))
+            write_content(folder / f"{number:05}.tar", content.getvalue() + bytes(1024))
             number, content = number + 1, io.BytesIO()
         content.write(image)
     if records:
-        _write(folder / f"{number:05}.tar", content.getvalue() + bytes(1024))
+        write_content(folder / f"{number:05}.tar", content.getvalue() + bytes(1024))
     return len(records)
 
 
@@ -105,8 +105,3 @@ def _member(name: str, content: bytes) -> bytes:
 def _content(path: Path) -> bytes:
     with explained(f"reading {path}"):
         return path.read_bytes()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with explained(f"writing {path}"):
-        write_atomically(path, lambda file: file.write(content))

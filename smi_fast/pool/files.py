@@ -62,6 +62,16 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
+def write_content(path: Path, content: bytes) -> None:
+    """Write a whole file.
+
+    Raises:
+        PoolError: it can't be written. It is then as it was before.
+    """
+    with explained(f"writing {path}"):
+        write_atomically(path, lambda file: file.write(content))
+
+
 def file_names(folder: Path) -> set[str]:
     """The names of the files in a folder; none where it is missing.
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from smi_fast.pool.batch import read_pixels
 from smi_fast.pool.files import PoolError, explained
 from smi_fast.pool.layout import SETTINGS
 from smi_fast.pool.metadata import from_json
@@ -84,12 +83,7 @@ def _read(old: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, An
 def _pixels(old: Path, records: list[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Image [3, H, W] in [0, 1] and mask [rows, columns] of each record."""
     for record in records:
-        found = []
-        for key in ("image", "mask"):
-            path = old / record[key]
-            try:
-                with Image.open(path) as picture:
-                    found.append(torch.from_numpy(np.array(picture)))
-            except Exception as error:  # Pillow has no common class for what a damaged file raises
-                raise PoolError(f"reading {path} failed: {error}") from error
-        yield found[0].permute(2, 0, 1).double() / 255, found[1] > 0
+        image, mask = (
+            torch.from_numpy(read_pixels(old / record[key])) for key in ("image", "mask")
+        )
+        yield image.permute(2, 0, 1).double() / 255, mask > 0

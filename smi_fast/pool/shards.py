@@ -16,14 +16,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -31,8 +29,9 @@ from torch.utils.data import Dataset
 
 from smi_fast.background import Background, check_background, over
 from smi_fast.inversion.inputs import image_space
+from smi_fast.pool.batch import read_pixels
 from smi_fast.pool.export import empty_folder
-from smi_fast.pool.files import PoolError, explained, write_atomically
+from smi_fast.pool.files import PoolError, explained, write_content
 from smi_fast.pool.metadata import Record
 from smi_fast.pool.pool import Pool
 from smi_fast.teacher import SparseViT
@@ -42,6 +41,7 @@ FORMAT = "smi_fast shard 1"
 MOST_BYTES = 256 * 2**20
 _FORMATS = FORMAT.removesuffix("1")
 _BATCH = 64
+_FILES = ("file_name", "mask_file_name")
 
 
 def write_shards(
@@ -71,7 +71,7 @@ def write_shards(
     if not records:
         raise PoolError(f"expected a pool of images, got an empty one in {path}")
     folder = empty_folder(out)
-    image, mask = _read(path, records[0])
+    image, mask = (read_pixels(path / records[0][key]) for key in _FILES)
     size = image.shape[0] // mask.shape[0]
     sparse = None if teacher is None else SparseViT(teacher)
     if sparse is not None and (sparse.grid, sparse.patch_size) != (mask.shape, size):
@@ -89,13 +89,8 @@ def write_shards(
         header |= {"rows": str(mask.shape[0]), "columns": str(mask.shape[1])}
         content = save(tensors, header)
         name = folder / f"{number:05}.safetensors"
-        with explained(f"writing {name}"):
-            write_atomically(name, partial(_put, content))
+        write_content(name, content)
     return len(groups)
-
-
-def _put(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
 
 
 def _groups(records: Sequence[Record], patch: int, image: int, most: int) -> list[list[Record]]:
@@ -118,25 +113,13 @@ def _groups(records: Sequence[Record], patch: int, image: int, most: int) -> lis
     return groups
 
 
-def _read(path: Path, record: Record) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Image uint8 [H, W, 3] and mask bool [rows, columns]."""
-    found = []
-    for key in ("file_name", "mask_file_name"):
-        try:
-            with Image.open(path / record[key]) as picture:
-                found.append(np.asarray(picture))
-        except Exception as error:  # Pillow has no common class for what a damaged file raises
-            raise PoolError(f"reading {path / record[key]} failed: {error}") from error
-    return found[0], found[1] > 0
-
-
 def _tensors(path: Path, records: Sequence[Record]) -> dict[str, Tensor]:
     patches = []
     for record in records:
-        image, mask = _read(path, record)
+        image, mask = (read_pixels(path / record[key]) for key in _FILES)
         rows, columns = mask.shape
         grid = image.reshape(rows, image.shape[0] // rows, columns, image.shape[1] // columns, 3)
-        patches.append(grid.swapaxes(1, 2)[mask])
+        patches.append(grid.swapaxes(1, 2)[mask > 0])
     kept = [index for record in records for index in record["kept"]]
     return {
         "patches": torch.from_numpy(np.concatenate(patches)),

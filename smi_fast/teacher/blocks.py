@@ -58,7 +58,7 @@ class Way(NamedTuple):
     rotations: Sequence[Tensor] | None
 
     def rotation(self, block: int) -> Tensor | None:
-        """Of patches in one block, or None."""
+        """The rotation of the kept patches in one block; None where positions are not rotary."""
         return None if self.rotations is None else self.rotations[block]
 
 

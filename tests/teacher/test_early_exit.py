@@ -74,7 +74,7 @@ def embedding_products() -> int:
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_runs_the_blocks_that_it_reads(backend: str, name: str) -> None:
-    """Of 12 blocks, a loss of the tokens after the third runs a quarter, forward and backward.
+    """A loss of the tokens after block 3 of 12 runs a quarter of them, forward and backward.
 
     A block has four layers: q, k and v together, the projection, and two of the MLP.
     """

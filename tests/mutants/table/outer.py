@@ -166,8 +166,8 @@ MUTANTS = (
         "tests/pool/test_shards.py",
         Mutant(
             "shards-order",
-            "patches.append(grid.swapaxes(1, 2)[mask])",
-            "patches.append(grid.swapaxes(1, 2)[mask][::-1])",
+            "patches.append(grid.swapaxes(1, 2)[mask > 0])",
+            "patches.append(grid.swapaxes(1, 2)[mask > 0][::-1])",
             "Patches aren't in the order of their places.",
         ),
         Mutant(
