@@ -171,9 +171,7 @@ def invert(
     teacher: Annotated[
         str, typer.Option(help="fashion-canvas, or a ViT of timm.")
     ] = "fashion-canvas",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
-    ] = None,
+    checkpoint: options.Checkpoint = None,
     classes: Annotated[
         str, typer.Option(help="Wanted classes, such as 0-9 or 3,17,20-24.")
     ] = "0-9",
@@ -230,12 +228,8 @@ def invert(
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of noise, jitter and soft targets, below 2**64.")
     ] = 0,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="Implementation of the ops, see smi-fast info.")
-    ] = "auto",
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -256,13 +250,9 @@ def invert(
             "the kept ones; blurred; black; or R,G,B in 0..255."
         ),
     ] = "mean",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing pool.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print only the result and errors.")
-    ] = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Invert classes of a teacher into a folder of images.
 

@@ -105,9 +105,7 @@ def export(
         str | None,
         typer.Option(help="Whose logits shards have: fashion-canvas, or a ViT of timm."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
-    ] = None,
+    checkpoint: options.Checkpoint = None,
 ) -> None:
     """Copy a pool into the layout of another tool; the pool stays."""
     from smi_fast.pool import Pool

@@ -20,9 +20,7 @@ def visualize(
     teacher: Annotated[
         str, typer.Option(help="fashion-canvas, or a ViT of timm, with a head or without.")
     ] = "fashion-canvas",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
-    ] = None,
+    checkpoint: options.Checkpoint = None,
     channels: Annotated[
         str | None, typer.Option(help="Channels, such as 0-15 or 3,17,20-24; by default 0-15.")
     ] = None,
@@ -49,23 +47,15 @@ def visualize(
         int, typer.Option(min=1, help="Number of neurons inverted together.")
     ] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and jitter, below 2**64.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")
-    ] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="Implementation of the ops, see smi-fast info.")
-    ] = "auto",
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
     background: Annotated[
         str,
         typer.Option(help="What sparse images show around their patches, as for invert."),
     ] = "mean",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing pool.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print only the result and errors.")
-    ] = False,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make images of an encoder's neurons: of channels, or of directions."""
     import torch

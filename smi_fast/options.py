@@ -6,10 +6,24 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 # The jitter and the loss of each iteration are held in memory, the record of each image too.
 MOST_ITERATIONS = MOST_IMAGES = 1_000_000
 MOST_SEED = 2**64 - 1
+
+# What several commands take.
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
+Backend = Annotated[str, typer.Option(help="Implementation of the ops, see smi-fast info.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing pool.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result and errors.")]
 
 
 class CommandError(Exception):
