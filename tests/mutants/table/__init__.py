@@ -8,6 +8,8 @@ from tests.mutants.table import (
     objectives,
     ops,
     outer,
+    parametrizations,
+    pool,
     schedules,
     teacher,
     triton,
@@ -21,7 +23,9 @@ MUTANTS = (
     *engine.MUTANTS,
     *teacher.MUTANTS,
     *schedules.MUTANTS,
+    *parametrizations.MUTANTS,
     *inversion.MUTANTS,
     *objectives.MUTANTS,
+    *pool.MUTANTS,
     *outer.MUTANTS,
 )

@@ -1,4 +1,4 @@
-"""Mutants of schedules/, parametrizations/ and learning_rate.py."""
+"""Mutants of schedules/, and of what keeps, grows and ranks patches for them."""
 
 from tests.mutants.mutant import Mutant, of_file
 
@@ -11,10 +11,6 @@ LOOP = "tests/inversion/test_resolution_loop.py"
 REBIRTH = "tests/schedules/test_rebirth.py"
 COMPACT = "tests/schedules/test_compact.py"
 INVERTER = "tests/inversion/test_inverter.py"
-RATE = "tests/test_learning_rate.py"
-FOURIER = "tests/parametrizations/test_fourier.py"
-PARAMETRIZATIONS = "tests/parametrizations/test_parametrizations.py"
-
 IMPORTANCE = "tests/inversion/test_importance.py"
 
 MUTANTS = (
@@ -323,52 +319,6 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/parametrizations/fourier.py",
-        FOURIER,
-        Mutant(
-            "fourier-variance",
-            "variance[0] = 1",
-            "variance[0] = 4",
-            "The contrast depends on the size of the image.",
-        ),
-        Mutant(
-            "fourier-even",
-            "if space.width % 2 == 0:",
-            "if space.width % 2 == 1:",
-            "The contrast depends on whether the width is even.",
-        ),
-        Mutant(
-            "fourier-lowest",
-            "lowest = max(flat_below, 1 / max(space.height, space.width))",
-            "lowest = max(flat_below, 1 / min(space.height, space.width))",
-            "The lowest frequency is that of the shorter side.",
-        ),
-        Mutant(
-            "fourier-start",
-            "return (noise * self.start).to(self._scale)",
-            "return noise.to(self._scale)",
-            "Images start with full contrast.",
-        ),
-        Mutant(
-            "fourier-colours",
-            'torch.einsum("ij,bjhw->bihw", self._colours, u)',
-            'torch.einsum("ji,bjhw->bihw", self._colours, u)',
-            "Colours are mixed by the transposed matrix.",
-        ),
-        Mutant(
-            "fourier-colours-contrast",
-            "colours * (3**0.5 / colours.norm())",
-            "colours / colours.norm(dim=0).max()",
-            "Colours of photographs lower the contrast.",
-        ),
-        Mutant(
-            "fourier-flat-below",
-            "lowest = max(flat_below, 1 / max(space.height, space.width))",
-            "lowest = 1 / max(space.height, space.width)",
-            "The lowest frequencies move faster than the flat ones.",
-        ),
-    ),
-    *of_file(
         "smi_fast/schedules/rebirth.py",
         REBIRTH,
         Mutant(
@@ -394,59 +344,6 @@ MUTANTS = (
             "torch.rand(stop.kept.shape, generator=stop.generator, dtype",
             "torch.rand(stop.kept.shape, dtype",
             "The same seed gives another random order.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/pyramid.py",
-        "tests/parametrizations/test_pyramid.py",
-        Mutant(
-            "pyramid-variances",
-            "rows / len(sides) ** 0.5",
-            "rows / len(sides)",
-            "The contrast depends on the number of levels.",
-        ),
-        Mutant(
-            "pyramid-order",
-            "F.pad(full, (smaller, 0))",
-            "F.pad(full, (0, smaller))",
-            "A given image goes into the smallest levels.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/sigmoid.py",
-        "tests/parametrizations/test_sigmoid.py",
-        Mutant(
-            "sigmoid-subclass",
-            "if type(self).images is not SigmoidParametrization.images:",
-            "if False:",
-            "The teacher doesn't see what a subclass makes of the images.",
-        ),
-        Mutant(
-            "sigmoid-margin",
-            ".clamp(MARGIN, 1 - MARGIN).logit()",
-            ".logit()",
-            "A black pixel has infinite parameters.",
-            FOURIER,
-        ),
-    ),
-    *of_file(
-        "smi_fast/parametrizations/base.py",
-        f"{PARAMETRIZATIONS}::test_binding_leaves_the_given_parametrization_as_it_was",
-        Mutant(
-            "parametrization-bind",
-            "bound = copy.copy(self)",
-            "bound = self",
-            "The parametrization of the caller changes.",
-        ),
-    ),
-    *of_file(
-        "smi_fast/learning_rate.py",
-        RATE,
-        Mutant(
-            "rate-restart",
-            "cycles = self.restarts + 1",
-            "cycles = 1",
-            "The cosine never starts again.",
         ),
     ),
 )
