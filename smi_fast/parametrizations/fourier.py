@@ -95,7 +95,8 @@ class Fourier(SigmoidParametrization):
             return spectrum.real[..., :1, :1].expand(-1, -1, space.height, space.width)
         u: Tensor = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
         if self._colours is not None:
-            u = torch.einsum("ij,bjhw->bihw", self._colours, u)
+            # One product for each image: einsum would copy the channels to the end and back.
+            u = (self._colours @ u.flatten(2)).view_as(u)
         return u
 
     def parameters_of(self, images: Tensor) -> Tensor:
