@@ -219,7 +219,7 @@ def invert(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Constant learning rate; by default the recipe's, 0.2 for clear."),
+        typer.Option(help="Constant learning rate; by default the recipe's, 0.12 for clear."),
     ] = None,
     batch_size: Annotated[
         int,

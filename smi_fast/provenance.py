@@ -28,7 +28,7 @@ def describe(inverter: SparseInverter) -> dict[str, Any]:
 
     >>> described = smi_fast.provenance.describe(SparseInverter(teacher, lr=0.1))
     >>> described["lr"], described["parametrization"]
-    (0.1, 'Fourier(decay=1.5, start=0.02, colour=False, flat_below=0.0)')
+    (0.1, 'Fourier(decay=1.5, start=0.02, colour=None, flat_below=0.015625)')
     """
     settings, teacher = inverter.settings, inverter.teacher
     names = [field.name for field in fields(settings) if field.name not in _LEFT_OUT]

@@ -30,7 +30,7 @@ def invert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     iterations: int = 100,
-    lr: Rates = 0.2,
+    lr: Rates = 0.12,
     betas: tuple[float, float] = (0.5, 0.99),
     optimizer: str = "adam",
     weight_decay: float | None = None,

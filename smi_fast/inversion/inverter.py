@@ -86,8 +86,8 @@ class SparseInverter:
         optimizer: "adam"; or "adamw", with decoupled weight decay as in ``torch.optim.AdamW``.
         weight_decay: of "adamw" only; by default torch's, 0.01.
         jitter: how far images are shifted, and whether they are mirrored, in each iteration; by
-            default an eighth of each side, and half of the iterations mirrored. Around stops there
-            is none.
+            default up to an eighth of each side, and half of the time mirrored, each image by
+            itself: ``Jitter(per_image=True)``. Around stops there is none.
         augment: what changes the images before the teacher sees them, a function ``(images,
             progress, generator) -> images`` such as :class:`smi_fast.augmentations.GaussianNoise`;
             see :data:`smi_fast.augmentations.Augment`. Pixel objectives read the images as they
@@ -131,7 +131,7 @@ class SparseInverter:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         iterations: int = 100,
-        lr: Rates = 0.2,
+        lr: Rates = 0.12,
         betas: tuple[float, float] = (0.5, 0.99),
         optimizer: str = "adam",
         weight_decay: float | None = None,
