@@ -2,7 +2,8 @@
 
 from tests.mutants.mutant import Mutant, of_file
 
-POOL = "tests/pool/test_pool.py"
+STORED = "tests/pool/test_pool.py"
+POOL = f"{STORED} tests/pool/test_pool_interrupted.py tests/pool/test_pool_opened.py"
 FILL = "tests/test_fill.py"
 
 MUTANTS = (
@@ -252,7 +253,7 @@ MUTANTS = (
             "{max(4, len(str(classes - 1)))}",
             "4",
             "Folders of classes don't sort as the classes do.",
-            f"{POOL}::test_class_folders_sort_as_the_classes_do",
+            f"{STORED}::test_class_folders_sort_as_the_classes_do",
         ),
     ),
     *of_file(
