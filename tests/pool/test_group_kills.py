@@ -17,8 +17,8 @@ from tests.helpers.pools import files
 SEED = int(os.environ.get("SMI_FAST_TEST_SEED", "0"))
 KILLS = int(os.environ.get("SMI_FAST_TEST_KILLS", "3"))
 SIZES = (1, 2, 4)
-# What becomes of the other processes: torchrun ends them, or a machine fails as a whole.
-KINDS = {"a worker": signal.SIGTERM, "all of them": signal.SIGKILL}
+# What the other processes get: torchrun ends those of its machine, but not those of another one.
+KINDS = {"a worker": signal.SIGTERM, "all of them": signal.SIGKILL, "one of a machine": None}
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,10 @@ def test_killed_groups_are_resumed_to_the_same_pool(
                 arguments(pool), pool, size, victim=victim, access=access, last_rites=KINDS[kind]
             )
             where = f"pool {pools}: process {victim} of {size} before access {access}, {kind}"
+            for each in ended:
+                if each.code == 2:  # process 0 has ended
+                    assert each.errors.startswith("smi-fast: the group has lost its store"), where
+                    assert each.errors.count("\n") == 1, (where, each.errors)
             done = all(each.code == 0 for each in ended)
             if not done:
                 assert victim is not None and ended[victim].code == -signal.SIGKILL, (where, ended)
