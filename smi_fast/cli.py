@@ -230,6 +230,7 @@ def invert(
     ] = 0,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
+    precision: options.Precision = "float32",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -290,9 +291,8 @@ def invert(
         stops = _schedule(schedule, published, factor)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        inverter = SparseInverter(
-            model, **published.options(schedule=stops, importance=importance, backend=backend)
-        )
+        chosen = {"importance": importance, "backend": backend, "precision": precision}
+        inverter = SparseInverter(model, **published.options(schedule=stops, **chosen))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
         check_strip(strip, iterations)
