@@ -16,7 +16,14 @@ from benchmarks.quality import (
     time_to_quality,
 )
 from benchmarks.schedules import study
-from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
+from benchmarks.speed import (
+    end_to_end,
+    objectives,
+    ops,
+    parametrizations,
+    roofline,
+    step_profile,
+)
 
 MEASUREMENTS = {
     "foreground": foreground.main,
@@ -28,6 +35,7 @@ MEASUREMENTS = {
     "other-teachers": other_teachers.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
+    "parametrizations": parametrizations.main,
     "end-to-end": end_to_end.main,
     "objectives": objectives.main,
     "roofline": roofline.main,

@@ -219,7 +219,7 @@ def invert(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Constant learning rate; by default the recipe's, 0.2 for clear."),
+        typer.Option(help="Constant learning rate; by default the recipe's, 0.12 for clear."),
     ] = None,
     batch_size: Annotated[
         int,
@@ -230,6 +230,7 @@ def invert(
     ] = 0,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
+    precision: options.Precision = "float32",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -291,9 +292,8 @@ def invert(
         stops = _schedule(schedule, published, factor)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        inverter = SparseInverter(
-            model, **published.options(schedule=stops, importance=importance, backend=backend)
-        )
+        chosen = {"importance": importance, "backend": backend, "precision": precision}
+        inverter = SparseInverter(model, **published.options(schedule=stops, **chosen))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
         check_strip(strip, iterations)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_fast.engine.precision import described
 from smi_fast.inversion import SparseInverter
 from smi_fast.ops import backends
 from smi_fast.zoo import fingerprint
@@ -27,7 +28,7 @@ def describe(inverter: SparseInverter) -> dict[str, Any]:
 
     >>> described = smi_fast.provenance.describe(SparseInverter(teacher, lr=0.1))
     >>> described["lr"], described["parametrization"]
-    (0.1, 'Fourier(decay=1.5, start=0.02, colour=False, flat_below=0.0)')
+    (0.1, 'Fourier(decay=1.5, start=0.02, colour=None, flat_below=0.015625)')
     """
     settings, teacher = inverter.settings, inverter.teacher
     names = [field.name for field in fields(settings) if field.name not in _LEFT_OUT]
@@ -44,7 +45,7 @@ def describe(inverter: SparseInverter) -> dict[str, Any]:
         "std": settings.space.std.tolist(),
         "backend": ", ".join(dict.fromkeys(chosen)),
         "device": teacher.device.type,
-        "precision": str(teacher.dtype).removeprefix("torch."),
+        "precision": described(teacher.precision, teacher.dtype),
     }
 
 

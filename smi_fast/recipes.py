@@ -88,7 +88,7 @@ class Recipe:
 
         >>> options = recipes.clear().options(iterations=200)
         >>> options["iterations"], options["lr"]
-        (200, 0.2)
+        (200, 0.12)
 
         Args:
             **changes: further arguments, or other values than the recipe's. The stop of
@@ -168,8 +168,9 @@ def clear() -> Recipe:
         "this project, by measurement: python -m benchmarks quality",
         (CrossEntropy(),),
         iterations=100,
-        lr=0.2,
+        lr=0.12,
         betas=(0.5, 0.99),
+        jitter=Jitter(per_image=True),
         schedule=StopSchedule.once,
         parametrization=Fourier(),
     )

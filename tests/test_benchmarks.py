@@ -21,7 +21,14 @@ from benchmarks.__main__ import MEASUREMENTS
 from benchmarks.baselines import published_losses
 from benchmarks.harness import environment, memory
 from benchmarks.harness.flops import forward_flops, needed_flops
-from benchmarks.speed import end_to_end, objectives, ops, roofline, step_profile
+from benchmarks.speed import (
+    end_to_end,
+    objectives,
+    ops,
+    parametrizations,
+    roofline,
+    step_profile,
+)
 from benchmarks.speed.loops import (
     NO_STOPS,
     VARIANTS,
@@ -231,6 +238,13 @@ def test_profile_shares_are_of_the_whole_step(workload: Workload) -> None:
     assert measured["patches"] == 6
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
     assert min(shares[name] for name in ("gemm", "attention", "norm_and_gelu", "pixels")) > 0
+
+
+def test_cost_of_a_parametrization_is_beside_pixels(workload: Workload) -> None:
+    measured = parametrizations.measure(workload, iterations=3, rounds=1)
+    assert set(measured["cost"]) == set(measured["seconds"]) - {"pixels"}
+    pixels, pyramid = (measured["seconds"][name]["median"] for name in ("pixels", "pyramid"))
+    assert measured["cost"]["pyramid"]["median"] == pytest.approx(pyramid / pixels - 1, abs=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,14 @@ def test_resume_refuses_another_learning_rate(smi: Smi, tmp_path: Path) -> None:
     assert smi.invert(tmp_path, *options, "--resume")[0] == 0
 
 
+def test_resume_refuses_another_precision(smi: Smi, tmp_path: Path) -> None:
+    assert smi.invert(tmp_path, "--precision", "bfloat16")[0] == 0
+    assert {record["precision"] for record in Pool(tmp_path).records} == {"bfloat16"}
+    code, _, err = smi.invert(tmp_path, "--resume")
+    assert code == 2 and 'made with precision = "bfloat16", now it is "float32"' in err
+    assert smi.invert(tmp_path, "--precision", "bfloat16", "--resume")[0] == 0
+
+
 def test_resume_refuses_other_weights_of_the_same_name(smi: Smi, tmp_path: Path) -> None:
     options = ("--teacher", "vit_tiny_patch16_224", "--classes", 0, "--per-class", 1)
     for folder in ("a", "b"):

@@ -102,7 +102,8 @@ def test_quality_table_has_the_recorded_numbers() -> None:
         ("`recipes.clear()`, dense", "clear, dense"),
         ("`recipes.clear()`, 30", "clear, 30 of 64 patches"),
     ):
-        shares = [recorded[name][length]["judge"]["mean"] for length in row("iterations |")]
+        found = recorded[name]["by_length"]
+        shares = [found[length]["judge"]["mean"] for length in row("iterations |")]
         assert row(text) == [percent(share) for share in shares]
 
 
@@ -123,7 +124,7 @@ def test_page_of_quality_has_the_recorded_numbers() -> None:
         )
         assert len(rows) >= 3
         for name, *cells in rows:
-            means = [recorded[name][length][figure] for length in head[1:]]
+            means = [recorded[name]["by_length"][length][figure] for length in head[1:]]
             assert cells == [percent(found["mean"]) + around(found["seeds"]) for found in means]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_own_jitter_differs_between_images_and_stays_still_around_a_stop(
         return forward(self, *args, jitter=jitter, **options)
 
     monkeypatch.setattr(SparseViT, "forward", watched)
-    own = factors.contenders()["sparse"]["default, jitter of each image"]
+    own = factors.contenders()["sparse"]["default"]
     made = images_of(teacher, Run("own", own, 100, 0, 1))
     assert (made.masks.sum((1, 2)) == 30).all()
     several = [len(shift.unique(dim=0)) > 1 for shift in shifts[7:13]]
@@ -161,3 +162,24 @@ def test_another_teacher_is_trained_once(folder: Path, monkeypatch: pytest.Monke
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(SparseViT(first)(images).logits, SparseViT(again)(images).logits)
     assert not first.training and not any(p.requires_grad for p in first.parameters())
+
+
+def test_what_was_recorded_with_the_same_settings_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "quality.json"
+    monkeypatch.setattr(recognition, "result_file", lambda name: file)
+    assert recognition._recorded() == {}
+
+    found = {
+        name: {
+            "settings": recognition.settings_of(contender),
+            "by_length": {str(length): {} for length in recognition.lengths_of(name)},
+        }
+        for name, contender in recognition.CONTENDERS.items()
+    }
+    found["clear, dense"]["settings"] = {**found["clear, dense"]["settings"], "lr": "7"}
+    del found["published, dense"]["by_length"]["25"]
+    file.write_text(json.dumps({"contenders": found}))
+    kept = set(recognition.CONTENDERS) - {"clear, dense", "published, dense"}
+    assert set(recognition._recorded()) == kept

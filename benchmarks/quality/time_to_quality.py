@@ -178,7 +178,7 @@ def draw(contenders: Recognised, seconds: Recognised, ceiling: float) -> Figure:
 
 def main(quick: bool = False) -> None:
     quality = json.loads(result_file("quality.json").read_text())
-    contenders = quality["contenders"]
+    contenders = {name: found["by_length"] for name, found in quality["contenders"].items()}
     measured = measure(contenders, QUICK_ROUNDS if quick else ROUNDS)
     record("time_to_quality", measured, quick=quick)
     picture = draw(contenders, measured["seconds_of_a_run"], quality["real_canvases"]["judge"])

@@ -13,7 +13,7 @@ _STEPS = {
         " Tensor(c!) rstd) -> ()"
     ),
     "normalize_backward_": (
-        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd) -> ()"
+        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd, Tensor(b!)? copy) -> ()"
     ),
     "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
     "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",

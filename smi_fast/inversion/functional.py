@@ -30,7 +30,7 @@ def invert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     iterations: int = 100,
-    lr: Rates = 0.2,
+    lr: Rates = 0.12,
     betas: tuple[float, float] = (0.5, 0.99),
     optimizer: str = "adam",
     weight_decay: float | None = None,
@@ -41,6 +41,7 @@ def invert(
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
+    precision: str | None = None,
     graph: bool = True,
     batch: int | None = None,
     init: Tensor | None = None,
@@ -76,6 +77,7 @@ def invert(
         background=background,
         final_mask=final_mask,
         backend=backend,
+        precision=precision,
         graph=graph,
     )
     return inverter.invert(

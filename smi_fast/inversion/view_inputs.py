@@ -22,14 +22,14 @@ def on_device(generator: torch.Generator | None, device: torch.device) -> torch.
 
 
 def check_jitter(jitter: Jitter | None, iterations: int, stops: Sequence[int]) -> Jitter:
-    """The jitter that tables are drawn from, by default ``Jitter()``.
+    """The jitter that tables are drawn from, by default that of each image for itself.
 
     Raises:
         TypeError: it is no :class:`Jitter`.
         ValueError: not one share for each phase.
     """
     if jitter is None:
-        return Jitter()
+        return Jitter(per_image=True)
     if not isinstance(jitter, Jitter):
         raise TypeError(
             "expected a Jitter, whose Jitter(share=0, flip=False) is none, or None for the "

@@ -40,14 +40,14 @@ class Fourier(SigmoidParametrization):
     which the scale is flat were chosen by measurement.
 
     >>> fourier = Fourier(decay=1.5)
-    >>> result = SparseInverter(teacher, parametrization=fourier, lr=0.2, iterations=10,
+    >>> result = SparseInverter(teacher, parametrization=fourier, lr=0.12, iterations=10,
     ...                         schedule=Dense()).invert([3], progress=False)
 
     Args:
         decay: exponent of 1/frequency, at least 0; 0 moves all frequencies alike.
         start: standard deviation of u at the start; small ones start from nearly uniform grey.
         colour: whether parameters move the principal colours of photographs instead of red, green
-            and blue; None for those of images of three channels.
+            and blue; by default they do in images of three channels.
         flat_below: frequency in cycles per pixel below which all frequencies move alike, in
             [0, 1]. Large images have lower frequencies than small ones; without this bound most of
             their contrast goes into shapes that are larger than any object.
@@ -59,8 +59,8 @@ class Fourier(SigmoidParametrization):
 
     decay: float = 1.5
     start: float = 0.02
-    colour: bool | None = False
-    flat_below: float = 0.0
+    colour: bool | None = None
+    flat_below: float = 1 / 64
     _scale: Tensor = field(init=False, repr=False, compare=False)
     _colours: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -95,7 +95,8 @@ class Fourier(SigmoidParametrization):
             return spectrum.real[..., :1, :1].expand(-1, -1, space.height, space.width)
         u: Tensor = torch.fft.irfft2(spectrum, s=(space.height, space.width), norm="ortho")
         if self._colours is not None:
-            u = torch.einsum("ij,bjhw->bihw", self._colours, u)
+            # One product for each image: einsum would copy the channels to the end and back.
+            u = (self._colours @ u.flatten(2)).view_as(u)
         return u
 
     def parameters_of(self, images: Tensor) -> Tensor:

@@ -43,7 +43,11 @@ class Pyramid(SigmoidParametrization):
 
     smallest: int = 4
     start: float = 0.02
-    _levels: tuple[tuple[Tensor, Tensor], ...] = field(init=False, repr=False, compare=False)
+    # The matrices that enlarge the rows of all smaller images, side by side, and their columns; the
+    # image as large as u is only multiplied.
+    _rows: Tensor = field(init=False, repr=False, compare=False)
+    _columns: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
+    _sizes: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.smallest, int) and self.smallest >= 1):
@@ -56,39 +60,39 @@ class Pyramid(SigmoidParametrization):
             raise ValueError(f"expected smallest up to {longer} pixels, got {self.smallest}")
         bound = super().bind(space)
         sides, like = _sides(self.smallest, longer), parameters_like(space)
-        levels = []
-        for side in sides:
-            rows, columns = (
-                _enlargement(max(1, round(full * side / longer)), full)
-                for full in (space.height, space.width)
-            )
-            # The variances of the levels add up to 1.
-            levels.append(((rows / len(sides) ** 0.5).to(like), columns.to(like)))
-        object.__setattr__(bound, "_levels", tuple(levels))
+        heights, widths = (
+            [max(1, round(full * side / longer)) for side in sides]
+            for full in (space.height, space.width)
+        )
+        rows = [_enlargement(height, space.height) for height in heights[:-1]]
+        columns = [_enlargement(width, space.width).to(like) for width in widths[:-1]]
+        # The variances of the levels add up to 1.
+        scaled = torch.cat([torch.empty(space.height, 0), *rows], dim=1) / len(sides) ** 0.5
+        object.__setattr__(bound, "_sizes", tuple(zip(heights, widths, strict=True)))
+        object.__setattr__(bound, "_rows", scaled.to(like))
+        object.__setattr__(bound, "_columns", tuple(columns))
         return bound
 
     def initial(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        count = sum(rows.shape[1] * columns.shape[1] for rows, columns in self._levels)
+        count = sum(height * width for height, width in self._sizes)
         shape = (batch, self.space.channels, count)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         return (noise * self.start).to(parameters_like(self.space))
 
     def field(self, parameters: Tensor) -> Tensor:
-        sizes = [(rows.shape[1], columns.shape[1]) for rows, columns in self._levels]
-        parts = parameters.split([height * width for height, width in sizes], dim=2)
-        levels = [
-            rows @ part.unflatten(2, size) @ columns.mT
-            for part, size, (rows, columns) in zip(parts, sizes, self._levels, strict=True)
-        ]
-        return torch.stack(levels).sum(0)
+        parts = parameters.split([height * width for height, width in self._sizes], dim=2)
+        sized = zip(parts, self._sizes, strict=True)
+        *smaller, full = [part.unflatten(2, size) for part, size in sized]
+        u: Tensor = full / len(self._sizes) ** 0.5
+        if smaller:
+            wide = [part @ columns.mT for part, columns in zip(smaller, self._columns, strict=True)]
+            u = u + self._rows @ torch.cat(wide, dim=2)
+        return u
 
     def parameters_of(self, images: Tensor) -> Tensor:
-        rows, columns = self._levels[-1]
-        u = self.field_of(images)
-        # The matrices of the largest image are multiples of the identity; the other images are 0.
-        full = (u / (rows[0, 0] * columns[0, 0])).flatten(2)
-        smaller = sum(r.shape[1] * c.shape[1] for r, c in self._levels[:-1])
-        return F.pad(full, (smaller, 0))
+        full = self.field_of(images).flatten(2) * len(self._sizes) ** 0.5
+        smaller = sum(height * width for height, width in self._sizes[:-1])
+        return F.pad(full, (smaller, 0))  # the smaller images are 0
 
 
 def _sides(smallest: int, longer: int) -> list[int]:

@@ -143,7 +143,9 @@ def test_targets_are_what_the_objectives_read(teacher: VisionTransformer) -> Non
     wanted = torch.randn(2, 5, 7)
     result = inverter.invert(wanted, progress=False)
     assert torch.equal(result.targets, wanted.double())
-    assert result.history["embedding"][-1] < result.history["embedding"][0]
+    # The loss of single iterations depends on their jitter.
+    losses = result.history["embedding"]
+    assert sum(losses[-5:]) < sum(losses[:5])
     with pytest.raises(ValueError, match=r"classes or probabilities, got torch.float64 \[2, 5, 7"):
         print(result.confidence)
     with pytest.raises(ValueError, match="targets as embeddings, got none"):

@@ -138,7 +138,9 @@ def test_the_option_jitter_draws_the_table(teacher: VisionTransformer) -> None:
     assert state.shift.shape == (10, 2, 2) and state.flip.shape == (10, 2)
     assert not state.shift[[2, 3, 5, 6]].any() and not state.flip.any()  # around stops
     assert not state.shift[6:].any() and state.shift[:2].abs().max() > 8
-    assert torch.equal(start(make(teacher, jitter=Jitter())).shift, start(make(teacher)).shift)
+    each = start(make(teacher, jitter=Jitter(per_image=True)))
+    assert torch.equal(each.shift, start(make(teacher)).shift)
+    assert start(make(teacher, jitter=Jitter())).shift.shape == (10, 2)
 
 
 def test_no_jitter_around_stops(teacher: VisionTransformer) -> None:

@@ -20,8 +20,8 @@ MUTANTS = (
         ),
         Mutant(
             "steps-normalize-gradient",
-            "gradient[i] += rstd * (d[i] - mean - normalized[i] * slope);",
-            "gradient[i] += rstd * (d[i] - mean);",
+            "rstd * (widen(d[i]) - mean - widen(normalized[i]) * slope);",
+            "rstd * (widen(d[i]) - mean);",
             "LayerNorm has the gradient of a subtraction of the mean.",
         ),
         Mutant(
@@ -44,8 +44,8 @@ MUTANTS = (
         f"{BUDGET} swiglu",
         Mutant(
             "eva-swiglu-derivative",
-            "store(gate, u * (s + silu * (one - s)));",
-            "store(gate, u * s);",
+            "store_narrow(gate, u * (s + silu * (one - s)));",
+            "store_narrow(gate, u * s);",
             "The derivative of silu is its sigmoid.",
         ),
         Mutant(
@@ -228,15 +228,15 @@ MUTANTS = (
         "tests/engine/test_choose.py",
         Mutant(
             "choose-autocast",
-            "return None if torch.is_autocast_enabled(device.type) else engine",
-            "return engine",
+            "if reason is None and torch.is_autocast_enabled(device.type):",
+            "if False:",
             "Autocast is not obeyed.",
             "tests/engine/test_autograd.py::test_autocast_is_obeyed",
         ),
         Mutant(
             "choose-backend",
-            "wanted in (backends.AUTO, engine.backend) and ",
-            "",
+            "if wanted not in (backends.AUTO, engine.backend):",
+            "if False:",
             "An engine runs where another backend was asked for.",
         ),
         Mutant(

@@ -36,8 +36,8 @@ MUTANTS = (
         ),
         Mutant(
             "fourier-colours",
-            'torch.einsum("ij,bjhw->bihw", self._colours, u)',
-            'torch.einsum("ji,bjhw->bihw", self._colours, u)',
+            "self._colours @ u.flatten(2)",
+            "self._colours.mT @ u.flatten(2)",
             "Colours are mixed by the transposed matrix.",
         ),
         Mutant(
@@ -58,8 +58,8 @@ MUTANTS = (
         "tests/parametrizations/test_pyramid.py",
         Mutant(
             "pyramid-variances",
-            "rows / len(sides) ** 0.5",
-            "rows / len(sides)",
+            "dim=1) / len(sides) ** 0.5",
+            "dim=1) / len(sides)",
             "The contrast depends on the number of levels.",
         ),
         Mutant(
