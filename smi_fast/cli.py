@@ -259,7 +259,8 @@ def invert(
 
     Several processes share the batches: torchrun --nproc-per-node 8 -m smi_fast invert ...
     """
-    from smi_fast.fill import Interrupted, check_strip, fill, rehearse
+    from smi_fast.batch_maker import check_strip
+    from smi_fast.fill import Interrupted, Stopped, fill, rehearse
     from smi_fast.group import Group
     from smi_fast.inversion import SparseInverter
     from smi_fast.judge import check_judge, load_judge
@@ -340,9 +341,10 @@ def invert(
                 progress=not quiet,
                 group=group,
             )
-        except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
-            raise typer.Exit(130) from None
+        except Interrupted as early:
+            print(early, file=sys.stderr)
+            # torchrun would take another code than 0 for a failure, and start the group again.
+            raise typer.Exit(0 if group and isinstance(early, Stopped) else 130) from None
         if first:
             cli_pool.summarise(pool, inverter.schedule)
 

@@ -60,7 +60,9 @@ def test_quiet_prints_nothing_but_the_result(smi: Smi, tmp_path: Path) -> None:
     assert where == f"look at {tmp_path / 'pool' / CONTACT_SHEET}"
     code, out, err = smi.invert(tmp_path / "loud")
     assert code == 0 and len(out.splitlines()) > 2 and out.startswith("clear: ")
-    assert err.startswith("iteration 3 of 3: cross_entropy ") and err.count("\n") == 1
+    batch, pool = err.splitlines()
+    assert batch.startswith("iteration 3 of 3: cross_entropy ")
+    assert pool.startswith("6 of 6 images, ") and " 3 classes, mean confidence 0." in pool
 
 
 def test_quiet_still_tells_what_went_wrong(smi: Smi, tmp_path: Path) -> None:
