@@ -230,6 +230,7 @@ def invert(
     ] = 0,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
+    precision: options.Precision = "float32",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -258,7 +259,8 @@ def invert(
 
     Several processes share the batches: torchrun --nproc-per-node 8 -m smi_fast invert ...
     """
-    from smi_fast.fill import Interrupted, check_strip, fill, rehearse
+    from smi_fast.batch_maker import check_strip
+    from smi_fast.fill import Interrupted, Stopped, fill, rehearse
     from smi_fast.group import Group
     from smi_fast.inversion import SparseInverter
     from smi_fast.judge import check_judge, load_judge
@@ -290,9 +292,8 @@ def invert(
         stops = _schedule(schedule, published, factor)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        inverter = SparseInverter(
-            model, **published.options(schedule=stops, importance=importance, backend=backend)
-        )
+        chosen = {"importance": importance, "backend": backend, "precision": precision}
+        inverter = SparseInverter(model, **published.options(schedule=stops, **chosen))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
         check_strip(strip, iterations)
@@ -340,9 +341,10 @@ def invert(
                 progress=not quiet,
                 group=group,
             )
-        except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
-            raise typer.Exit(130) from None
+        except Interrupted as early:
+            print(early, file=sys.stderr)
+            # torchrun would take another code than 0 for a failure, and start the group again.
+            raise typer.Exit(0 if group and isinstance(early, Stopped) else 130) from None
         if first:
             cli_pool.summarise(pool, inverter.schedule)
 

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from smi_fast.batch_maker import BatchMaker, explained_memory
 from smi_fast.group import Group
-from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
-from smi_fast.judge import check_judge, verdicts
-from smi_fast.plan import Trajectory, agree, batches_left, check_complete, plan_of
+from smi_fast.inversion import NonFiniteLoss, SparseInverter
+from smi_fast.job_progress import JobProgress, Tally
+from smi_fast.judge import check_judge
+from smi_fast.plan import agree, batches_left, plan_of
 from smi_fast.pool import UNFINISHED, Pool
-from smi_fast.pool.parts import Part
 from smi_fast.pool.pictures import draw_loss
 from smi_fast.pool.writer import Writer
 from smi_fast.provenance import describe, versions
 from smi_fast.recipes import Recipe
-from smi_fast.schedules import images_of_a_trajectory
+from smi_fast.soft_stop import SoftStop
+from smi_fast.workers import GroupWorker, Worker
 
 # What each image says of the inverter's options; all of them are in the settings of the pool.
 PROVENANCE = ("teacher_sha256", "schedule", "parametrization", "precision", "backend")
 
 
 class Interrupted(Exception):
-    """Ctrl-C ended a batch; the message says at which iteration, and where its images are."""
+    """Ctrl-C ended a pool early; the message says where it stands, and where its images are."""
 
 
-class BatchTooLarge(MemoryError):
-    """A batch doesn't fit into memory."""
-
-
-def batch_seed(seed: int, start: int) -> int:
-    """The seed of a batch, for a generator of torch.
-
-    It is ``seed * 2**32 + start`` while the seed has 32 bits, so that no two batches share one.
-    Beyond, it is the first 64 bits that numpy's ``SeedSequence([seed, start])`` generates.
-
-    Args:
-        seed: of the pool, from 0.
-        start: index of the batch's first image.
-    """
-    if seed < 2**32:
-        return (seed << 32) + start
-    return int(np.random.SeedSequence([seed, start]).generate_state(1, np.uint64)[0])
+class Stopped(Interrupted):
+    """The first Ctrl-C ended it after a batch, which the pool has."""
 
 
 def rehearse(inverter: SparseInverter, recipe: Recipe) -> None:
@@ -58,7 +44,7 @@ def rehearse(inverter: SparseInverter, recipe: Recipe) -> None:
         BackendUnavailable: the backend can't run here.
         BatchTooLarge: not even one image fits into memory.
     """
-    with _explained_memory(1):
+    with explained_memory(1):
         targets = recipe.targets(torch.tensor([0]), inverter.teacher.num_classes, torch.Generator())
         state = inverter.start(targets.to(inverter.teacher.device), generator=torch.Generator())
         state.evaluate(score=bool(inverter.schedule.at))
@@ -82,7 +68,8 @@ def fill(
 
     The settings, the seed and the index of a batch's first image decide its images. So an
     interrupted and resumed run makes the same pool as one without interruption, and so do several
-    processes. A thread writes each batch while the next one is inverted.
+    processes. A thread writes each batch while the next one is inverted. The first Ctrl-C lets the
+    batch at work be the last one, the second ends it.
 
     Args:
         pool: the pool; image ``i`` has the label ``labels[i]``. Of a group, only process 0 opens it
@@ -101,10 +88,11 @@ def fill(
         provenance: further entries of each image's record, beside those of the pool, the teacher's
             prediction and confidence, iterations, seed, the most important options, versions and
             the hash of the weights.
-        progress: show the progress of each batch.
+        progress: show the progress of the pool and of each batch.
         group: the processes that call this function with the same arguments, and share the batches.
 
     Raises:
+        Stopped: Ctrl-C ended the pool after a batch. Only process 0 of a group raises it.
         Interrupted: Ctrl-C ended a batch; its images so far are in the pool's ``unfinished/``.
         NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
             of the batch are in ``unfinished/``.
@@ -113,94 +101,79 @@ def fill(
             than iterations.
         PoolError: the pool can't be written, or holds images of other labels; or the processes of a
             group would make different images.
+        GroupError: the processes of a group have lost each other.
     """
-    check_strip(strip, inverter.settings.iterations)
     options = describe(inverter)
-    same = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
-    same |= provenance or {}
+    common = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
+    common |= provenance or {}
+    maker = BatchMaker(
+        inverter,
+        recipe,
+        seed=seed,
+        judge=judge,
+        strip=strip,
+        common=common,
+        progress=progress,
+    )
     first = group is None or group.rank == 0
     if first:
         _check_labels(pool, labels)
         draw_loss(pool)  # a killed run may not have come to it
     plan = plan_of(pool, labels) if first else None
     if group is not None:
-        decisive = {**options, **same, "labels": list(labels), "batch_size": batch_size}
+        decisive = {**options, **common, "labels": list(labels), "batch_size": batch_size}
         plan = agree(group, plan, decisive)
     assert plan is not None
     if judge is not None:
         check_judge(judge, pool.settings["class_names"])
     batches = batches_left(labels, plan, inverter.schedule, batch_size)
     last = max([number for number, _ in batches] + list(plan.ahead), default=-1)
-    part = None if group is None else Part(pool.path, pool.settings, group.rank)
-    with Writer() as writer:
-        for turn in _turns(group, len(batches)):
-            number, batch = batches[turn]
-            start, wanted = batch[0].start, [trajectory.label for trajectory in batch]
-            generator = torch.Generator().manual_seed(batch_seed(seed, start))
-            moments = _Moments(inverter, strip)
-            watch: dict[str, Any] = {"callback": moments} if strip else {}
-            unfinished = pool.add_unfinished
-            if part is not None:
-                unfinished = partial(part.add_unfinished, start=start)
-            try:
-                with _explained_memory(len(wanted)):
-                    targets = recipe.targets(
-                        torch.tensor(wanted), inverter.teacher.num_classes, generator
+    held = Tally.of([*pool.records, *pool.waiting]) if first else Tally()
+    with SoftStop() as stop, JobProgress(len(labels), held, progress and first) as shown:
+        worker = Worker(pool, plan, last, stop, shown)
+        if group is not None:
+            worker = GroupWorker(pool, plan, last, stop, shown, group)
+        with closing(worker), Writer() as writer:
+            for turn in worker.turns(len(batches)):
+                number, batch = batches[turn]
+                start = batch[0].start
+                try:
+                    result, moments = maker.invert(batch)
+                except NonFiniteLoss as error:
+                    writer.wait()
+                    worker.add_unfinished(error.result.images, start)
+                    raise
+                if result.interrupted:
+                    writer.wait()
+                    worker.add_unfinished(result.images, start)
+                    raise Interrupted(
+                        f"interrupted after {result.iterations} iterations: the unfinished images "
+                        f"of this batch are in {pool.path / UNFINISHED}; --resume starts the batch "
+                        "again"
                     )
-                    targets = targets.to(inverter.teacher.device)
-                    result = inverter.invert(
-                        targets, generator=generator, progress=progress, **watch
-                    )
-            except NonFiniteLoss as error:
-                writer.wait()
-                unfinished(error.result.images)
-                raise
-            if result.interrupted:
-                writer.wait()
-                unfinished(result.images)
-                raise Interrupted(
-                    f"interrupted after {result.iterations} iterations: the unfinished images of "
-                    f"this batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
-                )
-            made = _made(result, batch, inverter)
-            seen = [{}] * len(made.records) if judge is None else verdicts(judge, made.images)
-            records = [
-                {**record, **word, **same} for record, word in zip(made.records, seen, strict=True)
-            ]
-            images, masks = made.images.cpu(), made.masks.cpu()
-            rest: dict[str, Any] = {
-                "seconds": result.seconds,
-                "moments": [moment[made.rows] for moment in moments.seen],
-            }
-            # The pool shows the loss of its last batch, whoever makes it and when.
-            if number == last if part else last not in plan.ahead:
-                rest["loss"] = {"stops": list(inverter.schedule.at), "history": result.history}
-            if part is None:
-                add: Callable[..., None] = partial(_add, pool)
-            else:
-                add = partial(part.add, batch=number, start=start)
-            writer.write(partial(add, images, masks, records, **rest))
-    if group is not None and part is not None:
-        part.close()
-        group.finish()
-        if first:
-            pool.gather()
-            check_complete(pool, len(labels))
-            draw_loss(pool)
-
-
-def _add(pool: Pool, *arguments: Any, **options: Any) -> None:
-    pool.add(*arguments, **options)
-    draw_loss(pool)
-
-
-def _turns(group: Group | None, count: int) -> Iterator[int]:
-    """The turns of this process among ``count``."""
-    if group is None:
-        yield from range(count)
+                made = maker.made(batch, result, moments)
+                writer.write(partial(worker.add, made, number, start))
+        worker.finish()
+    if not first or len(pool.records) == len(labels):
         return
-    while (turn := group.next()) < count:
-        yield turn
+    if stop.wanted or (group is not None and group.stopped):
+        raise Stopped(
+            f"stopped: {pool.path} has {len(pool.records)} of {len(labels)} images; --resume makes "
+            "the rest"
+        )
+    # A process of the group has died, and this one makes its batches.
+    fill(
+        pool,
+        inverter,
+        labels,
+        recipe=recipe,
+        batch_size=batch_size,
+        seed=seed,
+        judge=judge,
+        strip=strip,
+        provenance=provenance,
+        progress=progress,
+    )
 
 
 def _check_labels(pool: Pool, labels: Sequence[int]) -> None:
@@ -208,86 +181,3 @@ def _check_labels(pool: Pool, labels: Sequence[int]) -> None:
     for label in labels:
         if not 0 <= label < classes:
             raise ValueError(f"expected labels in 0..{classes - 1}, got {label}")
-
-
-def check_strip(strip: int, iterations: int) -> None:
-    """Refuse a number of moments that a run doesn't have.
-
-    Raises:
-        ValueError: it is below 0, or more than the iterations.
-    """
-    if not 0 <= strip <= iterations:
-        raise ValueError(f"expected a strip of 0..{iterations} moments, got {strip}")
-
-
-class _Moments:
-    """Keeps the pixels of a batch at moments of equal distances."""
-
-    def __init__(self, inverter: SparseInverter, count: int) -> None:
-        settings = inverter.settings
-        self._space = settings.space
-        self._wanted = {(i + 1) * settings.iterations // count - 1 for i in range(count)}
-        self.seen: list[Tensor] = []
-
-    def __call__(self, number: int, images: Tensor, kept: Tensor) -> None:
-        if number in self._wanted:
-            self.seen.append(self._space.denormalize(images).detach().cpu())
-
-
-@contextmanager
-def _explained_memory(size: int) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class of its own for a full GPU, but not for a full main memory.
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if full or "allocate memory" in str(error):
-            raise BatchTooLarge(
-                f"a batch of {size} images does not fit into memory: take a smaller --batch-size"
-            ) from error
-        raise
-
-
-class _Made(NamedTuple):
-    """The images of a batch that go into the pool.
-
-    Attributes:
-        images: [S, 3, H, W] in [0, 1].
-        masks: bool [S, rows, columns].
-        rows: int64 [S] on the CPU, the trajectory of each image in the batch.
-        records: of each image.
-    """
-
-    images: Tensor
-    masks: Tensor
-    rows: Tensor
-    records: list[dict[str, Any]]
-
-
-def _made(result: InversionResult, batch: Sequence[Trajectory], inverter: SparseInverter) -> _Made:
-    most = images_of_a_trajectory(inverter.schedule)
-    counts = torch.tensor([trajectory.images for trajectory in batch])
-    rows = torch.arange(len(batch)).repeat_interleave(counts)
-    if most == 1:
-        images, masks, ages = result.images, result.masks, [result.iterations] * len(batch)
-        logits, confidence = result.logits, result.confidence
-    else:
-        found = result.sparse_images()
-        chosen = torch.cat([most * i + torch.arange(t.images) for i, t in enumerate(batch)])
-        chosen = chosen.to(result.images.device)
-        images, masks = found.canvases[found.trajectory[chosen]], found.masks[chosen]
-        ages = found.age[chosen].tolist()
-        logits, confidence = found.logits[chosen], found.confidence[chosen]
-    records = [
-        {
-            "label": batch[row].label,
-            "prediction": prediction,
-            "confidence": sure,
-            "iterations": age,
-            **({} if most == 1 else {"trajectory": batch[row].number}),
-        }
-        for row, prediction, sure, age in zip(
-            rows.tolist(), logits.argmax(1).tolist(), confidence.tolist(), ages, strict=True
-        )
-    ]
-    return _Made(images, masks, rows, records)

@@ -21,6 +21,10 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 Backend = Annotated[str, typer.Option(help="Implementation of the ops, see smi-fast info.")]
+Precision = Annotated[
+    str,
+    typer.Option(help="Of the teacher's products: float32, or bfloat16 on the CPU, see info."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing pool.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result and errors.")]

@@ -55,19 +55,6 @@ def plan_of(pool: Pool, labels: Sequence[int]) -> Plan:
     return Plan(_check_held(pool, labels), pool.batches, pool.ahead)
 
 
-def check_complete(pool: Pool, images: int) -> None:
-    """Refuse a pool in which the processes of a group left something out.
-
-    Raises:
-        PoolError: it has fewer images.
-    """
-    if len(pool.records) != images:
-        raise PoolError(
-            f"expected {images} images in {pool.path}, got {len(pool.records)}: --resume makes the "
-            "rest"
-        )
-
-
 def agree(group: Group, plan: Plan | None, decisive: dict[str, Any]) -> Plan:
     """The plan of process 0.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_fast.engine.precision import described
 from smi_fast.inversion import SparseInverter
 from smi_fast.ops import backends
 from smi_fast.zoo import fingerprint
@@ -44,7 +45,7 @@ def describe(inverter: SparseInverter) -> dict[str, Any]:
         "std": settings.space.std.tolist(),
         "backend": ", ".join(dict.fromkeys(chosen)),
         "device": teacher.device.type,
-        "precision": str(teacher.dtype).removeprefix("torch."),
+        "precision": described(teacher.precision, teacher.dtype),
     }
 
 

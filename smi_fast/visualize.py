@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from smi_fast import recipes
-from smi_fast.fill import Interrupted, batch_seed
+from smi_fast.batch_maker import batch_seed
+from smi_fast.fill import Interrupted
 from smi_fast.importance import Attention, Gradient, Importance
 from smi_fast.inversion import InversionResult, NonFiniteLoss, SparseInverter
 from smi_fast.objectives import NeuronTarget

@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from smi_fast.fill import batch_seed
+from smi_fast.batch_maker import batch_seed
 
 
 def test_seeds_of_32_bits_decide_the_batches_that_they_always_did() -> None:

@@ -60,7 +60,9 @@ def test_quiet_prints_nothing_but_the_result(smi: Smi, tmp_path: Path) -> None:
     assert where == f"look at {tmp_path / 'pool' / CONTACT_SHEET}"
     code, out, err = smi.invert(tmp_path / "loud")
     assert code == 0 and len(out.splitlines()) > 2 and out.startswith("clear: ")
-    assert err.startswith("iteration 3 of 3: cross_entropy ") and err.count("\n") == 1
+    batch, pool = err.splitlines()
+    assert batch.startswith("iteration 3 of 3: cross_entropy ")
+    assert pool.startswith("6 of 6 images, ") and " 3 classes, mean confidence 0." in pool
 
 
 def test_quiet_still_tells_what_went_wrong(smi: Smi, tmp_path: Path) -> None:
@@ -196,6 +198,14 @@ def test_resume_refuses_another_learning_rate(smi: Smi, tmp_path: Path) -> None:
     made = '"Cosine(lr=0.2, warm_up=0.2, final=0.0, restarts=1)"'
     assert code == 2 and f"made with lr = {made}, now it is 0.2" in err
     assert smi.invert(tmp_path, *options, "--resume")[0] == 0
+
+
+def test_resume_refuses_another_precision(smi: Smi, tmp_path: Path) -> None:
+    assert smi.invert(tmp_path, "--precision", "bfloat16")[0] == 0
+    assert {record["precision"] for record in Pool(tmp_path).records} == {"bfloat16"}
+    code, _, err = smi.invert(tmp_path, "--resume")
+    assert code == 2 and 'made with precision = "bfloat16", now it is "float32"' in err
+    assert smi.invert(tmp_path, "--precision", "bfloat16", "--resume")[0] == 0
 
 
 def test_resume_refuses_other_weights_of_the_same_name(smi: Smi, tmp_path: Path) -> None:

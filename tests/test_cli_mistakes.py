@@ -48,6 +48,8 @@ def test_unwritable_folder(smi: Smi, tmp_path: Path) -> None:
         (("--classes", "x"), "classes such as 0-9 or 3,17,20-24, got 'x'"),
         (("--device", "tpu"), "cpu or a visible cuda device, got 'tpu'"),
         (("--backend", "abacus"), "a backend among auto, .*reference, got 'abacus'"),
+        (("--precision", "tf32"), "expected precision float32 or bfloat16, got 'tf32'"),
+        (("--precision", "bfloat16", "--backend", "reference"), "bfloat16 .* has no engine"),
         (("--lr", "0"), "lr above 0, got 0"),
         (("--checkpoint", "nothing.pth"), "comes with its weights"),
         (("--strip", "4"), "expected a strip of 0..3 moments, got 4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from threading import Event
 
@@ -25,8 +26,9 @@ from smi_fast import (
     SparseInverter,
     recipes,
 )
-from smi_fast.fill import Interrupted, fill
+from smi_fast.fill import Interrupted, Stopped, fill
 from smi_fast.group import Group
+from smi_fast.job_progress import Tally
 from smi_fast.pool import LOSS_CURVES, SECONDS, Pool, PoolError
 from smi_fast.provenance import describe, versions
 from tests.helpers.inversions import make
@@ -38,7 +40,8 @@ LABELS = (4, 0, 0, 2, 3)
 @pytest.fixture
 def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing a plot takes far longer than these batches."""
-    monkeypatch.setattr("smi_fast.fill.draw_loss", lambda *_: None)
+    for module in ("fill", "workers"):
+        monkeypatch.setattr(f"smi_fast.{module}.draw_loss", lambda *_: None)
 
 
 quick = pytest.mark.usefixtures("_without_curves")
@@ -330,30 +333,123 @@ def test_an_error_of_the_writer_is_raised(
     assert len(Pool(tmp_path).records) == 2 * batch
 
 
-def test_a_group_makes_the_same_pool_in_any_order(
-    teacher: VisionTransformer, tmp_path: Path
+@quick
+def test_an_interrupted_group_goes_on_where_it_stood(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled(tmp_path / "alone", make(teacher)).close()
+    filled(tmp_path / "alone", make(teacher), batch_size=1).close()
     expected = files(tmp_path / "alone")
-    # Another process has taken the first turns of three, and is killed.
-    store = HashStore()
-    store.add("next", 2)
-    with pytest.raises(PoolError, match=r"expected 5 images in .*, got 0: --resume makes the rest"):
-        filled(tmp_path / "group", make(teacher), group=Group(store, 0, 1))
+    inverter, store = make(teacher), HashStore()
+    store.add("next", 2)  # another process has taken the first turns of five
+    with monkeypatch.context() as patch:
+        interrupting(patch, inverter, batch=1)
+        with pytest.raises(Interrupted, match="after 3 iterations"):
+            filled(tmp_path / "group", inverter, batch_size=1, group=Group(store, 0, 1))
+    assert (tmp_path / "group/unfinished/000003.png").exists()
     with Pool.resume(tmp_path / "group", SETTINGS, list("abcde")) as begun:
-        assert (begun.records, begun.ahead) == ([], {2: range(4, 5)})
+        assert (begun.records, begun.ahead) == ([], {2: range(2, 3)})
+    with pytest.raises(PoolError, match=r"expected batch 2 of 2 trajectories .* the images 2 to 2"):
+        filled(tmp_path / "group", make(teacher))
     shutil.copytree(tmp_path / "group", tmp_path / "resumed")
-    filled(tmp_path / "resumed", make(teacher)).close()
+    filled(tmp_path / "resumed", make(teacher), batch_size=1).close()
     assert files(tmp_path / "resumed") == expected
-    filled(tmp_path / "group", make(teacher), group=Group(HashStore(), 0, 1)).close()
+    group = Group(HashStore(), 0, 1)
+    filled(tmp_path / "group", make(teacher), batch_size=1, group=group).close()
     assert files(tmp_path / "group") == expected
 
 
 @quick
-def test_batches_of_another_size_are_refused(teacher: VisionTransformer, tmp_path: Path) -> None:
+def test_batches_of_a_dead_process_are_made_by_the_first(
+    teacher: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path / "alone", make(teacher)).close()
     store = HashStore()
-    store.add("next", 1)
-    with pytest.raises(PoolError, match="expected 5 images"):
-        filled(tmp_path, make(teacher), group=Group(store, 0, 1))
-    with pytest.raises(PoolError, match=r"expected batch 1 of 3 trajectories .* the images 2 to 3"):
-        filled(tmp_path, make(teacher), batch_size=3)
+    dead = Group(store, 1, 2)
+    dead.begin()
+    assert dead.next() == 0
+    dead.hold()  # and its end has released the lock
+    dead.report(Tally(1, frozenset({4}), 0.5).to_json())
+    group = Group(store, 0, 2)
+    filled(tmp_path / "group", make(teacher), group=group, progress=True).close()
+    assert files(tmp_path / "group") == files(tmp_path / "alone")
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 5 images, " in line]
+    assert [line[0] for line in lines] == ["3", "4", "5"]
+
+
+def stopping(inverter: SparseInverter, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Presses Ctrl-C in the third iteration of each batch, and maybe once more."""
+    invert = inverter.invert
+
+    def pressed(*arguments: object, **options: object) -> InversionResult:
+        def press(number: int, images: Tensor, kept: Tensor) -> None:
+            if number == 2:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+
+        return invert(*arguments, callback=press, **options)
+
+    monkeypatch.setattr(SparseInverter, "invert", staticmethod(pressed))
+
+
+@quick
+@pytest.mark.parametrize("store", [None, HashStore()])
+def test_the_first_ctrl_c_lets_the_batch_end(
+    teacher: VisionTransformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    store: HashStore | None,
+) -> None:
+    inverter, group = make(teacher), None if store is None else Group(store, 0, 1)
+    with monkeypatch.context() as patch:
+        stopping(inverter, patch, times=1)
+        with pytest.raises(
+            Stopped, match=r"stopped: .* has 2 of 5 images; --resume makes the rest"
+        ):
+            filled(tmp_path, inverter, group=group)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "stopping after this batch; Ctrl-C again ends it at once" in capfd.readouterr().err
+    assert len(Pool(tmp_path).records) == 2 and not (tmp_path / "unfinished").exists()
+    if store is not None:
+        assert Group(store, 1, 2).stopped  # the other processes stop too
+
+
+@quick
+def test_the_second_ctrl_c_ends_the_batch(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inverter = make(teacher)
+    stopping(inverter, monkeypatch, times=2)
+    with pytest.raises(Interrupted, match="after 3 iterations: the unfinished images"):
+        filled(tmp_path, inverter)
+    assert len(list((tmp_path / "unfinished").iterdir())) == 2
+
+
+@quick
+def test_a_handler_of_the_program_stays(teacher: VisionTransformer, tmp_path: Path) -> None:
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    try:
+        inverter = make(teacher)
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(inverter, patch, times=1)
+            assert len(filled(tmp_path, inverter).records) == 5
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(seen) == 3
+
+
+@quick
+def test_the_progress_is_that_of_the_pool(
+    teacher: VisionTransformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path, make(teacher), labels=LABELS[:2]).close()
+    assert capsys.readouterr().err == ""
+    with filled(tmp_path, make(teacher), progress=True) as pool:
+        records = pool.records
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 5 images, " in line]
+    assert len(lines) == 2
+    for line, count, classes in zip(lines, (4, 5), (3, 4), strict=True):
+        sure = sum(record["confidence"] for record in records[:count]) / count
+        assert line.startswith(f"{count} of 5 images, ")
+        assert line.endswith(f" left, {classes} classes, mean confidence {sure:.3f}")

@@ -19,6 +19,7 @@ from smi_fast.provenance import describe
 from smi_fast.zoo import fingerprint
 from tests.helpers.inversions import make
 from tests.helpers.pools import NAMES
+from tests.helpers.teachers import tiny_vit
 
 
 def test_every_option_is_described(teacher: VisionTransformer) -> None:
@@ -57,6 +58,13 @@ def test_another_option_is_told_apart(
     one = describe(make(teacher, **before))
     other = describe(make(teacher, **{**before, **change}))
     assert {key for key in one if one[key] != other[key]} == keys
+
+
+def test_another_precision_is_told_apart() -> None:
+    teacher = tiny_vit()
+    one, other = (describe(make(teacher, precision=p)) for p in ("float32", "bfloat16"))
+    assert {key for key in one if one[key] != other[key]} == {"precision"}
+    assert (one["precision"], other["precision"]) == ("float32", "bfloat16")
 
 
 def test_a_pool_of_another_parametrization_is_not_resumed(

@@ -8,16 +8,19 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
 #pragma GCC diagnostic pop
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace smi_fast {
 
+using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -39,6 +42,21 @@ auto with_type_of(const Tensor& tensor, const Run& run) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "expected float32 or float64, got ", torch::headeronly::toString(type));
   return type == ScalarType::Float ? run(float{}) : run(double{});
+}
+
+// The type that elements are computed in: bfloat16 only stores them.
+template <typename S>
+using Computed = std::conditional_t<std::is_same_v<S, BFloat16>, float, S>;
+
+inline ScalarType computed_type(ScalarType stored) {
+  return stored == ScalarType::BFloat16 ? ScalarType::Float : stored;
+}
+
+// Calls `run` with a zero of the tensor's element type, which may be bfloat16 too.
+template <typename Run>
+auto with_stored_type_of(const Tensor& tensor, const Run& run) {
+  if (tensor.scalar_type() == ScalarType::BFloat16) return run(BFloat16{});
+  return with_type_of(tensor, run);
 }
 
 // Prefetches the cache lines of `count` consecutive elements.

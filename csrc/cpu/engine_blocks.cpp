@@ -1,24 +1,10 @@
 // Consecutive blocks of a frozen Vision Transformer, forward and backward. Each of their non-GEMM
 // steps is also an op of its own. smi_fast.engine makes the lists of tensors that come in here.
 
-#include "engine_steps_api.h"
-
-// Weak, because only a torch with MKL defines it. Python checks for MKL before it packs a weight.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle weight,
-                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* result);
+#include "engine_products.h"
 
 namespace smi_fast {
 namespace {
-
-// x [rows, in] · weightᵀ, with weight [out, in]. `packed` is the weight, packed for this number of
-// rows.
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const Tensor& packed) {
-  AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu__mkl_linear(x.get(), packed.get(), weight.get(), nullptr, x.size(0), &result));
-  return Tensor(result);
-}
 
 // A frozen weight [out, in] and its transpose. The packed copies of the two serve GEMMs of
 // `packed_rows` rows; without copies, packed_rows is -1.
@@ -27,19 +13,15 @@ struct Linear {
   int64_t packed_rows;
 
   // x [rows, in] · weightᵀ.
-  Tensor forward(const Tensor& x) const { return gemm(x, *transposed, *weight, packed); }
+  Tensor forward(const Tensor& x) const {
+    if (x.size(0) != packed_rows) return product(x, *transposed);
+    return packed_product(x, *weight, *packed);
+  }
 
   // Gradient of x, given that of the output [rows, out].
   Tensor backward(const Tensor& gradient) const {
-    return gemm(gradient, *weight, *transposed, packed_transposed);
-  }
-
- private:
-  // x · right. MKL computes it as a linear layer with the weight left = rightᵀ.
-  Tensor gemm(const Tensor& x, const Tensor& right, const Tensor& left,
-              const Tensor* packed) const {
-    if (x.size(0) != packed_rows) return torch::stable::matmul(x, right);
-    return recorded("mkl::_mkl_linear", packed_linear, x, left, *packed);
+    if (gradient.size(0) != packed_rows) return product(gradient, *weight);
+    return packed_product(gradient, *transposed, *packed_transposed);
   }
 };
 
@@ -97,7 +79,7 @@ void attend_block(const Block& block, const Tensor& qkv, const Tensor* rotation,
     return;
   }
   recorded("smi_fast::rotate_", rotate_, qkv, *block.q_bias, *rotation, half);
-  const Tensor none = torch::stable::new_zeros(qkv, {qkv.size(3) * qkv.size(4)});
+  const Tensor none = torch::stable::new_zeros(*block.q_bias, {qkv.size(3) * qkv.size(4)});
   recorded("smi_fast::attend_", attend_, qkv, none, attended);
 }
 
@@ -108,7 +90,7 @@ void attend_block_backward(const Block& block, const Tensor& grad, const Tensor&
     recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, *block.q_bias, d_qkv);
     return;
   }
-  const Tensor none = torch::stable::new_zeros(qkv, {qkv.size(3) * qkv.size(4)});
+  const Tensor none = torch::stable::new_zeros(*block.q_bias, {qkv.size(3) * qkv.size(4)});
   recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, none, d_qkv);
   const Tensor parts = torch::stable::view(d_qkv, {qkv.size(0), qkv.size(1), 3, qkv.size(3), -1});
   recorded("smi_fast::rotate_backward_", rotate_backward_, parts, 2, *rotation, half);
@@ -125,8 +107,10 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
   return d_x;
 }
 
-// Runs the blocks on the residual stream x [rows, D] in place. A third eps of each block is that of
-// a LayerNorm in front of fc2. With `saves`, returns what backward needs of each block:
+// Runs the blocks on the residual stream x [rows, D] in place. What products read and write has
+// the type of the weights; x, rstd and the biases have the one that this is computed in. A third
+// eps of each block is that of a LayerNorm in front of fc2. With `saves`, returns what backward
+// needs of each block:
 // - qkv [B, N, 3, H, D/H];
 // - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
 // - normalized [rows, F] and rstd [rows] of the third LayerNorm, if there is one.
@@ -178,29 +162,34 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
   return saved;
 }
 
-// Turns the gradient [rows, D] of the blocks' output into that of their input, in place.
+// Turns the gradient [rows, D] of the blocks' output into that of their input, in place. Products
+// take it in the type of the weights, from a copy if that is another one.
 void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& packed, int64_t packed_rows,
                   const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
                   const Tensor& d_qkv, const Rotary& rotary) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
+  const ScalarType type = d_qkv.scalar_type();
+  const bool copies = gradient.scalar_type() != type;
+  const Tensor operand = copies ? torch::stable::to(gradient, type) : gradient;
+  const std::optional<Tensor> copy = copies ? std::optional(operand) : std::nullopt;
   const size_t count = saved.size() / blocks.size();
   STD_TORCH_CHECK(saved.size() == count * blocks.size() && (count == 2 || count == 4),
                   "expected two or four saved tensors for each block");
   for (size_t i = blocks.size(); i-- > 0;) {
     const Block& block = blocks[i];
     const Tensor &qkv = saved[count * i], &derivative = saved[count * i + 1];
-    Tensor d_hidden = block.fc2.backward(gradient);
+    Tensor d_hidden = block.fc2.backward(operand);
     if (count == 4) {
       d_hidden = normalize_hidden_backward(d_hidden, saved[4 * i + 2], saved[4 * i + 3]);
     }
     const Tensor d_fc1 = activate_backward(block, d_hidden, derivative);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd);
-    attend_block_backward(block, block.proj.backward(gradient), qkv, rotary.of(i), rotary.half,
+             block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd, copy);
+    attend_block_backward(block, block.proj.backward(operand), qkv, rotary.of(i), rotary.half,
                           d_qkv);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd);
+             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd, copy);
   }
 }
 

@@ -1,20 +1,28 @@
 // The last block, computed only for the first R rows of each image, which are all that the head
 // reads. See smi_fast.engine.
 
-#include "engine_steps_api.h"
+#include "engine_products.h"
 
 namespace smi_fast {
 namespace {
 
 using torch::stable::empty_like;
-using torch::stable::matmul;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::view;
 
-// x [rows, in] · weightᵀ, with weight [out, in].
+Tensor converted(const Tensor& x, ScalarType type) {
+  return x.scalar_type() == type ? x : torch::stable::to(x, type);
+}
+
+// x [rows, in] · weightᵀ, with weight [out, in] and x in its type.
 Tensor linear(const Tensor& x, const Tensor& weight) {
-  return matmul(x, torch::stable::transpose(weight, 0, 1));
+  return product(converted(x, weight.scalar_type()), torch::stable::transpose(weight, 0, 1));
+}
+
+// The gradient of x in linear(), given that of its result.
+Tensor linear_backward(const Tensor& gradient, const Tensor& weight) {
+  return product(converted(gradient, weight.scalar_type()), weight);
 }
 
 // Calls run(x, y) for each element x of the first R rows of each image in a [B·N, D], where y is
@@ -22,7 +30,7 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 template <typename Run>
 void for_each_of_first(const Tensor& a, const Tensor& b, int64_t batch, const Run& run) {
   const int64_t apart = batch ? a.numel() / batch : 0, count = batch ? b.numel() / batch : 0;
-  with_type_of(a, [&](auto zero) {
+  with_stored_type_of(a, [&](auto zero) {
     using T = decltype(zero);
     T* all = a.mutable_data_ptr<T>();    // [B, N, D]
     T* first = b.mutable_data_ptr<T>();  // [B, R, D]
@@ -42,10 +50,10 @@ Tensor first_of(const Tensor& x, int64_t batch, int64_t rows) {
 // Adds the terms to `to`, repeating them until its end.
 void add(const Tensor& to, const Tensor& terms) {
   const int64_t all = to.numel(), count = terms.numel();
-  with_type_of(to, [&](auto zero) {
-    using T = decltype(zero);
-    T* sums = to.mutable_data_ptr<T>();
-    const T* values = terms.const_data_ptr<T>();
+  with_stored_type_of(terms, [&](auto zero) {
+    using S = decltype(zero);
+    Computed<S>* sums = to.mutable_data_ptr<Computed<S>>();
+    const S* values = terms.const_data_ptr<S>();
     for (int64_t i = 0; i < all; i += count) {
       for (int64_t j = 0; j < count; ++j) sums[i + j] += values[j];
     }
@@ -80,6 +88,8 @@ struct Weights {
 //   of the LayerNorm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of
 //   a LayerNorm in front of fc2, which a third eps asks for.
 // A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
+// Only what products read and write has the type of the weights; attention is short enough to
+// read it converted.
 std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& weights,
                         const std::vector<double>& eps, int64_t heads, int64_t rows,
                         const Tensor* rotation, bool half) {
@@ -87,22 +97,26 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   const Tensor tokens = as_contiguous(tokens_any);
   const int64_t batch = tokens.size(0), count = tokens.size(1), width = tokens.size(2);
   const int64_t attention = w.q_bias.numel();
+  const ScalarType stored = w.fc1.scalar_type(), type = tokens.scalar_type();
   const std::optional<Tensor> nothing;
   const Tensor x = view(tokens, {batch * count, width});
 
-  const Tensor normalized = empty_like(x), rstd = new_empty(x, {batch * count});
+  const Tensor normalized = new_empty(x, {batch * count, width}, stored);
+  const Tensor rstd = new_empty(x, {batch * count});
   recorded("smi_fast::add_normalize_", add_normalize_, x, nothing, nothing, eps.at(0), normalized,
            rstd);
-  const Tensor q =
-      view(linear(first_of(normalized, batch, rows), w.to_q), {batch, rows, attention});
-  const Tensor kv = view(linear(normalized, w.to_kv), {batch, count, 2, heads, attention / heads});
+  const Tensor q = view(converted(linear(first_of(normalized, batch, rows), w.to_q), type),
+                        {batch, rows, attention});
+  const Tensor kv = view(converted(linear(normalized, w.to_kv), type),
+                         {batch, count, 2, heads, attention / heads});
   if (rotation) recorded("smi_fast::rotate_", rotate_, kv, *w.k_bias, *rotation, half);
   const auto [attended, probabilities] =
       recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv);
 
   const Tensor y = first_of(x, batch, rows);
   const Tensor added = linear(view(attended, {batch * rows, attention}), w.proj);
-  const Tensor to_mlp = empty_like(y), mlp_rstd = new_empty(y, {batch * rows});
+  const Tensor to_mlp = new_empty(y, {batch * rows, width}, stored);
+  const Tensor mlp_rstd = new_empty(y, {batch * rows});
   recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
            std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd);
   const Tensor derivative = linear(to_mlp, w.fc1);
@@ -153,25 +167,26 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
 
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
-  Tensor d_hidden = matmul(gradient, w.fc2);
+  Tensor d_hidden = linear_backward(gradient, w.fc2);
   if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9]);
   const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
-  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, matmul(d_fc1, w.fc1),
-           to_mlp, mlp_rstd);
-  const Tensor d_attended = view(matmul(gradient, w.proj), q.sizes());
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
+           linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt);
+  const Tensor d_attended =
+      view(converted(linear_backward(gradient, w.proj), q.scalar_type()), q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
                                     d_attended, q, w.q_bias, kv, probabilities);
   if (rotation) {
     recorded("smi_fast::rotate_backward_", rotate_backward_, d_kv, 1, *rotation, half);
   }
 
-  const Tensor d_normalized = matmul(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
-  for_each_of_first(d_normalized, matmul(view(d_q, {-1, attention}), w.to_q), batch,
+  const Tensor d_normalized = linear_backward(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
+  for_each_of_first(d_normalized, linear_backward(view(d_q, {-1, attention}), w.to_q), batch,
                     [](auto& sum, const auto& term) { sum += term; });
-  const Tensor result = new_zeros(normalized, normalized.sizes());
+  const Tensor result = new_zeros(gradient, normalized.sizes());
   for_each_of_first(result, gradient, batch, [](auto& to, const auto& from) { to = from; });
   recorded("smi_fast::normalize_backward_", normalize_backward_, result, d_normalized, normalized,
-           rstd);
+           rstd, std::nullopt);
   return view(result, {batch, count, width});
 }
 

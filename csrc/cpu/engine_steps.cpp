@@ -11,19 +11,34 @@
 #include "isa_dispatch.h"
 
 namespace smi_fast {
+namespace {
+
+// Calls `run` with zeros of the element types of x and y. x may have the type that y is computed
+// in.
+template <typename Run>
+void with_types_of(const Tensor& x, const Tensor& y, const Run& run) {
+  with_stored_type_of(y, [&](auto stored) {
+    if (x.scalar_type() == y.scalar_type()) return run(stored, stored);
+    run(Computed<decltype(stored)>{}, stored);
+  });
+}
+
+}  // namespace
 
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   STD_TORCH_CHECK(added.has_value() == bias.has_value(),
                   "expected added and bias together, or neither");
-  with_type_of(x, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = SMI_BEST(add_normalize<T>);
-    T* row = data_of<T>(x, rows * width);                                // [rows, D]
-    const T* more = added ? data_of<T>(*added, rows * width) : nullptr;  // [rows, D]
+  with_types_of(x, normalized, [&](auto zero, auto stored) {
+    using X = decltype(zero);
+    using S = decltype(stored);
+    using T = Computed<S>;
+    const auto kernel = SMI_BEST(add_normalize<X, S>);
+    X* row = data_of<X>(x, rows * width);                                // [rows, D]
+    const S* more = added ? data_of<S>(*added, rows * width) : nullptr;  // [rows, D]
     const T* offset = bias ? data_of<T>(*bias, width) : nullptr;         // [D]
-    T* to = data_of<T>(normalized, rows * width);                        // [rows, D]
+    S* to = data_of<S>(normalized, rows * width);                        // [rows, D]
     T* scale = data_of<T>(rstd, rows);                                   // [rows]
     for_each_task(rows, width, [&](int64_t i) {
       scale[i] = kernel(row + i * width, more ? more + i * width : nullptr, offset, width, eps,
@@ -33,24 +48,29 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
 }
 
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
-                         const Tensor& rstd) {
+                         const Tensor& rstd, const std::optional<Tensor>& copy) {
   const int64_t width = gradient.size(-1), rows = gradient.numel() / width;
-  with_type_of(gradient, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = SMI_BEST(normalize_backward<T>);
-    T* row = data_of<T>(gradient, rows * width);             // [rows, D]
-    const T* d = data_of<T>(grad, rows * width);             // [rows, D]
-    const T* output = data_of<T>(normalized, rows * width);  // [rows, D]
-    const T* scale = data_of<T>(rstd, rows);                 // [rows]
+  with_types_of(gradient, grad, [&](auto zero, auto stored) {
+    using X = decltype(zero);
+    using S = decltype(stored);
+    using T = Computed<S>;
+    const auto kernel = SMI_BEST(normalize_backward<X, S>);
+    X* row = data_of<X>(gradient, rows * width);                // [rows, D]
+    const S* d = data_of<S>(grad, rows * width);                // [rows, D]
+    const S* output = data_of<S>(normalized, rows * width);     // [rows, D]
+    const T* scale = data_of<T>(rstd, rows);                    // [rows]
+    S* sum = copy ? data_of<S>(*copy, rows * width) : nullptr;  // [rows, D]
     for_each_task(rows, width, [&](int64_t i) {
-      kernel(row + i * width, d + i * width, output + i * width, scale[i], width);
+      const int64_t at = i * width;
+      kernel(row + at, d + at, output + at, scale[i], width, sum ? sum + at : nullptr);
     });
   });
 }
 
 std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps) {
   const Tensor normalized = torch::stable::empty_like(hidden);
-  const Tensor rstd = torch::stable::new_empty(hidden, {hidden.size(0)});
+  const Tensor rstd =
+      torch::stable::new_empty(hidden, {hidden.size(0)}, computed_type(hidden.scalar_type()));
   recorded("smi_fast::add_normalize_", add_normalize_, hidden, std::nullopt, std::nullopt, eps,
            normalized, rstd);
   return {normalized, rstd};
@@ -58,18 +78,20 @@ std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps) {
 
 Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd) {
   const Tensor gradient = torch::stable::new_zeros(grad, grad.sizes());
-  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd);
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd,
+           std::nullopt);
   return gradient;
 }
 
 void gelu_(Tensor x, const Tensor& bias, Tensor out) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
-  with_type_of(x, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = SMI_BEST(gelu<T>);
-    T* row = data_of<T>(x, rows * width);       // [rows, D]
+  with_stored_type_of(x, [&](auto zero) {
+    using S = decltype(zero);
+    using T = Computed<S>;
+    const auto kernel = SMI_BEST(gelu<S>);
+    S* row = data_of<S>(x, rows * width);       // [rows, D]
     const T* offset = data_of<T>(bias, width);  // [D]
-    T* to = data_of<T>(out, rows * width);      // [rows, D]
+    S* to = data_of<S>(out, rows * width);      // [rows, D]
     for_each_task(rows, 8 * width,
                   [&](int64_t i) { kernel(row + i * width, offset, width, to + i * width); });
   });
@@ -77,11 +99,11 @@ void gelu_(Tensor x, const Tensor& bias, Tensor out) {
 
 void multiply_(Tensor x, const Tensor& factors) {
   const int64_t count = x.numel();
-  with_type_of(x, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = SMI_BEST(multiply<T>);
-    T* product = data_of<T>(x, count);
-    const T* factor = data_of<T>(factors, count);
+  with_stored_type_of(x, [&](auto zero) {
+    using S = decltype(zero);
+    const auto kernel = SMI_BEST(multiply<S>);
+    S* product = data_of<S>(x, count);
+    const S* factor = data_of<S>(factors, count);
     for_each_task(ceil_div(count, kGrain), kGrain, [&](int64_t i) {
       const int64_t at = i * kGrain;
       kernel(product + at, factor + at, std::min(kGrain, count - at));

@@ -21,8 +21,9 @@ T* data_of(const Tensor& tensor, int64_t count) {
 // engine_row_attention.cpp.
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd);
+// `copy`, if there is one, gets the sum that `gradient` becomes, in the type of grad.
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
-                         const Tensor& rstd);
+                         const Tensor& rstd, const std::optional<Tensor>& copy);
 void gelu_(Tensor x, const Tensor& bias, Tensor out);
 void multiply_(Tensor x, const Tensor& factors);
 void rotate_(Tensor x, const Tensor& bias, const Tensor& rotation, bool half);

@@ -9,17 +9,17 @@
 namespace smi_fast {
 
 // The tokens of one (image, head) that attend to each other.
-template <typename T>
+template <typename S>
 struct Head {
-  const T* qkv;                // [N, 3, H, D], starting at this head
-  const T* q_bias;             // [D], added to each query, or null
+  const S* qkv;                // [N, 3, H, D], starting at this head
+  const Computed<S>* q_bias;   // [D], added to each query, or null
   const int64_t* token_index;  // [K], or null: all rows in order
   int64_t length;              // valid tokens, at most K
   int64_t width;               // D
   int64_t row_stride;          // 3·H·D, from one token of qkv to the next
   int64_t part_stride;         // H·D, from q to k and from k to v
   int64_t out_stride;          // H·D
-  T scale;                     // 1/√D
+  Computed<S> scale;           // 1/√D
 
   // Offset of the i-th selected row of q, k or v (part 0, 1 or 2).
   int64_t offset(int64_t part, int64_t i) const {
@@ -58,9 +58,11 @@ T* working_memory(int64_t size) {
 }
 
 // Arguments of forward and backward, split into one task for each (image, head).
-template <typename T>
+template <typename S>
 class Heads {
  public:
+  using T = Computed<S>;
+
   Heads(const Tensor& qkv, const Tensor* q_bias, const std::optional<Tensor>& token_index,
         const std::optional<Tensor>& lengths)
       : batch_(qkv.size(0)),
@@ -68,7 +70,7 @@ class Heads {
         heads_(qkv.size(3)),
         width_(qkv.size(4)),
         count_(token_index ? token_index->size(1) : tokens_),
-        qkv_(qkv.const_data_ptr<T>()),
+        qkv_(qkv.const_data_ptr<S>()),
         q_bias_(q_bias ? q_bias->const_data_ptr<T>() : nullptr),
         token_index_(token_index ? token_index->const_data_ptr<int64_t>() : nullptr) {
     for (int64_t b = 0; b < batch_; ++b) {
@@ -93,7 +95,7 @@ class Heads {
     return task / heads_ * count_ * out_stride() + task % heads_ * width_;
   }
 
-  Head<T> head(int64_t task) const {
+  Head<S> head(int64_t task) const {
     const int64_t image = task / heads_;
     return {qkv_ + qkv_offset(task),
             q_bias_ ? q_bias_ + task % heads_ * width_ : nullptr,
@@ -109,7 +111,7 @@ class Heads {
   // Calls run(task, buffer) for each task, where the buffer is scratch memory of the thread.
   template <typename Run>
   void for_each(const Run& run) const {
-    const int64_t size = SMI_BEST(workspace_size<T>)(count_, width_);
+    const int64_t size = SMI_BEST(workspace_size<S>)(count_, width_);
     // 16 · kGrain multiplications of a GEMM take as long as kGrain elements of a pixel op.
     const int64_t grain = 16 * kGrain / std::max<int64_t>(1, count_ * count_ * width_) + 1;
     torch::stable::parallel_for(0, batch_ * heads_, grain, [&](int64_t begin, int64_t end) {
@@ -120,7 +122,7 @@ class Heads {
 
  private:
   int64_t batch_, tokens_, heads_, width_, count_;
-  const T* qkv_;                // [B, N, 3, H, D]
+  const S* qkv_;                // [B, N, 3, H, D]
   const T* q_bias_;             // [H·D], or null
   const int64_t* token_index_;  // [B, K], or null
   std::vector<int64_t> lengths_;
@@ -132,29 +134,29 @@ std::optional<Tensor> checked_token_index(const std::optional<Tensor>& token_ind
   return checked_indices("token_index", *token_index, qkv.size(1));
 }
 
-template <typename T>
-void forward(const Heads<T>& tasks, T* out, T* head_importance) {
-  const auto kernel = SMI_BEST(attend<T>);
-  tasks.for_each([&](int64_t task, T* buffer) {
-    const Head<T> head = tasks.head(task);
-    T* own = out + tasks.out_offset(task);
+template <typename S>
+void forward(const Heads<S>& tasks, S* out, Computed<S>* head_importance) {
+  const auto kernel = SMI_BEST(attend<S>);
+  tasks.for_each([&](int64_t task, Computed<S>* buffer) {
+    const Head<S> head = tasks.head(task);
+    S* own = out + tasks.out_offset(task);
     kernel(head, buffer, own, head_importance ? head_importance + task * tasks.count() : nullptr);
     for (int64_t i = head.length; i < tasks.count(); ++i) {
-      std::fill_n(own + i * head.out_stride, head.width, T{0});
+      std::fill_n(own + i * head.out_stride, head.width, S{});
     }
   });
 }
 
-template <typename T>
-void backward(const Heads<T>& tasks, const T* grad, T* d_qkv) {
-  const auto kernel = SMI_BEST(attend_backward<T>);
-  tasks.for_each([&](int64_t task, T* buffer) {
-    const Head<T> head = tasks.head(task);
-    T* own = d_qkv + tasks.qkv_offset(task);
+template <typename S>
+void backward(const Heads<S>& tasks, const S* grad, S* d_qkv) {
+  const auto kernel = SMI_BEST(attend_backward<S>);
+  tasks.for_each([&](int64_t task, Computed<S>* buffer) {
+    const Head<S> head = tasks.head(task);
+    S* own = d_qkv + tasks.qkv_offset(task);
     kernel(head, buffer, grad + tasks.out_offset(task), own);
     for (int64_t i = head.length; i < tasks.count(); ++i) {
       for (int64_t part = 0; part < 3; ++part) {
-        std::fill_n(own + head.offset(part, i), head.width, T{0});
+        std::fill_n(own + head.offset(part, i), head.width, S{});
       }
     }
   });
@@ -218,9 +220,9 @@ void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out) {
   STD_TORCH_CHECK(qkv.is_contiguous() && q_bias.is_contiguous() && out.is_contiguous() &&
                       3 * out.numel() == qkv.numel(),
                   "expected contiguous qkv, q_bias and out, with out a third the size of qkv");
-  with_type_of(qkv, [&](auto zero) {
-    using T = decltype(zero);
-    forward<T>(Heads<T>(qkv, &q_bias, std::nullopt, std::nullopt), out.mutable_data_ptr<T>(),
+  with_stored_type_of(qkv, [&](auto zero) {
+    using S = decltype(zero);
+    forward<S>(Heads<S>(qkv, &q_bias, std::nullopt, std::nullopt), out.mutable_data_ptr<S>(),
                nullptr);
   });
 }
@@ -232,10 +234,10 @@ void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bia
                       d_qkv.numel() == qkv.numel(),
                   "expected contiguous grad, qkv, q_bias and d_qkv, with d_qkv the size of qkv "
                   "and grad a third of it");
-  with_type_of(qkv, [&](auto zero) {
-    using T = decltype(zero);
-    backward(Heads<T>(qkv, &q_bias, std::nullopt, std::nullopt), grad.const_data_ptr<T>(),
-             d_qkv.mutable_data_ptr<T>());
+  with_stored_type_of(qkv, [&](auto zero) {
+    using S = decltype(zero);
+    backward(Heads<S>(qkv, &q_bias, std::nullopt, std::nullopt), grad.const_data_ptr<S>(),
+             d_qkv.mutable_data_ptr<S>());
   });
 }
 

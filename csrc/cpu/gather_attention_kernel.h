@@ -240,63 +240,76 @@ void attend_backward_whole(const Head<T>& head, T* buffer, const T* d_out, T* d_
   }
 }
 
-// A copy of a head, with its width rounded up to whole vectors. `memory` holds q_bias, then q, k
-// and v, then their gradients, then the output or its gradient. The rest of it is scratch memory.
+// Whether a head is computed where it lies: in the type that it is stored in, and in whole vectors.
+template <typename S>
+constexpr bool in_place(int64_t width) {
+  return std::is_same_v<S, Computed<S>> && width % lanes<S>() == 0;
+}
+
+// A copy of a head in the type that it is computed in, with its width rounded up to whole vectors.
+// `memory` holds q_bias, then q, k and v, then their gradients, then the output or its gradient.
+// The rest of it is scratch memory.
 template <typename T>
-struct PaddedHead {
+struct OwnHead {
   Head<T> head;
   T *out, *d_qkv, *buffer;
 
-  PaddedHead(const Head<T>& from, T* memory) : head(from) {
+  template <typename S>
+  OwnHead(const Head<S>& from, T* memory) {
     const int64_t width = round_up(from.width, lanes<T>()), part = from.length * width;
     T* qkv = memory + width;
     d_qkv = qkv + 3 * part;
     out = d_qkv + 3 * part;
     buffer = out + part;
     for (int64_t i = 0; i < 3 * from.length; ++i) {
-      std::copy_n(from.qkv + from.offset(i / from.length, i % from.length), from.width,
-                  qkv + i * width);
+      convert_n(from.qkv + from.offset(i / from.length, i % from.length), from.width,
+                qkv + i * width);
     }
-    if (from.q_bias) head.q_bias = std::copy_n(from.q_bias, from.width, memory) - from.width;
-    head.qkv = qkv;
-    head.token_index = nullptr;
-    head.row_stride = head.out_stride = width;
-    head.part_stride = part;
+    if (from.q_bias) std::copy_n(from.q_bias, from.width, memory);
+    head = {qkv,        from.q_bias ? memory : nullptr,
+            nullptr,    from.length,
+            from.width, width,
+            part,       width,
+            from.scale};
   }
 };
 
 // Elements of the buffer that attend() and attend_backward() need.
-template <typename T>
+template <typename S>
 int64_t workspace_size(int64_t length, int64_t head_width) {
-  const int64_t width = round_up(head_width, lanes<T>());
-  const int64_t padded = head_width == width ? 0 : (7 * length + 1) * width;
-  return padded + 4 * (length + kQueryBlock) * width + 2 * length * kQueryBlock;
+  const int64_t width = round_up(head_width, lanes<Computed<S>>());
+  const int64_t own = in_place<S>(head_width) ? 0 : (7 * length + 1) * width;
+  return own + 4 * (length + kQueryBlock) * width + 2 * length * kQueryBlock;
 }
 
 // Writes out [length, D]. Unless `importance` [length] is null, it gets the probabilities of the
 // first token.
-template <typename T>
-void attend(const Head<T>& head, T* buffer, T* out, T* importance) {
-  if (head.width % lanes<T>() == 0) return attend_whole(head, buffer, out, importance);
-  const PaddedHead<T> own(head, buffer);
+template <typename S, typename T = Computed<S>>
+void attend(const Head<S>& head, T* buffer, S* out, T* importance) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (in_place<S>(head.width)) return attend_whole(head, buffer, out, importance);
+  }
+  const OwnHead<T> own(head, buffer);
   attend_whole(own.head, own.buffer, own.out, importance);
   for (int64_t i = 0; i < head.length; ++i) {
-    std::copy_n(own.out + i * own.head.out_stride, head.width, out + i * head.out_stride);
+    convert_n(own.out + i * own.head.out_stride, head.width, out + i * head.out_stride);
   }
 }
 
 // Writes the gradients of the selected rows of q, k and v to d_qkv, given d_out [length, D].
-template <typename T>
-void attend_backward(const Head<T>& head, T* buffer, const T* d_out, T* d_qkv) {
-  if (head.width % lanes<T>() == 0) return attend_backward_whole(head, buffer, d_out, d_qkv);
-  const PaddedHead<T> own(head, buffer);
+template <typename S, typename T = Computed<S>>
+void attend_backward(const Head<S>& head, T* buffer, const S* d_out, S* d_qkv) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (in_place<S>(head.width)) return attend_backward_whole(head, buffer, d_out, d_qkv);
+  }
+  const OwnHead<T> own(head, buffer);
   for (int64_t i = 0; i < head.length; ++i) {
-    std::copy_n(d_out + i * head.out_stride, head.width, own.out + i * own.head.out_stride);
+    convert_n(d_out + i * head.out_stride, head.width, own.out + i * own.head.out_stride);
   }
   attend_backward_whole(own.head, own.buffer, own.out, own.d_qkv);
   for (int64_t part = 0; part < 3; ++part) {
     for (int64_t i = 0; i < head.length; ++i) {
-      std::copy_n(own.d_qkv + own.head.offset(part, i), head.width, d_qkv + head.offset(part, i));
+      convert_n(own.d_qkv + own.head.offset(part, i), head.width, d_qkv + head.offset(part, i));
     }
   }
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.engine.cpu import CpuEngine, Rotations
+from smi_fast.engine.precision import FLOAT32
 from smi_fast.ops import backends
 
 
@@ -45,29 +46,49 @@ class Engine(Protocol):
         """
 
 
-def candidates(blocks: nn.Sequential) -> tuple[Engine, ...]:
-    """Every engine there is, for these frozen blocks."""
-    return (CpuEngine(blocks),)
+def candidates(blocks: nn.Sequential, precision: str = FLOAT32) -> tuple[Engine, ...]:
+    """Every engine there is, for these frozen blocks in a precision of :mod:`.precision`."""
+    return (CpuEngine(blocks, precision),)
 
 
 def choose(
-    engines: Sequence[Engine], device: torch.device, dtype: torch.dtype, backend: str
+    engines: Sequence[Engine],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    precision: str = FLOAT32,
 ) -> Engine | None:
     """The engine that runs tokens of this device and data type, or None.
 
     A compiler gets none, because it is to see the blocks themselves; nor does autocast, which is to
-    choose the data type of each layer.
+    choose the data type of each layer. Another precision than float32 has no substitute: blocks
+    that run one by one don't have it.
 
     Args:
         engines: the candidates, in the order of preference.
         device: of the tokens.
         dtype: of the tokens.
         backend: as the ops take it; an engine of another backend is not chosen.
+        precision: of the candidates.
+
+    Raises:
+        BackendUnavailable: there is no such backend, or no engine for another precision than
+            float32; the message says why.
     """
     if torch.compiler.is_compiling():
+        reasons = ["torch.compile is to see the blocks themselves"]
+    else:
+        wanted, reasons = backends.resolve(backend), []
+        for engine in engines:
+            if wanted not in (backends.AUTO, engine.backend):
+                reasons.append(f"{wanted} has no engine")
+                continue
+            reason = engine.why_not(device, dtype)
+            if reason is None and torch.is_autocast_enabled(device.type):
+                reason = "autocast chooses the data type of each layer"
+            if reason is None:
+                return engine
+            reasons.append(f"{engine.backend}: {reason}")
+    if precision == FLOAT32:
         return None
-    wanted = backends.resolve(backend)
-    for engine in engines:
-        if wanted in (backends.AUTO, engine.backend) and engine.why_not(device, dtype) is None:
-            return None if torch.is_autocast_enabled(device.type) else engine
-    return None
+    raise backends.BackendUnavailable(f"no engine runs in {precision} here: {'; '.join(reasons)}")

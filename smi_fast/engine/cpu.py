@@ -5,6 +5,8 @@
 - The residual add is fused into the next LayerNorm.
 - Only tokens have a gradient; backward needs six arrays of each block.
 - Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
+- In bfloat16, so are the weights, rounded once after folding, and what products read and write. The
+  residual stream, biases, softmax, GELU and every sum are float32.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
-from smi_fast.engine.folding import FoldedBlock, foldable, has_eva_steps, has_mlp_norm
+from smi_fast.engine.folding import (
+    MATRICES,
+    FoldedBlock,
+    foldable,
+    has_eva_steps,
+    has_mlp_norm,
+)
+from smi_fast.engine.precision import FLOAT32, stored_type
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -35,10 +44,11 @@ Rotations = Sequence[Tensor] | None
 # Rotations as the ops take them, and whether they pair the channels of two halves; or nothing.
 Turns = tuple[()] | tuple[list[Tensor], bool]
 
-_CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+_MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
-# MKL repacks the weights in every GEMM, up to a fifth of its time when there are few rows. Packing
-# once costs about one pass: do it at pass _PASSES_UNPACKED, for at most _MOST_ROWS_PACKED rows.
+# MKL and oneDNN repack the weights in every GEMM, up to a fifth of its time when there are few
+# rows. Packing once costs about one pass: do it at pass _PASSES_UNPACKED, for at most
+# _MOST_ROWS_PACKED rows.
 _PASSES_UNPACKED = 12
 _MOST_ROWS_PACKED = 512
 
@@ -48,6 +58,7 @@ class CpuEngine:
 
     Args:
         blocks: all blocks of the teacher, frozen.
+        precision: of the products, see :mod:`smi_fast.engine.precision`.
 
     Attributes:
         backend: the name under which ``backend=`` asks for it.
@@ -55,8 +66,10 @@ class CpuEngine:
 
     backend = "cpp"
 
-    def __init__(self, blocks: nn.Sequential) -> None:
+    def __init__(self, blocks: nn.Sequential, precision: str = FLOAT32) -> None:
         self._blocks = list(blocks)
+        self._precision = precision
+        self._stored = stored_type(precision)
         self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
         self._names = [
@@ -77,6 +90,8 @@ class CpuEngine:
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
             return "the C++ kernels are of an older version, without the steps of Eva: build anew"
+        if reason is None and self._precision != FLOAT32 and dtype != torch.float32:
+            return f"{self._precision} is of a teacher in float32, got {dtype}"
         return reason
 
     def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
@@ -84,7 +99,8 @@ class CpuEngine:
         self._follow_weights()
         key = start, stop, rotations is not None
         if key not in self._runs:
-            self._runs[key] = FoldedRun(self._blocks[start:stop], rotary=rotations is not None)
+            blocks, rotary = self._blocks[start:stop], rotations is not None
+            self._runs[key] = FoldedRun(blocks, rotary, self._stored)
         return self._runs[key](tokens, None if rotations is None else rotations[start:stop])
 
     def last_block_rows(
@@ -96,7 +112,8 @@ class CpuEngine:
         self._follow_weights()
         key = rows, rotations is not None
         if key not in self._last:
-            self._last[key] = LastBlock(self._blocks[-1], rows, rotary=rotations is not None)
+            rotary = rotations is not None
+            self._last[key] = LastBlock(self._blocks[-1], rows, rotary, self._stored)
         return self._last[key](tokens, None if rotations is None else rotations[-1])
 
     def refresh(self) -> None:
@@ -140,10 +157,16 @@ class FoldedRun:
     Args:
         blocks: one or more that are :func:`smi_fast.engine.folding.foldable`, frozen, on the CPU.
         rotary: whether queries and keys are rotated.
+        stored: data type of what products read and write; None for that of the weights.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], rotary: bool = False) -> None:
-        self.blocks = [FoldedBlock.of(block) for block in blocks]
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        rotary: bool = False,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
         self.free: _Buffers | None = None
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.weights = [
@@ -182,9 +205,16 @@ class FoldedRun:
 
     def _pack(self, rows: int) -> None:
         """Pack the weights and their transposes for GEMMs of this many rows."""
-        if not rows or not _CAN_PACK or self.weights[0].dtype != torch.float32:
+        weight = self.weights[0]
+        if not rows:
             return
-        pack, self.packed_rows = torch.ops.mkl._mkl_reorder_linear_weight, rows
+        if torch.ops.smi_fast.products_by_onednn(weight):
+            pack = torch.ops.mkldnn._reorder_linear_weight
+        elif _MKL_PACKS and weight.dtype == torch.float32:
+            pack = torch.ops.mkl._mkl_reorder_linear_weight
+        else:
+            return
+        self.packed_rows = rows
         self.packed = [
             pack(matrix.contiguous(), rows)
             for block in self.blocks
@@ -203,11 +233,13 @@ class _Buffers:
         self.key = (batch, tokens, saves)
         self.passes = 0
         rows, first = batch * tokens, blocks[0]
-        new, width, heads = first.q_bias.new_empty, len(first.q_bias), first.heads
+        width, heads = len(first.q_bias), first.heads
+        new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
 
         def two_layer_norms() -> list[Tensor]:
             """Outputs of a block's two LayerNorms: normalized [rows, D] and rstd [rows], twice."""
-            return [new(rows, *tail) for tail in ((len(first.proj_bias),), ()) * 2]
+            outputs = (new(rows, len(first.proj_bias)) for _ in range(2))
+            return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
 
         shared = two_layer_norms()
         self.normalized = [*shared]
@@ -229,7 +261,7 @@ class _BufferLease:
 
 
 def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
-    return block.qkv, block.proj, block.fc1, block.fc2
+    return tuple(getattr(block, name) for name in MATRICES)
 
 
 def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
@@ -273,10 +305,17 @@ class LastBlock:
         block: one that is :func:`smi_fast.engine.folding.foldable`, frozen, on the CPU.
         rows: R, at least one; with ``rotary`` at most the number of prefix tokens.
         rotary: whether the queries and keys of patches are rotated.
+        stored: data type of what products read and write; None for that of the weights.
     """
 
-    def __init__(self, block: nn.Module, rows: int, rotary: bool = False) -> None:
-        folded = FoldedBlock.of(block)
+    def __init__(
+        self,
+        block: nn.Module,
+        rows: int,
+        rotary: bool = False,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        folded = FoldedBlock.of(block).stored_as(stored)
         to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []

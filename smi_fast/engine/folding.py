@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch.nn.utils import parametrize
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _IDLE = (nn.Dropout, nn.Identity)
 _IDLE_OR_SCALE = (nn.Identity, LayerScale)
+# The attributes of a FoldedBlock that products read.
+MATRICES = ("qkv", "proj", "fc1", "fc2")
 
 
 def foldable(block: Any) -> bool:
@@ -155,6 +157,15 @@ class FoldedBlock:
             attention.num_heads,
             bool(getattr(attention, "rotate_half", False)),
         )
+
+    def stored_as(self, dtype: torch.dtype | None) -> FoldedBlock:
+        """The same with its matrices in another data type; None for their own. Biases, which
+        steps between products add, stay as they are.
+        """
+        if dtype is None:
+            return self
+        rounded = {name: getattr(self, name).to(dtype) for name in MATRICES}
+        return replace(self, **rounded)
 
     def query_bias(self, rotary: bool) -> Tensor:
         """The bias that attention adds: of queries [A], with rotary positions of keys too [2A]."""

@@ -2,6 +2,9 @@
 
 A step is an operation of a block between two matrix products. Each function defines what the
 engine's kernels compute. All tensors are contiguous.
+
+What matrix products read and write may be bfloat16. It is then computed in float32, the data type
+of the other arguments (the residual stream, biases, rstd, rotations), and rounded once.
 """
 
 from __future__ import annotations
@@ -34,14 +37,19 @@ def add_normalize_(
     normalized.copy_(centred * rstd[:, None])
 
 
-def normalize_backward_(gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor) -> None:
+def normalize_backward_(
+    gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor, copy: Tensor | None
+) -> None:
     """Add to gradient [rows, D] the gradient of x in :func:`add_normalize_`.
 
     With dn = grad, the gradient of n = normalized:
-    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)).
+    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)). Unless it is None, copy [rows, D] gets the sum.
     """
-    slope = (grad * normalized).mean(dim=1, keepdim=True)
-    gradient += rstd[:, None] * (grad - grad.mean(dim=1, keepdim=True) - normalized * slope)
+    d, n = grad.to(rstd.dtype), normalized.to(rstd.dtype)
+    slope = (d * n).mean(dim=1, keepdim=True)
+    gradient += rstd[:, None] * (d - d.mean(dim=1, keepdim=True) - n * slope)
+    if copy is not None:
+        copy.copy_(gradient)
 
 
 def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -49,10 +57,10 @@ def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
 
     The derivative of gelu at y is Φ(y) + y φ(y).
     """
-    x += bias
-    cdf = torch.special.ndtr(x)
-    out.copy_(x * cdf)
-    x.copy_(cdf + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi))
+    y = x + bias
+    cdf = torch.special.ndtr(y)
+    out.copy_(y * cdf)
+    x.copy_(cdf + y * torch.exp(-y.square() / 2) / math.sqrt(2 * math.pi))
 
 
 def multiply_(x: Tensor, factors: Tensor) -> None:
@@ -65,8 +73,7 @@ def swiglu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
 
     Then x becomes the derivatives there. With s = sigmoid(g), that of silu at g is s + g s (1 - s).
     """
-    x += bias
-    gate, up = x.chunk(2, dim=1)
+    gate, up = (x + bias).chunk(2, dim=1)
     s = gate.sigmoid()
     silu = gate * s
     out.copy_(silu * up)
@@ -119,7 +126,7 @@ def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor) -> None:
 
 def attend_backward_(grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor) -> None:
     """Write the gradient of qkv in :func:`attend_` into d_qkv, from the gradient of out."""
-    rows = grad.view(*qkv.shape[:2], q_bias.numel())
+    rows = grad.view(*qkv.shape[:2], q_bias.numel()).to(q_bias.dtype)
     d_qkv.copy_(gather_attention_backward(rows, _biased(qkv, q_bias), None, None).view_as(d_qkv))
 
 
@@ -155,6 +162,6 @@ def _queries(q: Tensor, q_bias: Tensor, kv: Tensor) -> Tensor:
 
 
 def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:
-    """qkv with q_bias added to its queries."""
-    q, k, v = qkv.unbind(2)
+    """qkv with q_bias added to its queries, in the data type of q_bias."""
+    q, k, v = qkv.to(q_bias.dtype).unbind(2)
     return torch.stack([q + q_bias.view(qkv.shape[3:]), k, v], dim=2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
+
+from smi_fast.inversion.inputs import one_of
 
 # Calls before the capture, in which libraries set themselves up and kernels are compiled.
 WARM_UP = 3
@@ -12,6 +15,11 @@ WARM_UP = 3
 
 class NotCapturable(RuntimeError):
     """The function does what a CUDA graph can't hold, such as waiting for the device."""
+
+
+def graphs_allowed() -> bool:
+    """What ``SMI_FAST_GRAPH`` says: 0 or 1, by default 1."""
+    return one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"
 
 
 class CapturedCall:

@@ -41,6 +41,7 @@ def invert(
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
+    precision: str | None = None,
     graph: bool = True,
     batch: int | None = None,
     init: Tensor | None = None,
@@ -76,6 +77,7 @@ def invert(
         background=background,
         final_mask=final_mask,
         backend=backend,
+        precision=precision,
         graph=graph,
     )
     return inverter.invert(

@@ -7,14 +7,31 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smi_fast.engine.precision import FLOAT32
 from smi_fast.parametrizations import Parametrization
 from smi_fast.teacher import SparseViT
 from smi_fast.teacher.space import ImageSpace
 
 OPTIMIZERS = ("adam", "adamw")
 ADAMW_DECAY = 0.01  # of torch.optim.AdamW
+
+
+def as_sparse(teacher: nn.Module, backend: str, precision: str | None) -> SparseViT:
+    """The teacher that computes only kept patches: as it is given, or wrapped.
+
+    Raises:
+        ValueError: no such precision, or another one than that of a given SparseViT.
+    """
+    if not isinstance(teacher, SparseViT):
+        return SparseViT(teacher, backend=backend, precision=precision or FLOAT32)
+    if precision not in (None, teacher.precision):
+        raise ValueError(
+            f"expected precision {teacher.precision!r}, that of the given SparseViT, "
+            f"got {precision!r}"
+        )
+    return teacher
 
 
 def check_weights(teacher: SparseViT) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -11,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.augmentations import Augment
+from smi_fast.engine.precision import described
 from smi_fast.importance import Scores, as_importance
+from smi_fast.inversion.cuda_graph import graphs_allowed
 from smi_fast.inversion.inputs import (
+    as_sparse,
     as_targets,
     check_generator,
     check_numbers,
@@ -102,16 +104,19 @@ class SparseInverter:
             de-normalised image, and one more of them for the class token. It goes by attention,
             whatever the importance is.
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
+        precision: of the teacher's matrix products, as of :class:`SparseViT`. By default that of a
+            teacher that is a SparseViT already, and float32 otherwise.
         graph: capture iterations on CUDA in a CUDA graph. With False, or ``SMI_FAST_GRAPH=0`` in
             the environment, they run one by one, with the same results.
 
     Raises:
-        ValueError: any of these out of range, with what was expected and what came; or a teacher in
-            float16 or without weights.
+        ValueError: any of these out of range, with what was expected and what came; a teacher in
+            float16 or without weights; or another precision than that of a given SparseViT.
         TypeError: an objective, a schedule, a parametrization, a jitter or an augmentation that
             isn't one.
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
-        BackendUnavailable: there is no such backend.
+        BackendUnavailable: there is no such backend, or none that runs this teacher in this
+            precision.
     """
 
     @torch.inference_mode(False)  # so that autograd may save constants that are made here
@@ -137,9 +142,10 @@ class SparseInverter:
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
+        precision: str | None = None,
         graph: bool = True,
     ) -> None:
-        sparse = teacher if isinstance(teacher, SparseViT) else SparseViT(teacher, backend=backend)
+        sparse = as_sparse(teacher, backend, precision)
         check_weights(sparse)
         check_numbers(iterations, betas)
         terms = (CrossEntropy(),) if objectives is None else objectives
@@ -170,7 +176,7 @@ class SparseInverter:
             weight_decay=weight_decay_of(optimizer, weight_decay),
             freeze_background=one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
-            graph=graph and _graphs_allowed(),
+            graph=graph and graphs_allowed(),
         )
         self._sizes = sizes_of(self.schedule, sparse.image_size, sparse.patch_size)
         check_sizes(self.settings, self._sizes)
@@ -375,6 +381,7 @@ class SparseInverter:
             interrupted,
             tuple(state.finished),
             state.lengths,
+            described(teacher.precision, teacher.dtype),
         )
 
     def _reranked(self, images: Tensor) -> Tensor:
@@ -388,8 +395,3 @@ class SparseInverter:
             assert importance is not None
             found.append(importance.topk(count, dim=1).indices)
         return torch.cat(found)
-
-
-def _graphs_allowed() -> bool:
-    """What ``SMI_FAST_GRAPH`` says: 0 or 1, by default 1."""
-    return one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"

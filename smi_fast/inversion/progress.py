@@ -26,6 +26,7 @@ class Progress:
             total=iterations,
             disable=not (shown and self._in_terminal),
             unit="it",
+            leave=None,  # below the bar of a pool it goes when the batch is done
             dynamic_ncols=True,
         )
 

@@ -77,6 +77,7 @@ class InversionResult:
         finished: groups of patches that the schedule took out, in the order of their stops.
         lengths: int64 [B], of a ragged schedule how many of ``kept`` count in each image, the first
             ones; None where all do.
+        precision: data type of the teacher's matrix products, such as "float32".
     """
 
     images: Tensor
@@ -90,6 +91,7 @@ class InversionResult:
     interrupted: bool = False
     finished: tuple[FinishedGroup, ...] = ()
     lengths: Tensor | None = None
+    precision: str = "float32"
 
     def over(self, background: Background = "mean") -> Tensor:
         """The patches of ``masks`` over a background.

@@ -45,7 +45,7 @@ class Part:
         self._lines = path / PARTS / f"{rank:04}.jsonl"
         self._seconds = path / PARTS / f"{rank:04}.seconds.jsonl"
         self._size = 0
-        self._lock = FileLock(path / PARTS / f"{rank:04}.lock", timeout=0)
+        self._lock = FileLock(_lock_file(path, rank), timeout=0)
         with explained(f"opening {self._lines}"):
             self._lines.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -125,12 +125,26 @@ def check_free(path: Path) -> None:
     Raises:
         PoolError: one holds its part.
     """
-    for file in _files(path, _LOCKS):
-        with explained(f"opening {file}"):
-            try:
-                FileLock(file, timeout=0).acquire().lock.release()
-            except Timeout:
-                raise PoolError(f"another process adds images to {path}") from None
+    if any(map(_is_locked, _files(path, _LOCKS))):
+        raise PoolError(f"another process adds images to {path}")
+
+
+def is_held(path: Path, rank: int) -> bool:
+    """Whether a process of this rank holds its part of the pool in ``path``."""
+    return _is_locked(_lock_file(path, rank))
+
+
+def _lock_file(path: Path, rank: int) -> Path:
+    return path / PARTS / f"{rank:04}.lock"
+
+
+def _is_locked(file: Path) -> bool:
+    with explained(f"opening {file}"):
+        try:
+            FileLock(file, timeout=0).acquire().lock.release()
+        except Timeout:
+            return True
+    return False
 
 
 def read_parts(path: Path, class_names: Sequence[str], first: int) -> dict[int, list[bytes]]:

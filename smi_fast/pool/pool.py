@@ -138,7 +138,6 @@ class Pool:
                 found = pool._parse()
                 check_present(pool.path, found[0])
                 pool._settle(found)
-                pool._discard_unfinished(before=pool._held)
         return pool
 
     def close(self) -> None:
@@ -199,6 +198,11 @@ class Pool:
     def ahead(self) -> dict[int, range]:
         """The images of batches that a group made before their turn came, by the batch's number."""
         return images_of(self._ahead)
+
+    @property
+    def waiting(self) -> list[Record]:
+        """The records of the images of :attr:`ahead`."""
+        return list(map(metadata.to_record, chain(*self._ahead.values())))
 
     def add(
         self,
@@ -301,9 +305,10 @@ class Pool:
         """
         names = self.settings["class_names"]
         self._ahead = read_parts(self.path, names, self.batches)
-        check_present(self.path, map(metadata.to_record, chain(*self._ahead.values())))
+        check_present(self.path, self.waiting)
         self._absorb()
         settle_parts(self.path, self._ahead)
+        self._discard_unfinished(before=self._held)
 
     def _absorb(self) -> None:
         """Append the batches of parts whose turn has come to the metadata."""

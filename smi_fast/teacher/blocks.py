@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smi_fast import engine, ops
 from smi_fast.engine import Engine
+from smi_fast.engine.precision import FLOAT32
 from smi_fast.teacher.attention import attend_first_rows, first_row_probabilities, project_qkv
 from smi_fast.teacher.mlp import behind_hidden, hidden_layer
 from smi_fast.teacher.narrowing import most_attended, with_prefix
@@ -70,6 +71,7 @@ class Blocks:
         prefix: prefix tokens in front of the patches.
         rows_read: the first tokens after the last block that the head reads; None for all.
         backend: which implementation of the ops to use.
+        precision: of an engine's products; what runs one by one is in that of the weights.
 
     Attributes:
         narrow: share of the patches' tokens that goes into each of some blocks and on, see
@@ -77,19 +79,32 @@ class Blocks:
     """
 
     def __init__(
-        self, blocks: nn.Sequential, prefix: int, rows_read: int | None, backend: str
+        self,
+        blocks: nn.Sequential,
+        prefix: int,
+        rows_read: int | None,
+        backend: str,
+        precision: str = FLOAT32,
     ) -> None:
         # nn.Module types every attribute as "Tensor | Module", which no block's attn is.
         self._blocks: Any = blocks
         self._prefix, self._rows_read = prefix, rows_read
-        self._backend = backend
-        self._engines = engine.candidates(blocks)
+        self._backend, self._precision = backend, precision
+        self._engines = engine.candidates(blocks, precision)
         self.narrow: dict[int, float] = {}
 
     def refresh(self) -> None:
         """Forget what engines derived from the weights."""
         for candidate in self._engines:
             candidate.refresh()
+
+    def engine_for(self, device: torch.device, dtype: torch.dtype) -> Engine | None:
+        """The engine for tokens of this device and data type; None for one block after another.
+
+        Raises:
+            BackendUnavailable: there is none in the precision that was asked for.
+        """
+        return engine.choose(self._engines, device, dtype, self._backend, self._precision)
 
     def __call__(
         self,
@@ -199,8 +214,7 @@ class Blocks:
         return found
 
     def _way(self, x: Tensor, rotations: Sequence[Tensor] | None) -> Way:
-        fast = engine.choose(self._engines, x.device, x.dtype, self._backend)
-        return Way(fast, rotations)
+        return Way(self.engine_for(x.device, x.dtype), rotations)
 
     def _before(
         self,

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 import torch
 from timm.layers import AttentionPoolLatent
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import ops
+from smi_fast.engine.precision import FLOAT32, check_precision
 from smi_fast.ops.backends import AUTO, check_name
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks
 from smi_fast.teacher.embedding import check_patches, embed
 from smi_fast.teacher.frozen import SharedWeights
+from smi_fast.teacher.head import classes, rows_read
 from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
 from smi_fast.teacher.probe import probe as compare
 from smi_fast.teacher.ragged import check_lengths
@@ -76,6 +76,10 @@ class SparseViT(nn.Module):
             K and at least one, as in EViT (arXiv 2202.07800) but without a fused token. Gradients
             of what goes on are exact; no gradient goes through the choice. Patches that don't
             reach the last block have importance 0. By default all tokens go through all blocks.
+        precision: of the matrix products in the blocks: "float32", the data type of the weights;
+            or "bfloat16", for a teacher in float32 on the CPU, which saves time where the processor
+            has such products. Images, the residual stream, statistics, softmax, the head and
+            importance stay float32, and so does a block whose inside is tapped.
 
     Attributes:
         channels: channels of an image.
@@ -83,11 +87,14 @@ class SparseViT(nn.Module):
         patch_size: side of a patch in pixels.
         grid: patches per side, (rows, columns).
         num_classes: length of the logits; 0 for a teacher without a head.
+        precision: as it was given.
 
     Raises:
         UnsupportedTeacher: the teacher can't be computed exactly on kept patches.
-        BackendUnavailable: there is no such backend.
-        ValueError: ``narrow`` out of range, or for a teacher whose head reads all tokens.
+        BackendUnavailable: there is no such backend, or none that runs this teacher in this
+            precision.
+        ValueError: no such precision; ``narrow`` out of range, or for a teacher whose head reads
+            all tokens.
     """
 
     def __init__(
@@ -97,23 +104,26 @@ class SparseViT(nn.Module):
         backend: str = AUTO,
         probe: bool = True,
         narrow: Mapping[int, float] | None = None,
+        precision: str = FLOAT32,
     ) -> None:
         super().__init__()
         vit = check_teacher(teacher)
-        self.backend = check_name(backend)
+        self.backend, self.precision = check_name(backend), check_precision(precision)
         self.channels = int(vit.patch_embed.proj.in_channels)
         self.image_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.patch_size = int(vit.patch_embed.patch_size[0])
         self.vit = freeze(vit)
         self._weights = SharedWeights(vit, self.vit)
-        self._blocks = Blocks(
-            self.vit.blocks, self.num_prefix_tokens, _rows_read(vit), self.backend
-        )
+        arguments = self.vit.blocks, self.num_prefix_tokens, rows_read(vit), self.backend
+        self._blocks = Blocks(*arguments)
         if probe and self.device.type != "meta":
-            compare(vit, self)
-        self.num_classes = _classes(self.vit)
-        self._blocks.narrow = check_narrow(narrow, self.depth, _rows_read(vit))
+            compare(vit, self)  # in float32, because rounding would hide differences
+        if precision != FLOAT32:
+            self._blocks = Blocks(*arguments, precision)
+            self._blocks.engine_for(self.device, self.dtype)
+        self.num_classes = classes(self.vit)
+        self._blocks.narrow = check_narrow(narrow, self.depth, rows_read(vit))
 
     @property
     def num_patches(self) -> int:
@@ -204,21 +214,30 @@ class SparseViT(nn.Module):
         self._weights.follow()
         resized = freeze(self.vit)
         resized.set_input_size(img_size=image_size)
-        return SparseViT(resized, backend=self.backend, probe=probe, narrow=self.narrow)
+        return SparseViT(
+            resized,
+            backend=self.backend,
+            probe=probe,
+            narrow=self.narrow,
+            precision=self.precision,
+        )
 
     def check_ragged(self) -> None:
         """Refuse a teacher that doesn't take ``lengths``.
 
         Raises:
-            ValueError: its head reads all tokens, or it is narrowed.
+            ValueError: its head reads all tokens, it is narrowed, or of another precision than
+                float32, which its blocks one by one don't have.
         """
-        if _rows_read(self.vit) is None:
+        if rows_read(self.vit) is None:
             raise ValueError(
                 "expected a teacher whose head reads its class token with lengths, got one that "
                 "pools all tokens"
             )
         if self._blocks.narrow:
             raise ValueError(f"expected no narrow together with lengths, got {self.narrow}")
+        if self.precision != FLOAT32:
+            raise ValueError(f"expected precision float32 with lengths, got {self.precision!r}")
 
     def every_patch(self, batch: int) -> Tensor:
         """The set ``kept`` of all patches, int64 [batch, rows·columns]."""
@@ -257,7 +276,7 @@ class SparseViT(nn.Module):
                 the taps, and there are no logits. None for all blocks and logits.
             lengths: int64 [B], how many of ``kept`` count in each image, from 0 to K; later ones
                 are padding, other patches of the image, which reach no logit, have no gradient and
-                importance 0. Blocks then run one by one. None for K in each.
+                importance 0. Blocks then run one by one, in float32. None for K in each.
 
         Raises:
             ValueError: wrong shape, data type or device of the images or of ``kept``, an unknown
@@ -376,18 +395,3 @@ class SparseViT(nn.Module):
                 f"expected images like the teacher's weights, {self.dtype} on {self.device}, "
                 f"got {images.dtype} on {images.device}"
             )
-
-
-@torch.no_grad()
-def _classes(vit: VisionTransformer) -> int:
-    """Length of the logits. A head that replaced timm's doesn't change the model's num_classes."""
-    if isinstance(vit.head, nn.Identity):
-        return 0
-    return int(vit.head(vit.patch_embed.proj.weight.new_zeros(1, vit.embed_dim)).shape[-1])
-
-
-def _rows_read(vit: VisionTransformer) -> int | None:
-    """Number of tokens, from the first, that the head reads after the last block; None for all."""
-    if vit.global_pool != "token" or vit.attn_pool is not None:
-        return None
-    return int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1

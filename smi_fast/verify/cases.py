@@ -31,7 +31,7 @@ EXACT = ("gather_patches", "gather_patches_backward")
 CHANGED = {
     "adam_clamp_": (0, 2, 3),
     "add_normalize_": (0, 4, 5),
-    "normalize_backward_": (0,),
+    "normalize_backward_": (0, 4),
     "gelu_": (0, 2),
     "multiply_": (0,),
     "swiglu_": (0, 2),
@@ -42,8 +42,22 @@ CHANGED = {
     "attend_backward_": (3,),
 }
 
-# The arguments whose data type is that of statistics, see reference.sum_dtype, by position.
-STATISTICS = {"total_variation_backward": (0, 1, 5), "batch_norm_matching_backward": (5, 6)}
+# The arguments whose data type is that of statistics, see reference.sum_dtype, by position. Of the
+# engine's steps these are all that no matrix product reads or writes.
+STATISTICS = {
+    "total_variation_backward": (0, 1, 5),
+    "batch_norm_matching_backward": (5, 6),
+    "add_normalize_": (0, 2, 5),
+    "normalize_backward_": (0, 3),
+    "gelu_": (1,),
+    "swiglu_": (1,),
+    "rotate_": (1, 2),
+    "rotate_backward_": (2,),
+    "attend_": (1,),
+    "attend_backward_": (2,),
+    "attend_rows": (0, 1, 2),
+    "attend_rows_backward": (0, 1, 2, 3, 4),
+}
 
 # The arguments that are float64 whatever the data type of the others, by position.
 DOUBLE = {"adam_clamp_": (5,)}

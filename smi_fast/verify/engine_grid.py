@@ -22,7 +22,7 @@ def _engine_calls() -> Iterator[OpCall]:
         bias, label, rstd = torch.randn(width), f"{rows}x{width}", torch.rand(rows)
         yield OpCall(label, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd))
         yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
-        yield OpCall(label, "normalize_backward_", (added, grad, x, rstd))
+        yield OpCall(label, "normalize_backward_", (added, grad, x, rstd, empty))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
         yield OpCall(label, "multiply_", (added, grad))
     for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):

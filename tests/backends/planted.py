@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import CHANGED
+from smi_fast.verify.engine_grid import engine_calls
 
 # A few tokens would have too few rows: their rounding doesn't cancel in the norm.
 LABELS = ("47-32", "47-32-dense", "66-64-kept", "66-64-kept-dense", "ragged-plain", "ragged-dense")
@@ -21,6 +22,10 @@ CALL_OF_EACH_OP = list(
         for call in reversed(op_calls())
         if 1000 < max(tensor.numel() for tensor in call.tensors) < 10_000
     }.values()
+)
+# A call of each step of the engine that is large enough for its rounding to cancel in the norm.
+STEPS_WITH_A_FACTOR = list(
+    {call.op: call for call in engine_calls() if call.arguments[0].numel() > 3000}.values()
 )
 
 

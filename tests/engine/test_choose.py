@@ -117,4 +117,4 @@ def test_a_forward_asks_once(teacher: VisionTransformer, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine, "choose", counted)
     taps = ("block.0.tokens", "attention.1.row")
     sparse(torch.zeros(1, 3, 32, 48).double(), importance=True, taps=taps)
-    assert asked == [(CPU, torch.float64, "auto")]
+    assert asked == [(CPU, torch.float64, "auto", "float32")]

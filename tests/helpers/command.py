@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -60,25 +62,95 @@ def run(arguments: list[str], pool: Path, trouble: str | None = None, access: in
         trouble: one of :data:`TROUBLE`, or None.
         access: before which access it happens, from 1.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sender, arguments, str(pool), trouble, access))
-    process.start()
-    sender.close()
-    try:
-        ended = receiver.recv()
-    except EOFError:
-        process.join()
-        ended = Ended(process.exitcode or 0)
-    process.join()
-    return ended
+    return _Process(arguments, pool, trouble, access).ended
+
+
+def run_group(
+    arguments: list[str],
+    pool: Path,
+    size: int,
+    *,
+    victim: int | None = None,
+    access: int = 0,
+    last_rites: signal.Signals | None = signal.SIGTERM,
+) -> list[Ended]:
+    """Runs the command in processes that share the work, as torchrun starts them.
+
+    Args:
+        arguments: of the command.
+        pool: the folder whose accesses count.
+        size: number of processes; 1 for one without a group.
+        victim: the process that is killed, or None.
+        access: before which access of its own, from 1.
+        last_rites: what the others get once it is dead; torchrun sends SIGTERM. None: they go on.
+    """
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
+    processes = []
+    for rank in range(size):
+        trouble = "killed" if rank == victim else None
+        place["RANK"] = str(rank)
+        processes.append(_Process(arguments, pool, trouble, access, place))
+    if victim is not None:
+        killed = processes[victim].ended.code == -signal.SIGKILL
+        for process in processes:
+            if killed and last_rites is not None:
+                process.send(last_rites)
+    return [process.ended for process in processes]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+class _Process:
+    """The command in a process that has begun."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        pool: Path,
+        trouble: str | None,
+        access: int,
+        place: Mapping[str, str] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_serve, args=(sender, arguments, str(pool), trouble, access, dict(place or {}))
+        )
+        self._process.start()
+        sender.close()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal, if it still runs."""
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    @cached_property
+    def ended(self) -> Ended:
+        """How it ended, for which this waits."""
+        try:
+            ended = self._receiver.recv()
+        except EOFError:
+            self._process.join()
+            ended = Ended(self._process.exitcode or 0)
+        self._process.join()
+        return ended
 
 
 def _serve(
-    results: Connection, arguments: list[str], pool: str, trouble: str | None, access: int
+    results: Connection,
+    arguments: list[str],
+    pool: str,
+    trouble: str | None,
+    access: int,
+    place: dict[str, str],
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.update(place)
     sys.argv = ["smi-fast", *arguments]
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     count = 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +17,9 @@ from smi_fast.pool import LOCK, SECONDS
 
 SETTINGS = {"teacher": "fashion-canvas", "at": (50, 100), "seed": 0}
 NAMES = [f"class {i}" for i in range(10)]
+ZERO = {"label": 0}
+# What every pool has.
+ALWAYS = {"settings.json", "classes.txt", "README.md"}
 
 
 def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
@@ -37,3 +43,15 @@ def files(path: Path) -> dict[str, bytes]:
 def read(path: Path) -> np.ndarray[Any, Any]:
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+def fail_at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int) -> None:
+    """Makes the call number ``count`` of a function find the disk full."""
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, function)

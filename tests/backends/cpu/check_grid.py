@@ -27,4 +27,6 @@ chosen = [*op_calls(), *engine_calls()][::3]
 for call in chosen:
     call.check(torch.ops.smi_fast, torch.float32)
     call.check(torch.ops.smi_fast, torch.float64)
+for call in engine_calls()[::3]:
+    call.check(torch.ops.smi_fast, torch.bfloat16)
 print(f"{len(chosen)} calls within their budget, by {sys.modules['smi_fast._C_cpu'].__file__}")

@@ -20,7 +20,13 @@ from smi_fast.ops import backends, native, reference
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall, WrongResult, random_kept, strided
 from smi_fast.verify.engine_grid import engine_calls
-from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS, Factor, ScaledResults
+from tests.backends.planted import (
+    CALL_OF_EACH_OP,
+    CALLS_WITH_FACTORS,
+    STEPS_WITH_A_FACTOR,
+    Factor,
+    ScaledResults,
+)
 
 pytestmark = pytest.mark.skipif(
     native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
@@ -29,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 CALLS = [*op_calls(), *engine_calls()]
-F32, F64 = torch.float32, torch.float64
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 # From 2.11 on, tensors over memory of others say when they are done with it.
 TORCH_LENDS_MEMORY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
@@ -38,6 +44,27 @@ TORCH_LENDS_MEMORY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_error_is_within_its_budget(call: OpCall, dtype: torch.dtype) -> None:
     call.check(torch.ops.smi_fast, dtype)
+
+
+@pytest.mark.parametrize("call", engine_calls(), ids=str)
+def test_error_of_a_step_in_bfloat16_is_within_its_budget(call: OpCall) -> None:
+    call.check(torch.ops.smi_fast, BF16)
+
+
+@pytest.mark.parametrize("call", STEPS_WITH_A_FACTOR, ids=str)
+def test_budget_catches_half_a_percent_in_bfloat16(call: OpCall) -> None:
+    with pytest.raises(WrongResult, match="error"):
+        call.check(ScaledResults(torch.ops.smi_fast, 1.005), BF16)
+
+
+def test_every_nan_stays_one_in_bfloat16() -> None:
+    """Also one whose rounding has a carry out of its lower bits."""
+    nan = torch.full((3, 20), 0x7FFF_FFFF, dtype=torch.int32).view(F32)
+    normalized = torch.zeros(3, 20, dtype=BF16)
+    torch.ops.smi_fast.add_normalize_(nan.clone(), None, None, 1e-6, normalized, torch.empty(3))
+    x, out = torch.zeros(2, 3, 20, dtype=BF16)
+    torch.ops.smi_fast.gelu_(x, nan[0].clone(), out)
+    assert all(result.isnan().all() for result in (normalized, x, out))
 
 
 @pytest.mark.parametrize("call", CALLS_WITH_FACTORS, ids=str)

@@ -203,7 +203,7 @@ MUTANTS = (
         f"{BUDGET} gather_attention",
         Mutant(
             "cpp-attention-rest",
-            "std::fill_n(own + i * head.out_stride, head.width, T{0});",
+            "std::fill_n(own + i * head.out_stride, head.width, S{});",
             "",
             "Rows after the length of an image are not written.",
             f"{CPP}::test_every_element_of_a_result_is_written",

@@ -20,8 +20,8 @@ MUTANTS = (
         ),
         Mutant(
             "steps-normalize-gradient",
-            "gradient[i] += rstd * (d[i] - mean - normalized[i] * slope);",
-            "gradient[i] += rstd * (d[i] - mean);",
+            "rstd * (widen(d[i]) - mean - widen(normalized[i]) * slope);",
+            "rstd * (widen(d[i]) - mean);",
             "LayerNorm has the gradient of a subtraction of the mean.",
         ),
         Mutant(
@@ -44,8 +44,8 @@ MUTANTS = (
         f"{BUDGET} swiglu",
         Mutant(
             "eva-swiglu-derivative",
-            "store(gate, u * (s + silu * (one - s)));",
-            "store(gate, u * s);",
+            "store_narrow(gate, u * (s + silu * (one - s)));",
+            "store_narrow(gate, u * s);",
             "The derivative of silu is its sigmoid.",
         ),
         Mutant(
@@ -94,8 +94,8 @@ MUTANTS = (
         BLOCKS,
         Mutant(
             "blocks-packed",
-            "if (x.size(0) != packed_rows) return torch::stable::matmul(x, right);",
-            "return torch::stable::matmul(x, right);",
+            "if (x.size(0) != packed_rows) return product(x, *transposed);",
+            "return product(x, *transposed);",
             "Packed weights are never used.",
             f"{ENGINE}::test_packed_products_are_the_same",
         ),
@@ -117,6 +117,16 @@ MUTANTS = (
             "const Tensor &qkv = saved[count * i], &derivative",
             "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
             "The gradient of a block reads what another block saved.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/engine_products.cpp",
+        f"{ENGINE}::test_nothing_to_compute",
+        Mutant(
+            "products-of-nothing",
+            " || !x.numel()) return",
+            ") return",
+            "oneDNN is given a product without rows.",
         ),
     ),
     *of_file(
@@ -228,15 +238,15 @@ MUTANTS = (
         "tests/engine/test_choose.py",
         Mutant(
             "choose-autocast",
-            "return None if torch.is_autocast_enabled(device.type) else engine",
-            "return engine",
+            "if reason is None and torch.is_autocast_enabled(device.type):",
+            "if False:",
             "Autocast is not obeyed.",
             "tests/engine/test_autograd.py::test_autocast_is_obeyed",
         ),
         Mutant(
             "choose-backend",
-            "wanted in (backends.AUTO, engine.backend) and ",
-            "",
+            "if wanted not in (backends.AUTO, engine.backend):",
+            "if False:",
             "An engine runs where another backend was asked for.",
         ),
         Mutant(

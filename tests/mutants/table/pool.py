@@ -2,7 +2,8 @@
 
 from tests.mutants.mutant import Mutant, of_file
 
-POOL = "tests/pool/test_pool.py"
+STORED = "tests/pool/test_pool.py"
+POOL = f"{STORED} tests/pool/test_pool_interrupted.py tests/pool/test_pool_opened.py"
 FILL = "tests/test_fill.py"
 
 MUTANTS = (
@@ -148,8 +149,8 @@ MUTANTS = (
         ),
         Mutant(
             "parts-free",
-            "    for file in _files(path, _LOCKS):\n",
-            "    for file in ():\n",
+            "    if any(map(_is_locked, _files(path, _LOCKS))):\n",
+            "    if False:\n",
             "A pool is resumed while a process of a group still adds images.",
         ),
     ),
@@ -252,7 +253,7 @@ MUTANTS = (
             "{max(4, len(str(classes - 1)))}",
             "4",
             "Folders of classes don't sort as the classes do.",
-            f"{POOL}::test_class_folders_sort_as_the_classes_do",
+            f"{STORED}::test_class_folders_sort_as_the_classes_do",
         ),
     ),
     *of_file(
@@ -280,12 +281,6 @@ MUTANTS = (
     *of_file(
         "smi_fast/plan.py",
         FILL,
-        Mutant(
-            "plan-complete",
-            "    if len(pool.records) != images:\n",
-            "    if False:\n",
-            "A group that left batches out says that it is done.",
-        ),
         Mutant(
             "fill-resume",
             "if trajectory.start >= plan.held]",
@@ -316,7 +311,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/fill.py",
+        "smi_fast/batch_maker.py",
         FILL,
         Mutant(
             "fill-seed",
@@ -325,15 +320,61 @@ MUTANTS = (
             "Every batch has the same noise.",
             "tests/test_batch_seeds.py",
         ),
+    ),
+    *of_file(
+        "smi_fast/workers.py",
+        FILL,
         Mutant(
-            "fill-loss",
-            "if number == last if part else last not in plan.ahead:",
-            "if True:",
+            "workers-loss",
+            "loss=None if self._last_is_held else made.loss,",
+            "loss=made.loss,",
             "The pool shows the loss of the batch that was written last.",
         ),
         Mutant(
+            "workers-stop",
+            "            self._group.stop()\n",
+            "            pass\n",
+            "A group goes on after Ctrl-C.",
+        ),
+        Mutant(
+            "workers-dead",
+            "any(is_held(self._pool.path, rank) for rank in holding)",
+            "bool(holding)",
+            "A group waits for a process that was killed.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/soft_stop.py",
+        FILL,
+        Mutant(
+            "stop-second",
+            "        signal.signal(signal.SIGINT, signal.default_int_handler)\n        # Not",
+            "        # Not",
+            "A second Ctrl-C does nothing.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/job_progress.py",
+        "tests/test_job_progress.py",
+        Mutant(
+            "progress-rate",
+            "(self._total - done.images) / rate",
+            "self._total / rate",
+            "The time that is left doesn't shrink.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/fill.py",
+        FILL,
+        Mutant(
+            "fill-dead",
+            "    if not first or len(pool.records) == len(labels):\n",
+            "    if not first or not stop.wanted:\n",
+            "A group leaves out what a process that died had taken.",
+        ),
+        Mutant(
             "fill-unfinished",
-            "unfinished(error.result.images)",
+            "worker.add_unfinished(error.result.images, start)",
             "pass",
             "The images before a NaN are lost.",
         ),

@@ -90,7 +90,7 @@ MUTANTS = (
         ),
         Mutant(
             "ragged-pooling",
-            "if _rows_read(self.vit) is None:",
+            "if rows_read(self.vit) is None:",
             "if False:",
             "A teacher that pools all tokens pools padding.",
         ),
@@ -128,8 +128,8 @@ MUTANTS = (
         NARROW,
         Mutant(
             "narrow-size",
-            "probe=probe, narrow=self.narrow)",
-            "probe=probe)",
+            "            narrow=self.narrow,\n",
+            "",
             "A narrowed teacher of another size computes all tokens.",
         ),
     ),
@@ -277,23 +277,26 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/teacher/sparse_vit.py",
-        SUBSET,
+        "smi_fast/teacher/head.py",
+        EVERY,
         Mutant(
-            "sparse-distilled",
+            "head-distilled",
             "int(vit.num_prefix_tokens) if isinstance(vit, VisionTransformerDistilled) else 1",
             "1",
             "The distillation token isn't computed.",
-            EVERY,
         ),
         Mutant(
-            "sparse-classes",
+            "head-classes",
             "    if isinstance(vit.head, nn.Identity):\n        return 0\n",
             "    if isinstance(vit.head, (nn.Identity, nn.Linear)):\n"
             "        return vit.num_classes\n",
             "A replaced head doesn't change the number of classes.",
             f"{SPARSE}::test_classes_are_those_of_a_head_that_replaced_timms",
         ),
+    ),
+    *of_file(
+        "smi_fast/teacher/sparse_vit.py",
+        SUBSET,
         Mutant(
             "sparse-follow",
             "            self._weights.follow()\n        self._check_images",
