@@ -1,24 +1,10 @@
 // Consecutive blocks of a frozen Vision Transformer, forward and backward. Each of their non-GEMM
 // steps is also an op of its own. smi_fast.engine makes the lists of tensors that come in here.
 
-#include "engine_steps_api.h"
-
-// Weak, because only a torch with MKL defines it. Python checks for MKL before it packs a weight.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_cpu__mkl_linear(AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle weight,
-                           AtenTensorHandle* bias, int64_t packed_rows, AtenTensorHandle* result);
+#include "engine_products.h"
 
 namespace smi_fast {
 namespace {
-
-// x [rows, in] · weightᵀ, with weight [out, in]. `packed` is the weight, packed for this number of
-// rows.
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const Tensor& packed) {
-  AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu__mkl_linear(x.get(), packed.get(), weight.get(), nullptr, x.size(0), &result));
-  return Tensor(result);
-}
 
 // A frozen weight [out, in] and its transpose. The packed copies of the two serve GEMMs of
 // `packed_rows` rows; without copies, packed_rows is -1.
@@ -27,19 +13,15 @@ struct Linear {
   int64_t packed_rows;
 
   // x [rows, in] · weightᵀ.
-  Tensor forward(const Tensor& x) const { return gemm(x, *transposed, *weight, packed); }
+  Tensor forward(const Tensor& x) const {
+    if (x.size(0) != packed_rows) return product(x, *transposed);
+    return packed_product(x, *weight, *packed);
+  }
 
   // Gradient of x, given that of the output [rows, out].
   Tensor backward(const Tensor& gradient) const {
-    return gemm(gradient, *weight, *transposed, packed_transposed);
-  }
-
- private:
-  // x · right. MKL computes it as a linear layer with the weight left = rightᵀ.
-  Tensor gemm(const Tensor& x, const Tensor& right, const Tensor& left,
-              const Tensor* packed) const {
-    if (x.size(0) != packed_rows) return torch::stable::matmul(x, right);
-    return recorded("mkl::_mkl_linear", packed_linear, x, left, *packed);
+    if (gradient.size(0) != packed_rows) return product(gradient, *weight);
+    return packed_product(gradient, *transposed, *packed_transposed);
   }
 };
 

@@ -1,13 +1,12 @@
 // The last block, computed only for the first R rows of each image, which are all that the head
 // reads. See smi_fast.engine.
 
-#include "engine_steps_api.h"
+#include "engine_products.h"
 
 namespace smi_fast {
 namespace {
 
 using torch::stable::empty_like;
-using torch::stable::matmul;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::view;
@@ -16,14 +15,14 @@ Tensor converted(const Tensor& x, ScalarType type) {
   return x.scalar_type() == type ? x : torch::stable::to(x, type);
 }
 
-// x · right, with x in the type of the weight.
-Tensor product(const Tensor& x, const Tensor& right) {
-  return matmul(converted(x, right.scalar_type()), right);
+// x [rows, in] · weightᵀ, with weight [out, in] and x in its type.
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  return product(converted(x, weight.scalar_type()), torch::stable::transpose(weight, 0, 1));
 }
 
-// x [rows, in] · weightᵀ, with weight [out, in].
-Tensor linear(const Tensor& x, const Tensor& weight) {
-  return product(x, torch::stable::transpose(weight, 0, 1));
+// The gradient of x in linear(), given that of its result.
+Tensor linear_backward(const Tensor& gradient, const Tensor& weight) {
+  return product(converted(gradient, weight.scalar_type()), weight);
 }
 
 // Calls run(x, y) for each element x of the first R rows of each image in a [B·N, D], where y is
@@ -168,20 +167,21 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
 
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
-  Tensor d_hidden = product(gradient, w.fc2);
+  Tensor d_hidden = linear_backward(gradient, w.fc2);
   if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9]);
   const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
-  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, product(d_fc1, w.fc1),
-           to_mlp, mlp_rstd, std::nullopt);
-  const Tensor d_attended = view(converted(product(gradient, w.proj), q.scalar_type()), q.sizes());
+  recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
+           linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt);
+  const Tensor d_attended =
+      view(converted(linear_backward(gradient, w.proj), q.scalar_type()), q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
                                     d_attended, q, w.q_bias, kv, probabilities);
   if (rotation) {
     recorded("smi_fast::rotate_backward_", rotate_backward_, d_kv, 1, *rotation, half);
   }
 
-  const Tensor d_normalized = product(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
-  for_each_of_first(d_normalized, product(view(d_q, {-1, attention}), w.to_q), batch,
+  const Tensor d_normalized = linear_backward(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
+  for_each_of_first(d_normalized, linear_backward(view(d_q, {-1, attention}), w.to_q), batch,
                     [](auto& sum, const auto& term) { sum += term; });
   const Tensor result = new_zeros(gradient, normalized.sizes());
   for_each_of_first(result, gradient, batch, [](auto& to, const auto& from) { to = from; });

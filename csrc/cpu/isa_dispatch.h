@@ -5,15 +5,9 @@
 // Include all other headers before this one, because library code must not be compiled for an
 // instruction set that the machine may lack.
 
-#include <cstdlib>
 #include <cstring>
-#include <string_view>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SMI_X86_DISPATCH 1
-#else
-#define SMI_X86_DISPATCH 0
-#endif
+#include "isa.h"
 
 namespace smi_fast {
 
@@ -51,29 +45,6 @@ namespace SMI_KERNEL_NAMESPACE {
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
-
-enum class Isa { kBaseline, kAvx2, kAvx512 };
-
-// The best instruction set of this machine, or a lesser one that ATEN_CPU_CAPABILITY asks for.
-inline Isa best_isa() {
-#if SMI_X86_DISPATCH
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view limit = variable ? variable : "";
-  if (limit == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-    return Isa::kBaseline;
-  }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 && limit != "avx2" ? Isa::kAvx512 : Isa::kAvx2;
-#else
-  return Isa::kBaseline;
-#endif
-}
-
-inline Isa isa() {
-  static const Isa best = best_isa();
-  return best;
-}
 
 }  // namespace smi_fast
 

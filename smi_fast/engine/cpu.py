@@ -44,10 +44,11 @@ Rotations = Sequence[Tensor] | None
 # Rotations as the ops take them, and whether they pair the channels of two halves; or nothing.
 Turns = tuple[()] | tuple[list[Tensor], bool]
 
-_CAN_PACK = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+_MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
-# MKL repacks the weights in every GEMM, up to a fifth of its time when there are few rows. Packing
-# once costs about one pass: do it at pass _PASSES_UNPACKED, for at most _MOST_ROWS_PACKED rows.
+# MKL and oneDNN repack the weights in every GEMM, up to a fifth of its time when there are few
+# rows. Packing once costs about one pass: do it at pass _PASSES_UNPACKED, for at most
+# _MOST_ROWS_PACKED rows.
 _PASSES_UNPACKED = 12
 _MOST_ROWS_PACKED = 512
 
@@ -204,9 +205,16 @@ class FoldedRun:
 
     def _pack(self, rows: int) -> None:
         """Pack the weights and their transposes for GEMMs of this many rows."""
-        if not rows or not _CAN_PACK or self.weights[0].dtype != torch.float32:
+        weight = self.weights[0]
+        if not rows:
             return
-        pack, self.packed_rows = torch.ops.mkl._mkl_reorder_linear_weight, rows
+        if torch.ops.smi_fast.products_by_onednn(weight):
+            pack = torch.ops.mkldnn._reorder_linear_weight
+        elif _MKL_PACKS and weight.dtype == torch.float32:
+            pack = torch.ops.mkl._mkl_reorder_linear_weight
+        else:
+            return
+        self.packed_rows = rows
         self.packed = [
             pack(matrix.contiguous(), rows)
             for block in self.blocks

@@ -30,8 +30,8 @@ _STEPS = {
     ),
 }
 
-# Whole blocks, or the first rows of the last block, without rotary positions and with them. These
-# have kernels in C++ only.
+# Whole blocks, or the first rows of the last block, without rotary positions and with them; and
+# whether products of a tensor's type are oneDNN's here. These have kernels in C++ only.
 _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
@@ -63,6 +63,7 @@ _BLOCKS = {
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"
     ),
     "last_block_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
+    "products_by_onednn": "(Tensor like) -> bool",
 }
 
 _library = torch.library.Library("smi_fast", "FRAGMENT")

@@ -36,6 +36,11 @@ def engine(teacher: VisionTransformer) -> FoldedRun:
     return FoldedRun(teacher.requires_grad_(False).blocks[:3])
 
 
+def by_onednn(dtype: torch.dtype) -> bool:
+    found: bool = torch.ops.smi_fast.products_by_onednn(torch.empty(0, dtype=dtype))
+    return found
+
+
 def tokens(batch: int = 2, count: int = 7) -> Tensor:
     return torch.randn(batch, count, 192, requires_grad=True)
 
@@ -116,16 +121,20 @@ def test_nothing_to_compute(engine: FoldedRun) -> None:
         assert engine(x).shape == gradients(engine(x), x).shape == x.shape
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL packs")
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available() and not by_onednn(torch.float32),
+    reason="only MKL and oneDNN pack",
+)
 def test_packed_products_are_the_same(
     engine: FoldedRun, teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They start when a shape has come often, and end with another one."""
+    packed_product = "mkldnn::packed" if by_onednn(torch.float32) else "mkl::packed"
 
     def products() -> int:
         with torch.autograd.profiler.profile() as profile:
             engine(tokens(2, 7))
-        return sum(event.name == "mkl::_mkl_linear" for event in profile.function_events)
+        return sum(event.name == packed_product for event in profile.function_events)
 
     monkeypatch.setattr(smi_fast.engine.cpu, "_PASSES_UNPACKED", 2)
 

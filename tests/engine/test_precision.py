@@ -15,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+import smi_fast.engine.cpu
 from smi_fast import Dense, MassSchedule, SparseInverter, SparseViT
 from smi_fast.engine.cpu import FoldedRun, LastBlock
 from smi_fast.engine.folding import MATRICES, FoldedBlock
@@ -149,6 +150,24 @@ def test_without_a_gradient_nothing_is_saved_and_the_result_is_the_same(
     assert stored == {BF16}
 
 
+def test_packed_products_are_the_same(
+    vit: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.ops.smi_fast.products_by_onednn(torch.empty(0, dtype=BF16)):
+        pytest.skip("only oneDNN packs bfloat16, with AVX-512")
+    monkeypatch.setattr(smi_fast.engine.cpu, "_PASSES_UNPACKED", 2)
+    run, x = FoldedRun(vit.blocks[:3], stored=BF16), torch.randn(2, 7, 192, requires_grad=True)
+
+    def result() -> tuple[Tensor, Tensor]:
+        y = run(x)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    plain, packed = result(), result()
+    assert run.packed_rows == 14 and len(run.packed) == 24
+    for one, other in zip(plain, packed, strict=True):
+        assert relative_error(one, other) < CLOSE / 4
+
+
 def test_passes_may_overlap(vit: VisionTransformer) -> None:
     run, a, b = FoldedRun(vit.blocks[:3], stored=BF16), *torch.randn(2, 2, 7, 192)
     for leaf in (a, b):
@@ -255,10 +274,12 @@ from tests.helpers.teachers import make_teacher, random_images, relative_error, 
 torch.manual_seed(0)
 teacher = make_teacher("vit_tiny_patch16_224", img_size=64, depth=3)
 images = random_images(teacher)
+assert not torch.ops.smi_fast.products_by_onednn(torch.empty(0, dtype=torch.bfloat16)) or EMULATED
 models = (SparseViT(teacher, precision=each) for each in ("bfloat16", "float32"))
 for found, exact in zip(*(with_gradient(model, images) for model in models), strict=True):
     assert 1e-5 < relative_error(found, exact) < 0.02, relative_error(found, exact)
 """
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    code = code.replace("EMULATED", str("ATEN_CPU_CAPABILITY" not in environment))
     everything = {**os.environ, "PYTHONPATH": paths, **environment}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=everything)

@@ -94,8 +94,8 @@ MUTANTS = (
         BLOCKS,
         Mutant(
             "blocks-packed",
-            "if (x.size(0) != packed_rows) return torch::stable::matmul(x, right);",
-            "return torch::stable::matmul(x, right);",
+            "if (x.size(0) != packed_rows) return product(x, *transposed);",
+            "return product(x, *transposed);",
             "Packed weights are never used.",
             f"{ENGINE}::test_packed_products_are_the_same",
         ),
@@ -117,6 +117,16 @@ MUTANTS = (
             "const Tensor &qkv = saved[count * i], &derivative",
             "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
             "The gradient of a block reads what another block saved.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/engine_products.cpp",
+        f"{ENGINE}::test_nothing_to_compute",
+        Mutant(
+            "products-of-nothing",
+            " || !x.numel()) return",
+            ") return",
+            "oneDNN is given a product without rows.",
         ),
     ),
     *of_file(
