@@ -135,4 +135,21 @@ MUTANTS = (
             SUBSTITUTE,
         ),
     ),
+    *of_file(
+        "smi_fast/engine/gain.py",
+        f"{PRECISION}::test_the_gain_is_measured_within_its_time",
+        Mutant(
+            "gain-generator",
+            "@torch.random.fork_rng(devices=[])\n",
+            "",
+            "The measurement draws from torch's generator.",
+        ),
+        Mutant(
+            "gain-share",
+            "found[BFLOAT16] / found[FLOAT32]",
+            "found[FLOAT32] / found[BFLOAT16]",
+            "A gain is told as a loss.",
+            "tests/test_cli.py::test_info_tells_what_bfloat16_gives",
+        ),
+    ),
 )
