@@ -15,7 +15,7 @@ from benchmarks.quality import (
     recognition,
     time_to_quality,
 )
-from benchmarks.schedules import study
+from benchmarks.schedules import study as schedules
 from benchmarks.speed import (
     end_to_end,
     objectives,
@@ -24,6 +24,7 @@ from benchmarks.speed import (
     roofline,
     step_profile,
 )
+from benchmarks.transfer import study as transfer
 
 MEASUREMENTS = {
     "foreground": foreground.main,
@@ -41,7 +42,8 @@ MEASUREMENTS = {
     "roofline": roofline.main,
     "figures": figures.main,
     "photographs": photographs.main,
-    "schedules": study.main,
+    "schedules": schedules.main,
+    "transfer": transfer.main,
 }
 
 

@@ -57,7 +57,7 @@ _NAMES = {
         "StopSchedule",
         "WrongSelection",
     ),
-    "teacher": ("SparseOutput", "SparseViT", "UnsupportedTeacher"),
+    "teacher": ("SparseOutput", "SparseStudent", "SparseViT", "UnsupportedTeacher"),
     "zoo": ("load_cnn", "load_teacher"),
 }
 _MODULES = {

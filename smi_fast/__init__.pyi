@@ -52,6 +52,7 @@ from smi_fast.schedules import Stop as Stop
 from smi_fast.schedules import StopSchedule as StopSchedule
 from smi_fast.schedules import WrongSelection as WrongSelection
 from smi_fast.teacher import SparseOutput as SparseOutput
+from smi_fast.teacher import SparseStudent as SparseStudent
 from smi_fast.teacher import SparseViT as SparseViT
 from smi_fast.teacher import UnsupportedTeacher as UnsupportedTeacher
 from smi_fast.teacher import taps as taps

@@ -69,6 +69,7 @@ WITH_EXAMPLES = [
     "smi_fast.schedules.Schedule",
     "smi_fast.schedules.StopSchedule",
     "smi_fast.teacher.SigmoidImages",
+    "smi_fast.teacher.SparseStudent",
     "smi_fast.teacher.SparseViT",
     "smi_fast.zoo.load_cnn",
     "smi_fast.zoo.load_teacher",

@@ -135,19 +135,6 @@ def test_rank_0_is_the_most_probable_class() -> None:
     assert photographs.ranks(logits, torch.tensor([1, 2, 0])) == [0, 1, 2]
 
 
-def test_the_background_is_the_mean_colour_of_kept_patches() -> None:
-    images = torch.zeros(1, 3, 4, 4)
-    images[:, :, :2, :2] = torch.tensor([0.2, 0.4, 0.6])[:, None, None]
-    images[:, :, 2:, 2:] = 1
-    masks = torch.tensor([[[True, False], [False, False]]])
-    filled = photographs.over_mean(images, masks)
-    torch.testing.assert_close(filled[0, :, 3, 3], torch.tensor([0.2, 0.4, 0.6]))
-    masks[0, 1, 1] = True
-    filled = photographs.over_mean(images, masks)
-    torch.testing.assert_close(filled[0, :, 0, 3], torch.tensor([0.6, 0.7, 0.8]))
-    assert torch.equal(filled[0, :, 3, 3], torch.ones(3))
-
-
 def test_a_run_is_taken_up_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vit = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7

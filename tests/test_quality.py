@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from benchmarks.quality import factors, other_teachers, recognition
 from benchmarks.quality.images import Contender, Images, Run, images_of, make
 from benchmarks.quality.time_to_quality import DENSE, OURS, levels, phases_of, shortest
-from benchmarks.quality.verdicts import load_judges, over_mean, verdict, within_class
+from benchmarks.quality.verdicts import load_judges, verdict, within_class
 from smi_fast import SparseViT, load_teacher
 from smi_fast.inversion.state import InversionState
 
@@ -86,16 +86,6 @@ def test_own_jitter_differs_between_images_and_stays_still_around_a_stop(
     several = [len(shift.unique(dim=0)) > 1 for shift in shifts[7:13]]
     assert several == [True, True, False, False, True, True]
     assert all(shift.shape == (10, 2) for shift in shifts)
-
-
-def test_patches_that_are_not_kept_have_the_mean_colour_of_the_kept_ones() -> None:
-    pixels = torch.rand(2, 3, 16, 16)
-    masks = torch.tensor([[[True, False], [True, False]], [[False, False], [False, True]]])
-    shown = over_mean(pixels, masks)
-    assert torch.equal(shown[0, :, :, :8], pixels[0, :, :, :8])
-    assert torch.equal(shown[1, :, 8:, 8:], pixels[1, :, 8:, 8:])
-    mean = pixels[0, :, :, :8].mean((1, 2))[:, None, None]
-    torch.testing.assert_close(shown[0, :, :, 8:], mean.expand(3, 16, 8))
 
 
 def test_distance_within_a_class_leaves_out_an_image_and_itself() -> None:

@@ -25,7 +25,6 @@ from benchmarks.clip.packages import folder
 from benchmarks.clip.photographs import SIDE, Photographs, load_photographs
 from benchmarks.clip.tower import load_tower
 from benchmarks.harness.environment import describe, record, result_file
-from benchmarks.quality.verdicts import over_mean
 from smi_fast import (
     Dense,
     Fourier,
@@ -40,6 +39,7 @@ from smi_fast import (
     load_cnn,
     recipes,
 )
+from smi_fast.background import over
 from smi_fast.inversion.inputs import image_space
 from smi_fast.jitter import Jitter
 from smi_fast.teacher.space import ImageSpace
@@ -202,7 +202,7 @@ def measure(photographs: Photographs, names: list[str], iterations: int) -> dict
     for name in names:
         path = runs / (re.sub(r"\W+", "-", name) + ".pt")
         run = made(path, teacher, contenders()[name], embeddings, iterations)
-        masked = over_mean(run["images"], run["masks"])
+        masked = over(run["images"], run["masks"], "mean")
         measured[name] = {
             "whole": verdict(judge, space, run["images"], classes),
             "kept_patches_over_mean": verdict(judge, space, masked, classes),

@@ -26,12 +26,12 @@ from benchmarks.quality.images import Contender, Run, images_of, make
 from benchmarks.quality.verdicts import (
     features,
     load_judges,
-    over_mean,
     over_seeds,
     verdict,
     within_class,
 )
 from smi_fast import Dense, Schedule, SparseViT, StopSchedule, load_teacher, recipes
+from smi_fast.background import over
 from smi_fast.ops.grid import patch_mask
 
 SEEDS = (0, 1, 2)
@@ -125,7 +125,7 @@ def real_canvases_of_kept_patches(
     found: dict[str, dict[str, float]] = {}
     for count in KEPT:
         kept = importance.topk(count, dim=1).indices.sort(dim=1).values
-        shown = over_mean(images, patch_mask(kept, *teacher.grid))
+        shown = over(images, patch_mask(kept, *teacher.grid), "mean")
         logits = torch.cat(
             [
                 teacher(normalise(part), patches).logits

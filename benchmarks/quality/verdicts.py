@@ -13,24 +13,12 @@ from benchmarks.fashion_canvas.data import CLASSES, normalise
 from benchmarks.fashion_canvas.train_cnns import load_second_judge
 from benchmarks.quality.class_accuracy import share_reached
 from benchmarks.quality.images import Images
+from smi_fast.background import over
 from smi_fast.judge import load_judge
 
 
 def load_judges() -> dict[str, nn.Sequential]:
     return {"judge": load_judge(), "second_judge": load_second_judge()}
-
-
-def over_mean(pixels: Tensor, masks: Tensor) -> Tensor:
-    """Images [N, 3, H, W] with every patch that isn't kept in the mean colour of the kept ones.
-
-    Args:
-        pixels: [N, 3, H, W].
-        masks: bool [N, rows, columns], true at the kept patches.
-    """
-    size = pixels.shape[-1] // masks.shape[-1]
-    shown = masks.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, None]
-    means = (pixels * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
-    return torch.where(shown, pixels, means)
 
 
 @torch.no_grad()
@@ -69,7 +57,7 @@ def verdict(
         shares of the images in which each judge, and the teacher, sees the wanted class; and for
         each judge the distance within a class, as a share of that of real canvases.
     """
-    wanted, kept = images.wanted, over_mean(images.pixels, images.masks)
+    wanted, kept = images.wanted, over(images.pixels, images.masks, "mean")
     found: dict[str, float] = {}
     for name, judge in judges.items():
         found[name] = share_reached(judge(normalise(images.pixels)), wanted)

@@ -24,7 +24,6 @@ from benchmarks.quality.recognition import real_canvases
 from benchmarks.quality.verdicts import (
     features,
     load_judges,
-    over_mean,
     over_seeds,
     verdict,
     within_class,
@@ -35,6 +34,7 @@ from benchmarks.schedules.timed import Job, Timed, peak_memory, timed
 from benchmarks.speed.loops import QUICK_BATCH
 from benchmarks.speed.loops import deit as workload
 from smi_fast import SparseViT, load_teacher
+from smi_fast.background import over
 
 IMAGES, SEEDS = 128, (0, 1, 2)
 # Each trajectory of v = 7 has a class, of which there are ten.
@@ -77,7 +77,7 @@ def entry(
 ) -> dict[str, float]:
     """The figures of one job."""
     images = found.images
-    kept = over_mean(images.pixels, images.masks)
+    kept = over(images.pixels, images.masks, "mean")
     shown = {"teacher": images.pixels, "teacher_of_kept_patches_over_mean": kept}
     return {
         "seconds_per_image": rounded(found.seconds / job.images),

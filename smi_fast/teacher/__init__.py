@@ -2,6 +2,14 @@
 
 from smi_fast.teacher.sigmoid_images import SigmoidImages
 from smi_fast.teacher.sparse_vit import Jitter, SparseOutput, SparseViT
+from smi_fast.teacher.student import SparseStudent
 from smi_fast.teacher.support import UnsupportedTeacher
 
-__all__ = ["Jitter", "SigmoidImages", "SparseOutput", "SparseViT", "UnsupportedTeacher"]
+__all__ = [
+    "Jitter",
+    "SigmoidImages",
+    "SparseOutput",
+    "SparseStudent",
+    "SparseViT",
+    "UnsupportedTeacher",
+]

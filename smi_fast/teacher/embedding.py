@@ -42,10 +42,22 @@ def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> 
 
 
 def embed(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
-    """The tokens [B, prefix + K, D] of patches.
+    """The tokens [B, prefix + K, D] of patches in front of a frozen teacher's first block.
 
     Args:
         vit: the teacher.
+        patches: [B, K, C·P·P].
+        positions: int64 [B, K], the place of each in the grid.
+    """
+    embedded: Tensor = vit.norm_pre(patch_tokens(vit, patches, positions))
+    return embedded
+
+
+def patch_tokens(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
+    """The tokens [B, prefix + K, D] of patches with their position embeddings.
+
+    Args:
+        vit: a model of timm.
         patches: [B, K, C·P·P].
         positions: int64 [B, K], the place of each in the grid.
     """
@@ -54,9 +66,7 @@ def embed(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
     prefix, table = _embeddings(vit)
     if table is not None:
         x = x + table[positions]
-    x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-    embedded: Tensor = vit.norm_pre(x)
-    return embedded
+    return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
 
 def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:

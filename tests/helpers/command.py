@@ -72,6 +72,7 @@ def run_group(
     *,
     victim: int | None = None,
     access: int = 0,
+    trouble: str = "killed",
     last_rites: signal.Signals | None = signal.SIGTERM,
 ) -> list[Ended]:
     """Runs the command in processes that share the work, as torchrun starts them.
@@ -80,20 +81,22 @@ def run_group(
         arguments: of the command.
         pool: the folder whose accesses count.
         size: number of processes; 1 for one without a group.
-        victim: the process that is killed, or None.
+        victim: the process that gets into trouble, or None.
         access: before which access of its own, from 1.
-        last_rites: what the others get once it is dead; torchrun sends SIGTERM. None: they go on.
+        trouble: one of :data:`TROUBLE`.
+        last_rites: what the others get once it has failed; torchrun sends SIGTERM. None: they go
+            on.
     """
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
     processes = []
     for rank in range(size):
-        trouble = "killed" if rank == victim else None
+        own = trouble if rank == victim else None
         place["RANK"] = str(rank)
-        processes.append(_Process(arguments, pool, trouble, access, place))
+        processes.append(_Process(arguments, pool, own, access, place))
     if victim is not None:
-        killed = processes[victim].ended.code == -signal.SIGKILL
+        failed = processes[victim].ended.code != 0
         for process in processes:
-            if killed and last_rites is not None:
+            if failed and last_rites is not None:
                 process.send(last_rites)
     return [process.ended for process in processes]
 

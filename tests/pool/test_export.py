@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from torchvision.datasets import ImageFolder
 
 from smi_fast.pool import Pool, PoolError
 from smi_fast.pool.export import export_imagenet, export_webdataset
-from tests.helpers.pools import NAMES, SETTINGS, batch, files, read
+from smi_fast.pool.page import write_page
+from smi_fast.pool.shards import write_shards
+from tests.helpers.pools import NAMES, SETTINGS, batch, fail_at_call, files, read
 
 
 @pytest.fixture
@@ -73,3 +77,15 @@ def test_what_cannot_be_exported(pool: Path, tmp_path: Path, export: object) -> 
     (pool / "masked/0001/000001.png").unlink()
     with pytest.raises(PoolError, match=r"reading .*masked/0001/000001.png failed: No such file"):
         export(pool, tmp_path / "out")
+
+
+@pytest.mark.parametrize("write", [export_imagenet, export_webdataset, write_shards, write_page])
+def test_a_full_disk_is_named(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., object]
+) -> None:
+    before = files(pool)
+    place = () if write is write_page else (tmp_path / "out",)
+    fail_at_call(monkeypatch, os, "fsync", 1)
+    with pytest.raises(PoolError, match=r"writing .* failed: No space left on device"):
+        write(pool, *place)
+    assert files(pool) == before and not any((tmp_path / "out").rglob("*.*"))

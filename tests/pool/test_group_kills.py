@@ -86,3 +86,21 @@ def test_killed_groups_are_resumed_to_the_same_pool(
         assert files(pool) == expected, where
         assert not (pool / "parts").exists()
     print(f"{pools} pools, {counts}")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    tmp_path: Path, whole: tuple[dict[str, bytes], Ended], victim: int
+) -> None:
+    draw = random.Random(SEED)
+    for attempt in range(10):  # a process that starts late has few accesses
+        pool, access = tmp_path / str(attempt), draw.randint(5, 30)
+        full = run_group(
+            arguments(pool), pool, 2, victim=victim, access=access, trouble="disk full"
+        )[victim]
+        if full.code:
+            break
+    assert full.code == 2 and full.errors.count("\n") == 1, (access, full)
+    assert " failed: File too large" in full.errors, (access, full)
+    assert all(ended.code == 0 for ended in run_group(arguments(pool), pool, 2))
+    assert files(pool) == whole[0]

@@ -254,6 +254,28 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/teacher/student.py",
+        "tests/teacher/test_student.py",
+        Mutant(
+            "student-dropout",
+            "model.norm_pre(model.pos_drop(patch_tokens(model, patches, kept)))",
+            "model.norm_pre(patch_tokens(model, patches, kept))",
+            "A student trains without the dropout of its tokens.",
+        ),
+        Mutant(
+            "student-checkpoint",
+            "model.grad_checkpointing and self.training",
+            "False",
+            "A student that was told to checkpoint keeps all activations.",
+        ),
+        Mutant(
+            "student-norm",
+            "model.forward_head(model.norm(x))",
+            "model.forward_head(x)",
+            "The head of a student reads tokens that aren't normalised.",
+        ),
+    ),
+    *of_file(
         "smi_fast/teacher/embedding.py",
         SUBSET,
         Mutant(

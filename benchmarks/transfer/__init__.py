@@ -1,0 +1,1 @@
+"""What a network learns that never saw data."""
