@@ -71,27 +71,29 @@ bool is_gated(const Block& block) {
 }
 
 // Writes the attention of qkv [B, N, 3, H, D/H] into attended. With a rotation, q and k are biased
-// and rotated in place.
+// and rotated in place. With offsets, images are concatenated, see attend_().
 void attend_block(const Block& block, const Tensor& qkv, const Tensor* rotation, bool half,
-                  const Tensor& attended) {
+                  const std::optional<Tensor>& offsets, const Tensor& attended) {
   if (!rotation) {
-    recorded("smi_fast::attend_", attend_, qkv, *block.q_bias, attended);
+    recorded("smi_fast::attend_", attend_, qkv, *block.q_bias, attended, offsets);
     return;
   }
   recorded("smi_fast::rotate_", rotate_, qkv, *block.q_bias, *rotation, half);
   const Tensor none = torch::stable::new_zeros(*block.q_bias, {qkv.size(3) * qkv.size(4)});
-  recorded("smi_fast::attend_", attend_, qkv, none, attended);
+  recorded("smi_fast::attend_", attend_, qkv, none, attended, offsets);
 }
 
 // Writes the gradient of qkv before its bias into d_qkv, given that of the attention's output.
 void attend_block_backward(const Block& block, const Tensor& grad, const Tensor& qkv,
-                           const Tensor* rotation, bool half, const Tensor& d_qkv) {
+                           const Tensor* rotation, bool half, const std::optional<Tensor>& offsets,
+                           const Tensor& d_qkv) {
   if (!rotation) {
-    recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, *block.q_bias, d_qkv);
+    recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, *block.q_bias, d_qkv,
+             offsets);
     return;
   }
   const Tensor none = torch::stable::new_zeros(*block.q_bias, {qkv.size(3) * qkv.size(4)});
-  recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, none, d_qkv);
+  recorded("smi_fast::attend_backward_", attend_backward_, grad, qkv, none, d_qkv, offsets);
   const Tensor parts = torch::stable::view(d_qkv, {qkv.size(0), qkv.size(1), 3, qkv.size(3), -1});
   recorded("smi_fast::rotate_backward_", rotate_backward_, parts, 2, *rotation, half);
 }
@@ -107,7 +109,8 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
   return d_x;
 }
 
-// Runs the blocks on the residual stream x [rows, D] in place. What products read and write has
+// Runs the blocks on the residual stream x [rows, D] in place; with offsets, the rows of image b
+// are those from offsets[b] up to offsets[b + 1]. What products read and write has
 // the type of the weights; x, rstd and the biases have the one that this is computed in. A third
 // eps of each block is that of a LayerNorm in front of fc2. With `saves`, returns what backward
 // needs of each block:
@@ -120,7 +123,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
                         const std::vector<Tensor>& packed, int64_t packed_rows,
                         const std::vector<Tensor>& normalized, const std::vector<double>& eps,
                         const Tensor& attended, const Tensor& hidden, bool saves,
-                        const Rotary& rotary) {
+                        const Rotary& rotary, const std::optional<Tensor>& offsets) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   STD_TORCH_CHECK(!blocks.empty() && eps.size() % blocks.size() == 0,
                   "expected at least one block, and two or three eps for each");
@@ -137,7 +140,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, bias, own_eps[0],
              *block.to_attention, *block.attention_rstd);
     const Tensor qkv = torch::stable::view(block.qkv.forward(*block.to_attention), qkv_shape);
-    attend_block(block, qkv, rotary.of(i), rotary.half, attended);
+    attend_block(block, qkv, rotary.of(i), rotary.half, offsets, attended);
     added = block.proj.forward(attended_rows);
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, std::optional(*block.proj_bias),
              own_eps[1], *block.to_mlp, *block.mlp_rstd);
@@ -167,7 +170,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
 void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& packed, int64_t packed_rows,
                   const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
-                  const Tensor& d_qkv, const Rotary& rotary) {
+                  const Tensor& d_qkv, const Rotary& rotary, const std::optional<Tensor>& offsets) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   const ScalarType type = d_qkv.scalar_type();
   const bool copies = gradient.scalar_type() != type;
@@ -187,7 +190,7 @@ void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
              block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd, copy);
     attend_block_backward(block, block.proj.backward(operand), qkv, rotary.of(i), rotary.half,
-                          d_qkv);
+                          offsets, d_qkv);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
              block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd, copy);
   }
@@ -197,15 +200,16 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& packed, int64_t packed_rows,
                                 const std::vector<Tensor>& normalized,
                                 const std::vector<double>& eps, Tensor attended, Tensor hidden,
-                                bool saves) {
-  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {});
+                                bool saves, const std::optional<Tensor>& offsets) {
+  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {},
+             offsets);
 }
 
 void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
                           const std::vector<Tensor>& packed, int64_t packed_rows,
                           const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
-                          Tensor d_qkv) {
-  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {});
+                          Tensor d_qkv, const std::optional<Tensor>& offsets) {
+  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {}, offsets);
 }
 
 // The same with rotary positions, of each block.
@@ -216,7 +220,7 @@ std::vector<Tensor> run_rotary_blocks_(Tensor x, const std::vector<Tensor>& weig
                                        Tensor hidden, bool saves,
                                        const std::vector<Tensor>& rotations, bool half) {
   return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves,
-             {&rotations, half});
+             {&rotations, half}, std::nullopt);
 }
 
 void run_rotary_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
@@ -224,8 +228,8 @@ void run_rotary_blocks_backward_(Tensor gradient, const std::vector<Tensor>& wei
                                  const std::vector<Tensor>& normalized,
                                  const std::vector<Tensor>& saved, Tensor d_qkv,
                                  const std::vector<Tensor>& rotations, bool half) {
-  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv,
-               {&rotations, half});
+  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {&rotations, half},
+               std::nullopt);
 }
 
 }  // namespace

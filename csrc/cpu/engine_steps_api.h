@@ -34,8 +34,10 @@ void swiglu_backward_(const Tensor& grad, const Tensor& factors, Tensor d_x);
 std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps);
 // The gradient of the hidden layer, given that of normalized.
 Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd);
-void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out);
-void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv);
+void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out,
+             const std::optional<Tensor>& offsets);
+void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv,
+                      const std::optional<Tensor>& offsets);
 std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv);
 std::tuple<Tensor, Tensor> attend_rows_backward(const Tensor& grad, const Tensor& q,
                                                 const Tensor& q_bias, const Tensor& kv,

@@ -33,6 +33,21 @@ struct Head {
 #define SMI_KERNEL_NAMESPACE gather_attention
 #include "isa_dispatch.h"
 
+#if SMI_X86_DISPATCH
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+namespace smi_fast::avx512_bf16 {
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#include "simd.h"
+namespace gather_attention {
+#include "gather_attention_pairs_kernel.h"
+}  // namespace gather_attention
+}  // namespace smi_fast::avx512_bf16
+#pragma GCC pop_options
+#endif
+
 namespace smi_fast {
 namespace {
 
@@ -57,42 +72,72 @@ T* working_memory(int64_t size) {
   return memory.get();
 }
 
+// The kernels of a storage type on this machine, and the size of their buffer for a number of
+// tokens and a width.
+template <typename S>
+struct Kernels {
+  using T = Computed<S>;
+  int64_t (*workspace_size)(int64_t length, int64_t width);
+  void (*attend)(const Head<S>&, T* buffer, S* out, T* importance);
+  void (*attend_backward)(const Head<S>&, T* buffer, const S* d_out, S* d_qkv);
+};
+
+template <typename S>
+Kernels<S> kernels_of([[maybe_unused]] int64_t width) {
+#if SMI_X86_DISPATCH
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    static const bool has_pairs = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+    using namespace avx512_bf16::gather_attention;
+    if (has_pairs && width % 32 == 0) {
+      return {&pairs_workspace_size, &attend_pairs, &attend_pairs_backward};
+    }
+  }
+#endif
+  return {SMI_BEST(workspace_size<S>), SMI_BEST(attend<S>), SMI_BEST(attend_backward<S>)};
+}
+
 // Arguments of forward and backward, split into one task for each (image, head).
 template <typename S>
 class Heads {
  public:
   using T = Computed<S>;
 
-  Heads(const Tensor& qkv, const Tensor* q_bias, const std::optional<Tensor>& token_index,
+  // The images of a batch, of which the selected tokens attend to each other, at most `lengths`.
+  Heads(const Tensor& qkv, const std::optional<Tensor>& token_index,
         const std::optional<Tensor>& lengths)
-      : batch_(qkv.size(0)),
-        tokens_(qkv.size(1)),
-        heads_(qkv.size(3)),
-        width_(qkv.size(4)),
-        count_(token_index ? token_index->size(1) : tokens_),
-        qkv_(qkv.const_data_ptr<S>()),
-        q_bias_(q_bias ? q_bias->const_data_ptr<T>() : nullptr),
-        token_index_(token_index ? token_index->const_data_ptr<int64_t>() : nullptr) {
-    for (int64_t b = 0; b < batch_; ++b) {
+      : Heads(qkv, nullptr, token_index ? token_index->size(1) : qkv.size(1)) {
+    if (token_index) token_index_ = token_index->const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < qkv.size(0); ++b) {
       const int64_t length =
           lengths ? lengths->const_data_ptr<int64_t>()[b * lengths->stride(0)] : count_;
-      lengths_.push_back(std::clamp<int64_t>(length, 0, count_));
+      images_.push_back({b * qkv.size(1), b * count_, std::clamp<int64_t>(length, 0, count_)});
+    }
+    padded_ = true;
+  }
+
+  // Images whose tokens are concatenated: those of image b begin at offsets[b].
+  Heads(const Tensor& qkv, const Tensor& q_bias, const std::vector<int64_t>& offsets)
+      : Heads(qkv, q_bias.const_data_ptr<T>(), int64_t{0}) {
+    for (size_t b = 0; b + 1 < offsets.size(); ++b) {
+      images_.push_back({offsets[b], offsets[b], offsets[b + 1] - offsets[b]});
+      count_ = std::max(count_, images_.back().length);
     }
   }
 
-  int64_t batch() const { return batch_; }
+  // The most tokens of an image.
   int64_t count() const { return count_; }
-  int64_t heads() const { return heads_; }
+  int64_t width() const { return width_; }
   int64_t out_stride() const { return heads_ * width_; }
-  int64_t length(int64_t image) const { return lengths_[image]; }
+  // Tokens of the task's image that have a place in the output.
+  int64_t places(int64_t task) const { return padded_ ? count_ : images_[task / heads_].length; }
 
   // Offset of the task's head in qkv [B, N, 3, H, D].
   int64_t qkv_offset(int64_t task) const {
-    return task / heads_ * tokens_ * 3 * out_stride() + task % heads_ * width_;
+    return images_[task / heads_].row * 3 * out_stride() + task % heads_ * width_;
   }
   // Offset of the task's head in [B, K, H·D].
   int64_t out_offset(int64_t task) const {
-    return task / heads_ * count_ * out_stride() + task % heads_ * width_;
+    return images_[task / heads_].out_row * out_stride() + task % heads_ * width_;
   }
 
   Head<S> head(int64_t task) const {
@@ -100,7 +145,7 @@ class Heads {
     return {qkv_ + qkv_offset(task),
             q_bias_ ? q_bias_ + task % heads_ * width_ : nullptr,
             token_index_ ? token_index_ + image * count_ : nullptr,
-            lengths_[image],
+            images_[image].length,
             width_,
             3 * out_stride(),
             out_stride(),
@@ -111,22 +156,53 @@ class Heads {
   // Calls run(task, buffer) for each task, where the buffer is scratch memory of the thread.
   template <typename Run>
   void for_each(const Run& run) const {
-    const int64_t size = SMI_BEST(workspace_size<S>)(count_, width_);
+    const int64_t size = kernels_of<S>(width_).workspace_size(count_, width_);
     // 16 · kGrain multiplications of a GEMM take as long as kGrain elements of a pixel op.
     const int64_t grain = 16 * kGrain / std::max<int64_t>(1, count_ * count_ * width_) + 1;
-    torch::stable::parallel_for(0, batch_ * heads_, grain, [&](int64_t begin, int64_t end) {
+    const auto count = static_cast<int64_t>(images_.size()) * heads_;
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       T* const buffer = working_memory<T>(size);
       for (int64_t task = begin; task < end; ++task) run(task, buffer);
     });
   }
 
  private:
-  int64_t batch_, tokens_, heads_, width_, count_;
-  const S* qkv_;                // [B, N, 3, H, D]
-  const T* q_bias_;             // [H·D], or null
-  const int64_t* token_index_;  // [B, K], or null
-  std::vector<int64_t> lengths_;
+  struct Image {
+    int64_t row, out_row;  // of its first token, in qkv and in the output
+    int64_t length;
+  };
+
+  Heads(const Tensor& qkv, const T* q_bias, int64_t count)
+      : heads_(qkv.size(3)),
+        width_(qkv.size(4)),
+        count_(count),
+        qkv_(qkv.const_data_ptr<S>()),
+        q_bias_(q_bias) {}
+
+  int64_t heads_, width_, count_;
+  const S* qkv_;                          // [B, N, 3, H, D]
+  const T* q_bias_;                       // [H·D], or null
+  const int64_t* token_index_ = nullptr;  // [B, K], or null
+  bool padded_ = false;  // whether tokens beyond an image's length have a place in the output
+  std::vector<Image> images_;
 };
+
+// Where the tokens of each image of qkv [B, N, 3, H, D] begin, and the last ones end: at the given
+// offsets, else N apart.
+std::vector<int64_t> offsets_of(const Tensor& qkv, const std::optional<Tensor>& given) {
+  const int64_t rows = qkv.size(0) * qkv.size(1);
+  std::vector<int64_t> offsets;
+  if (!given) {
+    for (int64_t b = 0; b <= qkv.size(0); ++b) offsets.push_back(b * qkv.size(1));
+    return offsets;
+  }
+  const int64_t* data = data_of<int64_t>(*given, given->size(0));
+  offsets.assign(data, data + given->size(0));
+  STD_TORCH_CHECK(!offsets.empty() && offsets.front() == 0 && offsets.back() == rows &&
+                      std::is_sorted(offsets.begin(), offsets.end()),
+                  "expected ascending offsets from 0 to ", rows);
+  return offsets;
+}
 
 std::optional<Tensor> checked_token_index(const std::optional<Tensor>& token_index,
                                           const Tensor& qkv) {
@@ -136,12 +212,12 @@ std::optional<Tensor> checked_token_index(const std::optional<Tensor>& token_ind
 
 template <typename S>
 void forward(const Heads<S>& tasks, S* out, Computed<S>* head_importance) {
-  const auto kernel = SMI_BEST(attend<S>);
+  const auto kernel = kernels_of<S>(tasks.width()).attend;
   tasks.for_each([&](int64_t task, Computed<S>* buffer) {
     const Head<S> head = tasks.head(task);
     S* own = out + tasks.out_offset(task);
     kernel(head, buffer, own, head_importance ? head_importance + task * tasks.count() : nullptr);
-    for (int64_t i = head.length; i < tasks.count(); ++i) {
+    for (int64_t i = head.length; i < tasks.places(task); ++i) {
       std::fill_n(own + i * head.out_stride, head.width, S{});
     }
   });
@@ -149,12 +225,12 @@ void forward(const Heads<S>& tasks, S* out, Computed<S>* head_importance) {
 
 template <typename S>
 void backward(const Heads<S>& tasks, const S* grad, S* d_qkv) {
-  const auto kernel = SMI_BEST(attend_backward<S>);
+  const auto kernel = kernels_of<S>(tasks.width()).attend_backward;
   tasks.for_each([&](int64_t task, Computed<S>* buffer) {
     const Head<S> head = tasks.head(task);
     S* own = d_qkv + tasks.qkv_offset(task);
     kernel(head, buffer, grad + tasks.out_offset(task), own);
-    for (int64_t i = head.length; i < tasks.count(); ++i) {
+    for (int64_t i = head.length; i < tasks.places(task); ++i) {
       for (int64_t part = 0; part < 3; ++part) {
         std::fill_n(own + head.offset(part, i), head.width, S{});
       }
@@ -190,7 +266,7 @@ std::tuple<Tensor, Tensor> gather_attention(const Tensor& qkv_any,
   with_type_of(qkv, [&](auto zero) {
     using T = decltype(zero);
     std::vector<T> head_importance(want_importance ? batch * heads * count : 0);  // [B, H, K]
-    forward(Heads<T>(qkv, nullptr, token_index, lengths), out.mutable_data_ptr<T>(),
+    forward(Heads<T>(qkv, token_index, lengths), out.mutable_data_ptr<T>(),
             want_importance ? head_importance.data() : nullptr);
     mean_over_heads(head_importance, heads, count, importance);
   });
@@ -206,7 +282,7 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
       token_index ? torch::stable::new_zeros(qkv, qkv.sizes()) : new_result(qkv, sizes_of(qkv));
   with_type_of(qkv, [&](auto zero) {
     using T = decltype(zero);
-    backward(Heads<T>(qkv, nullptr, token_index, lengths), grad.const_data_ptr<T>(),
+    backward(Heads<T>(qkv, token_index, lengths), grad.const_data_ptr<T>(),
              result.mutable_data_ptr<T>());
   });
   return result;
@@ -214,21 +290,23 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
 
 }  // namespace
 
-// Writes the attention among all tokens of qkv [B, N, 3, H, D] to out [B, N, H·D]. q_bias [H·D] is
-// added to the queries.
-void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out) {
+// Writes the attention among all tokens of each image of qkv [B, N, 3, H, D] to out [B, N, H·D].
+// q_bias [H·D] is added to the queries. With offsets, images are not N tokens long: their tokens
+// are concatenated, and those of image b are from offsets[b] up to offsets[b + 1].
+void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out,
+             const std::optional<Tensor>& offsets) {
   STD_TORCH_CHECK(qkv.is_contiguous() && q_bias.is_contiguous() && out.is_contiguous() &&
                       3 * out.numel() == qkv.numel(),
                   "expected contiguous qkv, q_bias and out, with out a third the size of qkv");
   with_stored_type_of(qkv, [&](auto zero) {
     using S = decltype(zero);
-    forward<S>(Heads<S>(qkv, &q_bias, std::nullopt, std::nullopt), out.mutable_data_ptr<S>(),
-               nullptr);
+    forward<S>(Heads<S>(qkv, q_bias, offsets_of(qkv, offsets)), out.mutable_data_ptr<S>(), nullptr);
   });
 }
 
 // Writes the gradient of qkv to d_qkv, given that of out.
-void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv) {
+void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv,
+                      const std::optional<Tensor>& offsets) {
   STD_TORCH_CHECK(qkv.is_contiguous() && q_bias.is_contiguous() && grad.is_contiguous() &&
                       d_qkv.is_contiguous() && 3 * grad.numel() == qkv.numel() &&
                       d_qkv.numel() == qkv.numel(),
@@ -236,7 +314,7 @@ void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bia
                   "and grad a third of it");
   with_stored_type_of(qkv, [&](auto zero) {
     using S = decltype(zero);
-    backward(Heads<S>(qkv, &q_bias, std::nullopt, std::nullopt), grad.const_data_ptr<S>(),
+    backward(Heads<S>(qkv, q_bias, offsets_of(qkv, offsets)), grad.const_data_ptr<S>(),
              d_qkv.mutable_data_ptr<S>());
   });
 }

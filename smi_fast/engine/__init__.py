@@ -38,6 +38,11 @@ class Engine(Protocol):
         ``rotations`` are those of all blocks, of the last tokens [B, K, 1 or H, 2d], or None.
         """
 
+    def run_ragged(self, rows: Tensor, start: int, stop: int, offsets: Tensor) -> Tensor:
+        """Concatenated rows [R, D] of images after some blocks; image b has those from
+        ``offsets[b]`` up to ``offsets[b + 1]``, int64.
+        """
+
     def last_block_rows(
         self, tokens: Tensor, rows: int, rotations: Rotations = None
     ) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,9 @@ _last_rotary_block_rows_backward = torch.ops.smi_fast.last_rotary_block_rows_bac
 
 # The rotation of patches in each block, see smi_fast.teacher.rotary.rotations; None without any.
 Rotations = Sequence[Tensor] | None
-# Rotations as the ops take them, and whether they pair the channels of two halves; or nothing.
-Turns = tuple[()] | tuple[list[Tensor], bool]
+# What an op takes of the tokens beside them: rotations, and whether they pair the channels of two
+# halves; or where each of several concatenated images begins, else None.
+Layout = tuple[list[Tensor], bool] | tuple[Tensor | None]
 
 _MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
@@ -96,12 +97,21 @@ class CpuEngine:
 
     def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""
+        run = self._run_of(start, stop, rotary=rotations is not None)
+        return run(tokens, None if rotations is None else rotations[start:stop])
+
+    def run_ragged(self, rows: Tensor, start: int, stop: int, offsets: Tensor) -> Tensor:
+        """Concatenated rows [R, D] of images after some blocks; image b has those from
+        ``offsets[b]`` up to ``offsets[b + 1]``, int64.
+        """
+        return self._run_of(start, stop, rotary=False)(rows[None], offsets=offsets)[0]
+
+    def _run_of(self, start: int, stop: int, *, rotary: bool) -> FoldedRun:
         self._follow_weights()
-        key = start, stop, rotations is not None
+        key = start, stop, rotary
         if key not in self._runs:
-            blocks, rotary = self._blocks[start:stop], rotations is not None
-            self._runs[key] = FoldedRun(blocks, rotary, self._stored)
-        return self._runs[key](tokens, None if rotations is None else rotations[start:stop])
+            self._runs[key] = FoldedRun(self._blocks[start:stop], rotary, self._stored)
+        return self._runs[key]
 
     def last_block_rows(
         self, tokens: Tensor, rows: int, rotations: Rotations = None
@@ -167,6 +177,7 @@ class FoldedRun:
         stored: torch.dtype | None = None,
     ) -> None:
         self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
+        self.rotary = rotary
         self.free: _Buffers | None = None
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.weights = [
@@ -178,13 +189,17 @@ class FoldedRun:
         self.packed: list[Tensor] = []
         self.packed_rows = 0
 
-    def __call__(self, tokens: Tensor, rotations: Rotations = None) -> Tensor:
-        """Tokens [B, N, D] after the blocks, with the rotation of each where these are rotary."""
+    def __call__(
+        self, tokens: Tensor, rotations: Rotations = None, offsets: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, N, D] after the blocks, with the rotation of each where these are rotary; or
+        [1, R, D] of several images, which begin at offsets.
+        """
         saves = torch.is_grad_enabled() and tokens.requires_grad
-        turns: Turns = ()
+        layout: Layout = (offsets,)
         if rotations is not None:
-            turns = [_like(rotation, tokens) for rotation in rotations], self.blocks[0].half
-        result: Tensor = _RunBlocks.apply(tokens, self, saves, turns)
+            layout = [_like(rotation, tokens) for rotation in rotations], self.blocks[0].half
+        result: Tensor = _RunBlocks.apply(tokens, self, saves, layout)
         return result
 
     @property
@@ -274,16 +289,16 @@ def _like(rotation: Tensor, tokens: Tensor) -> Tensor:
 
 class _RunBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, run: FoldedRun, saves: bool, turns: Turns) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, run: FoldedRun, saves: bool, layout: Layout) -> Tensor:
         lease = run.acquire(tokens.shape[0], tokens.shape[1], saves)
         result, buffers = tokens.clone(memory_format=torch.contiguous_format), lease.buffers
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
-        run_blocks = _run_rotary_blocks if turns else _run_blocks
-        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *turns)
+        run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
+        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout)
         x += added
         x += run.blocks[-1].fc2_bias
-        ctx.run, ctx.lease, ctx.turns = run, lease, turns
+        ctx.run, ctx.lease, ctx.layout = run, lease, layout
         ctx.save_for_backward(*saved)
         return result
 
@@ -292,9 +307,8 @@ class _RunBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         result, buffers = grad.clone(memory_format=torch.contiguous_format), ctx.lease.buffers
         memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
-        run_blocks_backward = _run_rotary_blocks_backward if ctx.turns else _run_blocks_backward
-        weights = ctx.run.weights_for_gemm
-        run_blocks_backward(result.flatten(0, 1), *weights, *memory, *ctx.turns)
+        backward = _run_rotary_blocks_backward if ctx.run.rotary else _run_blocks_backward
+        backward(result.flatten(0, 1), *ctx.run.weights_for_gemm, *memory, *ctx.layout)
         return result, None, None, None
 
 

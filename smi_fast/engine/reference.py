@@ -119,15 +119,33 @@ def _turned(x: Tensor, half: bool) -> Tensor:
     return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
 
 
-def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor) -> None:
-    """Write the attention of qkv [B, N, 3, H, D] into out; its queries get q_bias [H·D]."""
-    out.copy_(gather_attention(_biased(qkv, q_bias), None, None, False)[0].view_as(out))
+def attend_(qkv: Tensor, q_bias: Tensor, out: Tensor, offsets: Tensor | None = None) -> None:
+    """Write the attention of qkv [B, N, 3, H, D] into out; its queries get q_bias [H·D].
+
+    With ``offsets`` int64 [images + 1] the tokens of all images are concatenated: those of image b
+    are from ``offsets[b]`` up to ``offsets[b + 1]``. Tokens attend to those of their own image.
+    """
+    outputs = _images(out.view(qkv[:, :, 0].shape), offsets)
+    for own, to in zip(_images(qkv, offsets), outputs, strict=True):
+        to.copy_(gather_attention(_biased(own, q_bias), None, None, False)[0].view_as(to))
 
 
-def attend_backward_(grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor) -> None:
+def attend_backward_(
+    grad: Tensor, qkv: Tensor, q_bias: Tensor, d_qkv: Tensor, offsets: Tensor | None = None
+) -> None:
     """Write the gradient of qkv in :func:`attend_` into d_qkv, from the gradient of out."""
     rows = grad.view(*qkv.shape[:2], q_bias.numel()).to(q_bias.dtype)
-    d_qkv.copy_(gather_attention_backward(rows, _biased(qkv, q_bias), None, None).view_as(d_qkv))
+    every = (_images(x, offsets) for x in (qkv, rows, d_qkv.view(qkv.shape)))
+    for own, d_out, to in zip(*every, strict=True):
+        to.copy_(gather_attention_backward(d_out, _biased(own, q_bias), None, None))
+
+
+def _images(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
+    """Views [B, N, ...] or, with offsets, [1, n, ...] of each image that has tokens."""
+    if offsets is None:
+        return [x]
+    parts = x.flatten(0, 1)[None].split(offsets.diff().tolist(), dim=1)
+    return [part for part in parts if part.shape[1]]
 
 
 def attend_rows(q: Tensor, q_bias: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:

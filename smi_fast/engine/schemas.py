@@ -21,8 +21,10 @@ _STEPS = {
     "swiglu_backward_": "(Tensor grad, Tensor factors, Tensor(a!) d_x) -> ()",
     "rotate_": "(Tensor(a!) x, Tensor bias, Tensor rotation, bool half) -> ()",
     "rotate_backward_": ("(Tensor(a!) gradient, int parts, Tensor rotation, bool half) -> ()"),
-    "attend_": "(Tensor qkv, Tensor q_bias, Tensor(a!) out) -> ()",
-    "attend_backward_": "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv) -> ()",
+    "attend_": "(Tensor qkv, Tensor q_bias, Tensor(a!) out, Tensor? offsets=None) -> ()",
+    "attend_backward_": (
+        "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv, Tensor? offsets=None) -> ()"
+    ),
     "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
     "attend_rows_backward": (
         "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities)"
@@ -35,12 +37,12 @@ _STEPS = {
 _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
-        " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves)"
-        " -> Tensor[]"
+        " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
+        " Tensor? offsets) -> Tensor[]"
     ),
     "run_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
-        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv) -> ()"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor? offsets) -> ()"
     ),
     "run_rotary_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"

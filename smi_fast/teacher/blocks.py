@@ -165,10 +165,11 @@ class Blocks:
         importance: bool,
         rotations: Sequence[Tensor] | None = None,
     ) -> BlocksOutput:
-        """Run all blocks, one by one, on a number of tokens of its own for each image.
+        """Run all blocks on a number of tokens of its own for each image.
 
-        On the CPU the rows of all images are concatenated, so that padded rows cost no product;
-        rotary positions, and a GPU, whose shapes are not to depend on data, keep them padded.
+        On the CPU the rows of all images are concatenated, so that padded rows cost no product,
+        and an engine runs all blocks but the last one. Rotary positions, and a GPU, whose shapes
+        are not to depend on data, keep rows padded, and blocks run one by one.
 
         Args:
             x: tokens [B, N, D].
@@ -179,11 +180,14 @@ class Blocks:
         """
         packed = x.device.type == "cpu" and rotations is None
         rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
-        turned: Sequence[Tensor | None] = rotations or [None] * len(self._blocks)
-        x, last = rows.pack(x), self._blocks[-1]
-        for block, rotation in zip(self._blocks, turned, strict=True):
+        way, last = self._way(x, rotations), self._blocks[-1]
+        x, left = rows.pack(x), [*enumerate(self._blocks)]
+        if packed and way.engine is not None and len(left) > 1:
+            x = way.engine.run_ragged(x[0], 0, len(left) - 1, rows.offsets)[None]
+            left = left[-1:]
+        for index, block in left:
             y = block.norm1(x)
-            qkv = rows.unpack(project_qkv(block.attn, y, rotation))
+            qkv = rows.unpack(project_qkv(block.attn, y, way.rotation(index)))
             scored = importance and block is last
             out, row = ops.gather_attention(
                 qkv, lengths=lengths, importance=scored, backend=self._backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,6 +37,11 @@ class RaggedRows:
             return cls(lengths, tokens, None)
         counts = torch.arange(tokens, device=lengths.device) < lengths[:, None]
         return cls(lengths, tokens, counts.flatten().nonzero()[:, 0])
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [B + 1], where the concatenated rows of each image begin, and the last ones end."""
+        return F.pad(self.lengths.cumsum(0), (1, 0))
 
     def pack(self, x: Tensor) -> Tensor:
         """Padded [B, N, ...] as concatenated rows [1, R, ...], or as it is."""

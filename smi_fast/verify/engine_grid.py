@@ -55,6 +55,13 @@ def _engine_calls() -> Iterator[OpCall]:
         label = f"{count}-{width}"
         yield OpCall(label, "attend_", (qkv, q_bias, out))
         yield OpCall(label, "attend_backward_", (grad, qkv, q_bias, torch.empty_like(qkv)))
+    offsets = torch.tensor([0, 7, 7, 66, 67])
+    for width in (64, 33):
+        qkv, grad = torch.randn(1, 67, 3, 2, width), torch.randn(1, 67, 2 * width)
+        q_bias, out = torch.randn(2 * width), torch.empty(1, 67, 2 * width)
+        label = f"ragged-{width}"
+        yield OpCall(label, "attend_", (qkv, q_bias, out, offsets))
+        yield OpCall(label, "attend_backward_", (grad, qkv, q_bias, torch.empty_like(qkv), offsets))
     for rows, count, width in ((1, 1, 64), (1, 47, 64), (2, 48, 24), (3, 197, 33)):
         q, grad = torch.randn(2, 2, rows, 3 * width)
         q_bias, kv = torch.randn(3 * width), torch.randn(2, count, 2, 3, width)

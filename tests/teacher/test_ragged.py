@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast import SparseViT
+from smi_fast.engine.cpu import CpuEngine
 from smi_fast.teacher.ragged import RaggedRows
 from smi_fast.verify.cases import random_kept
 from tests.helpers.teachers import make_teacher, random_images, relative_error
@@ -89,13 +90,33 @@ def rows_of_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return rows
 
 
-def test_padded_rows_cost_no_product(rows_of_layers: list[int]) -> None:
-    sparse = SparseViT(make_teacher("deit_tiny_patch16_224", depth=3), probe=False)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_padded_rows_cost_no_product(
+    rows_of_layers: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_teacher("deit_tiny_patch16_224", depth=3)
+    sparse = SparseViT(teacher, probe=False, backend=backend)
+    run, packed = CpuEngine.run_ragged, []
+
+    def watched(self: CpuEngine, rows: Tensor, *arguments: object) -> Tensor:
+        packed.append(len(rows))
+        return run(self, rows, *arguments)
+
+    monkeypatch.setattr(CpuEngine, "run_ragged", watched)
     rows_of_layers.clear()
     images, kept = torch.randn(3, 3, 224, 224), random_kept(3, 20, 196)
     sparse(images, kept, lengths=torch.tensor(LENGTHS))
+    count = sum(LENGTHS) + 3
     # Projection and two layers of the MLP, of two blocks; of the last only the class tokens; head.
-    assert rows_of_layers == [sum(LENGTHS) + 3] * 6 + [3] * 4
+    assert rows_of_layers == [count] * (6 if backend == "reference" else 0) + [3] * 4
+    assert packed == ([] if backend == "reference" else [count])
+
+
+def test_the_engine_refuses_offsets_that_do_not_fit() -> None:
+    qkv, q_bias, out = torch.randn(1, 5, 3, 2, 8), torch.zeros(16), torch.empty(1, 5, 16)
+    for offsets in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6], []):
+        with pytest.raises(RuntimeError, match="expected ascending offsets from 0 to 5"):
+            torch.ops.smi_fast.attend_(qkv, q_bias, out, torch.tensor(offsets, dtype=torch.int64))
 
 
 def test_rows_are_packed_and_unpacked() -> None:

@@ -73,6 +73,26 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "csrc/cpu/gather_attention.cpp",
+        f"{BUDGET} attend_",
+        Mutant(
+            "ragged-padding",
+            "bool padded_ = false;",
+            "bool padded_ = true;",
+            "An image writes zeros over the tokens of the next one.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/teacher/ragged.py",
+        "tests/teacher/test_ragged.py::test_each_image_is_as_if_it_were_alone",
+        Mutant(
+            "ragged-offsets",
+            "F.pad(self.lengths.cumsum(0), (1, 0))",
+            "F.pad(self.lengths.flip(0).cumsum(0), (1, 0))",
+            "Images take the tokens of others.",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_row_attention_kernel.h",
         f"{BUDGET} attend_rows",
         Mutant(
@@ -117,16 +137,6 @@ MUTANTS = (
             "const Tensor &qkv = saved[count * i], &derivative",
             "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
             "The gradient of a block reads what another block saved.",
-        ),
-    ),
-    *of_file(
-        "csrc/cpu/engine_products.cpp",
-        f"{ENGINE}::test_nothing_to_compute",
-        Mutant(
-            "products-of-nothing",
-            " || !x.numel()) return",
-            ") return",
-            "oneDNN is given a product without rows.",
         ),
     ),
     *of_file(
