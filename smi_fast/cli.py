@@ -73,6 +73,7 @@ def info() -> None:
     """Print versions, devices, and the backends that run on each device."""
     import torch
 
+    from smi_fast.engine import gain
     from smi_fast.ops import backends
     from smi_fast.provenance import versions
 
@@ -92,6 +93,8 @@ def info() -> None:
         for op in backends.OPS:
             print(f"    {op:<20} {_choice(op, device)}")
         print(f"    {'blocks of a teacher':<20} {_engines(device)}")
+        if device.type == "cpu":
+            print(f"    {'in bfloat16':<20} {gain.in_words()}")
 
 
 def _choice(op: str, device: torch.device) -> str:

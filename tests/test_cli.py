@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import smi_fast
 from smi_fast import __main__, cli, zoo
+from smi_fast.engine import gain
 from smi_fast.inversion.loop import Loop
 from smi_fast.objectives import LossInputs
 from smi_fast.ops import backends, native
@@ -258,6 +259,19 @@ def test_info_tells_versions_and_backends(smi: Smi) -> None:
     assert code == 0
     assert f"smi_fast  {smi_fast.__version__}" in out and torch.__version__ in out
     assert "cpu (" in out and "reference  runs" in out
+
+
+def test_info_tells_what_bfloat16_gives(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gain, "times", lambda: {"float32": 0.5, "bfloat16": 0.3})
+    share = "a block of DeiT-S takes 0.60 of its time in float32 with 46 patches"
+    for names, said in (
+        (["AVX512-BF16", "AMX"], "multiplied by AVX512-BF16 and AMX; "),
+        ([], "no instructions of this processor multiply it; "),
+    ):
+        monkeypatch.setattr(gain, "instructions", lambda names=names: names)
+        assert f"    in bfloat16          {said}{share}\n" in smi("info")[1]
+    monkeypatch.setattr(native, "WHY_NO_CPU", "a reason")
+    assert "    in bfloat16          no engine multiplies it: a reason\n" in smi("info")[1]
 
 
 def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:

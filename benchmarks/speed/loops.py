@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import timm
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.baselines import published_loop as published
 from smi_fast import SparseInverter, SparseViT, StopSchedule, recipes
+from smi_fast.engine.precision import BFLOAT16, FLOAT32
 from smi_fast.jitter import Jitter
 from smi_fast.ops.backends import AUTO
 from smi_fast.recipes import Recipe
@@ -82,9 +84,10 @@ def our_loop(
     background: str = "frozen",
     recipe: Recipe = recipes.smi(),  # noqa: B008
     narrow: Mapping[int, float] | None = None,
+    precision: str = FLOAT32,
 ) -> Loop:
     """smi_fast's loop."""
-    teacher = SparseViT(workload.vit, backend=backend, narrow=narrow)
+    teacher = SparseViT(workload.vit, backend=backend, narrow=narrow, precision=precision)
     with torch.no_grad():
         teacher(workload.init[:1])  # The first forward pass folds the weights.
 
@@ -142,6 +145,7 @@ VARIANTS = {
     "reference_sparse": Variant(reference_loop, sparse=True),
     "our_dense": Variant(our_loop, sparse=False),
     "our_sparse": Variant(our_loop, sparse=True, early=13),
+    "our_sparse_bfloat16": Variant(partial(our_loop, precision=BFLOAT16), sparse=True, early=13),
 }
 
 

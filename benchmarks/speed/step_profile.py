@@ -13,6 +13,7 @@ from benchmarks.harness.environment import record
 from benchmarks.harness.timing import rounded
 from benchmarks.speed.loops import BATCHES, QUICK_BATCH, Workload, deit, our_loop
 from smi_fast import StopSchedule
+from smi_fast.engine.precision import BFLOAT16, FLOAT32
 
 STOPS = StopSchedule((2, 4, 6, 8))
 ITERATIONS, QUICK_ITERATIONS = 20, 5
@@ -42,7 +43,10 @@ def kind(name: str, shapes: list[list[int]], images: list[int]) -> str:
 
 
 def measure(
-    workload: Workload, stops: StopSchedule, iterations: int = ITERATIONS
+    workload: Workload,
+    stops: StopSchedule,
+    iterations: int = ITERATIONS,
+    precision: str = FLOAT32,
 ) -> dict[str, Any]:
     """The shares of each kind of op in an iteration after the last stop, and the longest ops."""
     start = stops.at[-1] + WARM_UP
@@ -57,7 +61,7 @@ def measure(
             edges.append(time.perf_counter())
             profiler.stop()
 
-    our_loop(workload)(stops, start + iterations + 1, callback)
+    our_loop(workload, precision=precision)(stops, start + iterations + 1, callback)
     wall = edges[1] - edges[0]
     seconds = dict.fromkeys((*KINDS, "pixels", "other_tensor_ops"), 0.0)
     ops: dict[str, float] = {}
@@ -79,7 +83,10 @@ def measure(
 def main(quick: bool = False) -> None:
     batches = {"deit_tiny": QUICK_BATCH} if quick else BATCHES
     iterations = QUICK_ITERATIONS if quick else ITERATIONS
-    models = {
-        name: measure(deit(name, batch), STOPS, iterations) for name, batch in batches.items()
-    }
-    record("step_profile", {"steps": iterations, "models": models}, quick=quick)
+    workloads = {name: deit(name, batch) for name, batch in batches.items()}
+    models, in_bfloat16 = (
+        {name: measure(each, STOPS, iterations, precision) for name, each in workloads.items()}
+        for precision in (FLOAT32, BFLOAT16)
+    )
+    results = {"steps": iterations, "models": models, BFLOAT16: in_bfloat16}
+    record("step_profile", results, quick=quick)

@@ -49,7 +49,7 @@ bool by_onednn(ScalarType type) {
 }
 
 Tensor product(const Tensor& x, const Tensor& right) {
-  if (!by_onednn(x.scalar_type()) || !x.numel()) return torch::stable::matmul(x, right);
+  if (!by_onednn(x.scalar_type())) return torch::stable::matmul(x, right);
   return recorded("mkldnn::linear", onednn_linear, x, torch::stable::transpose(right, 0, 1));
 }
 

@@ -33,6 +33,21 @@ struct Head {
 #define SMI_KERNEL_NAMESPACE gather_attention
 #include "isa_dispatch.h"
 
+#if SMI_X86_DISPATCH
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+namespace smi_fast::avx512_bf16 {
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#include "simd.h"
+namespace gather_attention {
+#include "gather_attention_pairs_kernel.h"
+}  // namespace gather_attention
+}  // namespace smi_fast::avx512_bf16
+#pragma GCC pop_options
+#endif
+
 namespace smi_fast {
 namespace {
 
@@ -55,6 +70,30 @@ T* working_memory(int64_t size) {
     held = size;
   }
   return memory.get();
+}
+
+// The kernels of a storage type on this machine, and the size of their buffer for a number of
+// tokens and a width.
+template <typename S>
+struct Kernels {
+  using T = Computed<S>;
+  int64_t (*workspace_size)(int64_t length, int64_t width);
+  void (*attend)(const Head<S>&, T* buffer, S* out, T* importance);
+  void (*attend_backward)(const Head<S>&, T* buffer, const S* d_out, S* d_qkv);
+};
+
+template <typename S>
+Kernels<S> kernels_of([[maybe_unused]] int64_t width) {
+#if SMI_X86_DISPATCH
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    static const bool has_pairs = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+    using namespace avx512_bf16::gather_attention;
+    if (has_pairs && width % 32 == 0) {
+      return {&pairs_workspace_size, &attend_pairs, &attend_pairs_backward};
+    }
+  }
+#endif
+  return {SMI_BEST(workspace_size<S>), SMI_BEST(attend<S>), SMI_BEST(attend_backward<S>)};
 }
 
 // Arguments of forward and backward, split into one task for each (image, head).
@@ -87,6 +126,7 @@ class Heads {
 
   // The most tokens of an image.
   int64_t count() const { return count_; }
+  int64_t width() const { return width_; }
   int64_t out_stride() const { return heads_ * width_; }
   // Tokens of the task's image that have a place in the output.
   int64_t places(int64_t task) const { return padded_ ? count_ : images_[task / heads_].length; }
@@ -116,7 +156,7 @@ class Heads {
   // Calls run(task, buffer) for each task, where the buffer is scratch memory of the thread.
   template <typename Run>
   void for_each(const Run& run) const {
-    const int64_t size = SMI_BEST(workspace_size<S>)(count_, width_);
+    const int64_t size = kernels_of<S>(width_).workspace_size(count_, width_);
     // 16 · kGrain multiplications of a GEMM take as long as kGrain elements of a pixel op.
     const int64_t grain = 16 * kGrain / std::max<int64_t>(1, count_ * count_ * width_) + 1;
     const auto count = static_cast<int64_t>(images_.size()) * heads_;
@@ -172,7 +212,7 @@ std::optional<Tensor> checked_token_index(const std::optional<Tensor>& token_ind
 
 template <typename S>
 void forward(const Heads<S>& tasks, S* out, Computed<S>* head_importance) {
-  const auto kernel = SMI_BEST(attend<S>);
+  const auto kernel = kernels_of<S>(tasks.width()).attend;
   tasks.for_each([&](int64_t task, Computed<S>* buffer) {
     const Head<S> head = tasks.head(task);
     S* own = out + tasks.out_offset(task);
@@ -185,7 +225,7 @@ void forward(const Heads<S>& tasks, S* out, Computed<S>* head_importance) {
 
 template <typename S>
 void backward(const Heads<S>& tasks, const S* grad, S* d_qkv) {
-  const auto kernel = SMI_BEST(attend_backward<S>);
+  const auto kernel = kernels_of<S>(tasks.width()).attend_backward;
   tasks.for_each([&](int64_t task, Computed<S>* buffer) {
     const Head<S> head = tasks.head(task);
     S* own = d_qkv + tasks.qkv_offset(task);

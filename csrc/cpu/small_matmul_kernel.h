@@ -29,11 +29,24 @@ struct Factor {
   int64_t row, step;
 };
 
+// How an element of a and a vector of b are multiplied: the type of the sums, that of a vector of
+// b, and the step itself.
+template <typename E>
+struct Product {
+  using Sum = E;
+  using Operand = Vec<E>;
+  static void add(Vec<E>& sum, const E& a, const Vec<E>& b) { sum += a * b; }
+};
+
+template <typename E>
+using SumOf = typename Product<E>::Sum;
+
 // c[r, v] = c_in[r, v] + Σ_k a(r, k) b[k, v] for one tile of c, held in registers. A null c_in
 // counts as zeros.
-template <typename T, int kVecs, int kTileRows>
-void matmul_tile(const Factor<T>& a, const Rows<const T>& b, const Rows<const T>& c_in,
-                 const Rows<T>& c, int64_t depth) {
+template <typename E, int kVecs, int kTileRows>
+void matmul_tile(const Factor<E>& a, const Rows<const E>& b, const Rows<const SumOf<E>>& c_in,
+                 const Rows<SumOf<E>>& c, int64_t depth) {
+  using T = SumOf<E>;
   using V = Vec<T>;
   // The pragmas unroll every loop over sums, because an array that a loop indexes lives in memory.
   V sums[kTileRows][kVecs];
@@ -47,16 +60,18 @@ void matmul_tile(const Factor<T>& a, const Rows<const T>& b, const Rows<const T>
       __builtin_prefetch(c[r] + v * lanes<T>(), 1);
     }
   }
-  const T* a_step = a.data;
-  const T* b_row = b.data;
+  const E* a_step = a.data;
+  const E* b_row = b.data;
   for (int64_t k = 0; k < depth; ++k, a_step += a.step, b_row += b.stride) {
-    V row[kVecs];
+    typename Product<E>::Operand row[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) row[v] = load<V>(b_row + v * lanes<T>());
+    for (int v = 0; v < kVecs; ++v) {
+      row[v] = load<typename Product<E>::Operand>(b_row + v * lanes<E>());
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) sums[r][v] += a_step[r * a.row] * row[v];
+      for (int v = 0; v < kVecs; ++v) Product<E>::add(sums[r][v], a_step[r * a.row], row[v]);
     }
   }
 #pragma GCC unroll 8
@@ -70,45 +85,44 @@ void matmul_tile(const Factor<T>& a, const Rows<const T>& b, const Rows<const T>
   }
 }
 
-template <typename T>
-using Tile = void (*)(const Factor<T>&, const Rows<const T>&, const Rows<const T>&, const Rows<T>&,
-                      int64_t);
+template <typename E>
+using Tile = void (*)(const Factor<E>&, const Rows<const E>&, const Rows<const SumOf<E>>&,
+                      const Rows<SumOf<E>>&, int64_t);
 
-template <typename T, int kVecs, int... kRow>
-inline Tile<T> tile_of(int64_t rows, std::integer_sequence<int, kRow...>) {
-  static constexpr Tile<T> kTiles[] = {matmul_tile<T, kVecs, kRow + 1>...};
+template <typename E, int kVecs, int... kRow>
+inline Tile<E> tile_of(int64_t rows, std::integer_sequence<int, kRow...>) {
+  static constexpr Tile<E> kTiles[] = {matmul_tile<E, kVecs, kRow + 1>...};
   return kTiles[rows - 1];
 }
 
 // kVecs vectors of columns of c = c_in + a · b, in tiles of at most tile_rows(kVecs) rows.
-template <typename T, int kVecs>
-void matmul_panel(const Factor<T>& a, const Rows<const T>& b, const Rows<const T>& c_in,
-                  const Rows<T>& c, int64_t rows, int64_t depth) {
+template <typename E, int kVecs>
+void matmul_panel(const Factor<E>& a, const Rows<const E>& b, const Rows<const SumOf<E>>& c_in,
+                  const Rows<SumOf<E>>& c, int64_t rows, int64_t depth) {
   constexpr int kMost = tile_rows(kVecs);
   for (int64_t r = 0; r < rows; r += kMost) {
     const int64_t count = std::min<int64_t>(kMost, rows - r);
-    const Tile<T> tile = tile_of<T, kVecs>(count, std::make_integer_sequence<int, kMost>{});
+    const Tile<E> tile = tile_of<E, kVecs>(count, std::make_integer_sequence<int, kMost>{});
     tile({a.data + r * a.row, a.row, a.step}, b, c_in.tail(r, 0), c.tail(r, 0), depth);
   }
 }
 
 // c [rows, columns] = c_in + a [rows, depth] · b [depth, columns]. Columns are rounded up to whole
 // vectors.
-template <typename T>
-void matmul(const std::type_identity_t<Factor<T>>& a, const std::type_identity_t<Rows<const T>>& b,
-            const Rows<T>& c, int64_t rows, int64_t columns, int64_t depth,
-            const std::type_identity_t<Rows<const T>>& c_in = {}) {
-  const int64_t vecs = ceil_div(columns, lanes<T>());
+template <typename E>
+void matmul(const Factor<E>& a, const Rows<const E>& b, const Rows<SumOf<E>>& c, int64_t rows,
+            int64_t columns, int64_t depth, const Rows<const SumOf<E>>& c_in = {}) {
+  const int64_t vecs = ceil_div(columns, lanes<E>());
   const int64_t panels = ceil_div(vecs, kTileVecs);
   int64_t done = 0;
   for (int64_t panel = 0; panel < panels; ++panel) {
     // Panels have nearly equal widths: 4 vectors are 2 + 2, not 3 + 1.
     const int64_t count = ceil_div(vecs - done, panels - panel);
-    const auto run = count == kTileVecs ? matmul_panel<T, kTileVecs>
-                     : count == 3       ? matmul_panel<T, 3>
-                     : count == 2       ? matmul_panel<T, 2>
-                                        : matmul_panel<T, 1>;
-    const int64_t at = done * lanes<T>();
+    const auto run = count == kTileVecs ? matmul_panel<E, kTileVecs>
+                     : count == 3       ? matmul_panel<E, 3>
+                     : count == 2       ? matmul_panel<E, 2>
+                                        : matmul_panel<E, 1>;
+    const int64_t at = done * lanes<E>();
     run(a, b.tail(0, at), c_in.tail(0, at), c.tail(0, at), rows, depth);
     done += count;
   }

@@ -227,7 +227,7 @@ class SparseViT(nn.Module):
 
         Raises:
             ValueError: its head reads all tokens, it is narrowed, or of another precision than
-                float32, which its blocks one by one don't have.
+                float32, which not all of its blocks have then.
         """
         if rows_read(self.vit) is None:
             raise ValueError(
@@ -276,7 +276,7 @@ class SparseViT(nn.Module):
                 the taps, and there are no logits. None for all blocks and logits.
             lengths: int64 [B], how many of ``kept`` count in each image, from 0 to K; later ones
                 are padding, other patches of the image, which reach no logit, have no gradient and
-                importance 0. Blocks then run one by one, in float32. None for K in each.
+                importance 0. The precision must be float32 then. None for K in each.
 
         Raises:
             ValueError: wrong shape, data type or device of the images or of ``kept``, an unknown

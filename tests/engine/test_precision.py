@@ -17,6 +17,7 @@ from torch import Tensor
 
 import smi_fast.engine.cpu
 from smi_fast import Dense, MassSchedule, SparseInverter, SparseViT
+from smi_fast.engine import gain
 from smi_fast.engine.cpu import FoldedRun, LastBlock
 from smi_fast.engine.folding import MATRICES, FoldedBlock
 from smi_fast.ops import native
@@ -255,6 +256,14 @@ def test_the_precision_of_a_given_sparse_vit_counts() -> None:
     message = "expected precision 'bfloat16', that of the given SparseViT, got 'float32'"
     with pytest.raises(ValueError, match=message):
         SparseInverter(sparse, precision="float32", **options)
+
+
+def test_the_gain_is_measured_within_its_time() -> None:
+    before = torch.get_rng_state()
+    found = gain.times(0.0)
+    assert sorted(found) == ["bfloat16", "float32"] and all(0 < t < 60 for t in found.values())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(gain.instructions()) <= {"AVX512-BF16", "AMX"}
 
 
 @pytest.mark.parametrize(

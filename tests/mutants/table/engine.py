@@ -140,16 +140,6 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "csrc/cpu/engine_products.cpp",
-        f"{ENGINE}::test_nothing_to_compute",
-        Mutant(
-            "products-of-nothing",
-            " || !x.numel()) return",
-            ") return",
-            "oneDNN is given a product without rows.",
-        ),
-    ),
-    *of_file(
         "csrc/cpu/engine_last_block.cpp",
         FIRST_ROWS,
         Mutant(

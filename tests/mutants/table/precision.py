@@ -64,12 +64,51 @@ MUTANTS = (
             "std::is_same_v<S, Computed<S>> && width % lanes<S>() == 0",
             "width % lanes<S>() == 0",
             "The copy of a head in float32 has no memory.",
+            "tests/backends/cpu/test_cpp.py::test_lesser_instruction_sets",
         ),
         Mutant(
             "bf16-attention-gradient",
             "own.d_qkv + own.head.offset(part, i), head.width, d_qkv",
             "own.d_qkv + own.head.offset(0, i), head.width, d_qkv",
             "Keys and values get the gradient of queries.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/gather_attention_pairs_kernel.h",
+        STEPS,
+        Mutant(
+            "pairs-odd",
+            "i + 1 < count ? halves(from[i + 1] + c) : Vec<uint32_t>{}",
+            "halves(from[std::min(i + 1, count - 1)] + c)",
+            "An odd last row counts twice.",
+        ),
+        Mutant(
+            "pairs-blocks",
+            "{begin ? w.d_k : nullptr, width});",
+            "{nullptr, width});",
+            "Keys get the gradient of the last block of queries only.",
+        ),
+        Mutant(
+            "pairs-order",
+            "halves(from[i] + c) | second << 16",
+            "halves(from[i] + c) << 16 | second",
+            "The numbers of a pair are swapped.",
+        ),
+        Mutant(
+            "pairs-softmax",
+            "softmax_backward(w.p, w.d_p, length, queries, head.scale);",
+            "softmax_backward(w.p, w.d_p, length, queries, 1.0f);",
+            "The gradient of queries and keys lacks the scale.",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/gather_attention.cpp",
+        STEPS,
+        Mutant(
+            "pairs-width",
+            "if (has_pairs && width % 32 == 0) {",
+            "if (has_pairs) {",
+            "Heads of any width are read in whole vectors.",
         ),
     ),
     *of_file(
@@ -133,6 +172,23 @@ MUTANTS = (
             "",
             "What has no engine is refused in the first pass only.",
             SUBSTITUTE,
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/gain.py",
+        f"{PRECISION}::test_the_gain_is_measured_within_its_time",
+        Mutant(
+            "gain-generator",
+            "@torch.random.fork_rng(devices=[])\n",
+            "",
+            "The measurement draws from torch's generator.",
+        ),
+        Mutant(
+            "gain-share",
+            "found[BFLOAT16] / found[FLOAT32]",
+            "found[FLOAT32] / found[BFLOAT16]",
+            "A gain is told as a loss.",
+            "tests/test_cli.py::test_info_tells_what_bfloat16_gives",
         ),
     ),
 )
