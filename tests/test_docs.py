@@ -145,6 +145,44 @@ def test_page_of_quality_has_the_recorded_times() -> None:
     assert lines == expected and len(lines) == 4
 
 
+FACTORS = (
+    ("sparse", "judge"),
+    ("sparse", "second_judge"),
+    ("sparse", "judge_of_kept_patches_over_mean"),
+    ("sparse", "diversity_in_judge"),
+    ("dense", "judge"),
+    ("dense", "second_judge"),
+)
+JUDGES = ("judge", "second_judge", "judge_of_kept_patches_over_mean")
+
+
+def test_page_of_quality_has_the_recorded_factors() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/factors.json").read_text())
+    rows = table("factors")
+    assert [name for name, *_ in rows] == [*recorded["sparse"]]
+    for name, *cells in rows:
+        entries = [recorded[which].get(name, {}).get(figure) for which, figure in FACTORS]
+        assert cells == [percent(entry["mean"]) if entry else "–" for entry in entries]
+
+
+def test_page_of_quality_has_the_recorded_other_teachers() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/other_teachers.json").read_text())["teachers"]
+    rows = table("other teachers")
+    expected = [
+        [teacher, contender, *(cell(entry[figure]) for figure in JUDGES)]
+        for teacher, found in recorded.items()
+        for contender, entry in found["contenders"].items()
+    ]
+    assert rows == expected
+
+
+def table(name: str) -> list[list[str]]:
+    """The cells of a table on the page of quality, without its head."""
+    page = (ROOT / "docs/quality.md").read_text()
+    lines = page.partition(f"<!-- {name} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
 def cell(found: dict[str, Any]) -> str:
     return percent(found["mean"]) + around(found["seeds"])
 
