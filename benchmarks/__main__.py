@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import figures
+from benchmarks.pools import measure as pools
 from benchmarks.quality import (
     class_accuracy,
     factors,
@@ -42,6 +43,7 @@ MEASUREMENTS = {
     "roofline": roofline.main,
     "figures": figures.main,
     "photographs": photographs.main,
+    "pools": pools.main,
     "schedules": schedules.main,
     "transfer": transfer.main,
 }

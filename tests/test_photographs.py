@@ -140,7 +140,7 @@ def test_a_run_is_taken_up_from_its_file(tmp_path: Path, monkeypatch: pytest.Mon
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7
     )
     vit.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    contender = photographs.Contender(Fourier(1.0), 0.2, Jitter(), stop=0.1)
+    contender = photographs.Contender(Fourier(1.0), 0.2, Jitter(), keep=0.47, importance="gradient")
     embeddings, path = torch.randn(3, 7), tmp_path / "runs" / "one.pt"
     arguments = (SparseViT(vit.eval()), contender, embeddings, 10)
     first = photographs.made(path, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,10 +17,16 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """Peak resident bytes during a call, minus the bytes that were resident before it."""
+    return seconds_and_peak(function)[1]
+
+
+def seconds_and_peak(function: Callable[[], object]) -> tuple[float, int, int]:
+    """Seconds of a call, the most resident bytes that it adds, and the peak of the process."""
     CLEAR_REFS.write_text("5")
-    before = _bytes("VmRSS")
+    before, start = _bytes("VmRSS"), time.perf_counter()
     function()
-    return _bytes("VmHWM") - before
+    seconds, peak = time.perf_counter() - start, _bytes("VmHWM")
+    return seconds, peak - before, peak
 
 
 def in_new_process(

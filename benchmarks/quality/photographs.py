@@ -45,7 +45,6 @@ from smi_fast.jitter import Jitter
 from smi_fast.teacher.space import ImageSpace
 
 ITERATIONS, QUICK_ITERATIONS = 80, 2
-KEEP = 0.47
 SEED = 0
 
 
@@ -72,35 +71,35 @@ class CentredCosine(Objective):
 
 @dataclass(frozen=True)
 class Contender:
-    """What the optimiser moves, and when 104 of the 196 patches stop.
+    """What the optimiser moves, and which patches stop when.
 
     Attributes:
         parametrization: what the optimiser moves.
         lr: learning rate.
         jitter: of the images.
-        stop: share of the iterations after which 92 patches are left; None for all patches.
+        keep: share of the patches that stay after a stop; 1 for no stop.
+        stop: share of the iterations after which the others stop.
+        importance: what patches are ranked by.
         priors: objectives beside the embedding.
     """
 
     parametrization: Parametrization
     lr: float
     jitter: Jitter
-    stop: float | None = None
+    keep: float = 1.0
+    stop: float = 0.1
+    importance: str = "attention"
     priors: tuple[Objective, ...] = ()
 
     def schedule(self, iterations: int) -> Schedule:
-        if self.stop is None:
+        if self.keep == 1:
             return Dense()
-        return StopSchedule.once(iterations, keep=KEEP, at=self.stop)
+        return StopSchedule.once(iterations, keep=self.keep, at=self.stop)
 
 
 def contenders() -> dict[str, Contender]:
-    """By name, those first which the others are compared with.
-
-    Colours of photographs go with the learning rate and the jitter that they were chosen with on
-    the embedded teacher.
-    """
-    published, clear, own = recipes.smi(), recipes.clear(), Jitter(per_image=True)
+    """By name, those first which the others are compared with."""
+    published, clear = recipes.smi(), recipes.clear()
     pixels = Contender(
         published.parametrization,
         float(published.lr),  # type: ignore[arg-type]
@@ -108,18 +107,19 @@ def contenders() -> dict[str, Contender]:
         priors=(TotalVariation(per_image=False),),
     )
     default = Contender(clear.parametrization, float(clear.lr), clear.jitter)  # type: ignore[arg-type]
-    flat = Contender(Fourier(1.5, colour=True, flat_below=1 / 64), 0.12, own)
-    steady = Contender(Fourier(1.0, colour=True), 0.12, own)
+    by_gradient = replace(default, keep=0.7, stop=0.25, importance="gradient")
     return {
         "pixels, dense": pixels,
         "default, dense": default,
-        "colour, flat, dense": flat,
-        "colour, flat, 92 of 196 patches": replace(flat, stop=0.1),
-        "colour, flat, 92 of 196 patches from 50 %": replace(flat, stop=0.5),
-        "colour, decay 1, dense": steady,
-        "colour, decay 1, 92 of 196 patches from 50 %": replace(steady, stop=0.5),
-        "pixels, 92 of 196 patches": replace(pixels, stop=0.1),
-        "default, 92 of 196 patches": replace(default, stop=0.1),
+        "default, 137 of 196 patches by gradient": by_gradient,
+        "default, 92 of 196 patches": replace(default, keep=0.47),
+        "default, 137 of 196 patches by attention": replace(by_gradient, importance="attention"),
+        "default, 92 of 196 patches by gradient": replace(by_gradient, keep=0.47),
+        "decay 1, dense": replace(default, parametrization=Fourier(1.0)),
+        "red, green and blue, dense": replace(default, parametrization=Fourier(colour=False)),
+        "pixels, 137 of 196 patches by gradient": replace(
+            pixels, keep=0.7, stop=0.25, importance="gradient"
+        ),
     }
 
 
@@ -132,6 +132,7 @@ def invert(
         objectives=[CentredCosine(embeddings), *contender.priors],
         parametrization=contender.parametrization,
         schedule=contender.schedule(iterations),
+        importance=contender.importance,
         iterations=iterations,
         lr=contender.lr,
         jitter=contender.jitter,

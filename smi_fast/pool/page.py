@@ -23,6 +23,8 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }}
+section {{ display: inline-block; margin-right: 2em; vertical-align: top; }}
+.curves {{ width: 460px; }}
 figure {{ display: inline-block; margin: 0 1em 1em 0; }}
 figcaption {{ color: #444; font-size: 13px; }}
 figcaption.other {{ color: #d62728; }}
@@ -68,8 +70,10 @@ def write_page(path: str | Path) -> Path:
             sections.append(f"<h2>Confidence of the {who}</h2>\n{_histogram(values)}")
     if (pool.path / LOSS_CURVES).exists():
         curves = _embedded(pool.path / LOSS_CURVES)
-        sections.append(f'<h2>Loss of the last batch</h2>\n<img src="{curves}" alt="loss curves">')
+        image = f'<img class="curves" src="{curves}" alt="loss curves">'
+        sections.append(f"<h2>Loss of the last batch</h2>\n{image}")
     sections += _classes(pool.path, records)
+    sections = [f"<section>\n{section}\n</section>" for section in sections]
     made_with = {key: value for key, value in settings.items() if key != "class_names"}
     sections.append(f"<h2>Settings</h2>\n{_table(made_with)}")
     sections.append(f"<h2>Versions</h2>\n{_table(records[-1].get('versions', {}))}")
@@ -84,7 +88,9 @@ def _summary(path: Path, records: Sequence[Record]) -> str:
     rows: dict[str, Any] = {"images": len(records)}
     rows["classes"] = len({record["label"] for record in records})
     kept = [len(record["kept"]) for record in records]
-    rows["kept patches"] = f"{min(kept)} to {max(kept)}, mean {sum(kept) / len(kept):.1f}"
+    mean = sum(kept) / len(kept)
+    same = min(kept) == max(kept)
+    rows["kept patches"] = kept[0] if same else f"{min(kept)} to {max(kept)}, mean {mean:.1f}"
     for key, wanted, name in (
         ("prediction", "label", "the teacher sees the wanted class"),
         ("judge", "class_name", "the judge sees the wanted class"),
