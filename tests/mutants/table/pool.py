@@ -217,6 +217,13 @@ MUTANTS = (
             "Pixels are cut off instead of rounded.",
         ),
         Mutant(
+            "batch-encoders",
+            "_ENCODERS = 4",
+            "_ENCODERS = 1",
+            "One thread encodes all pictures, which a GPU waits for.",
+            STORED,
+        ),
+        Mutant(
             "pool-background",
             'masks, settings["background"])',
             'masks, "mean")',
