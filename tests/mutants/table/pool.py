@@ -273,6 +273,12 @@ MUTANTS = (
             "A file that can't be written is lost.",
         ),
         Mutant(
+            "files-url",
+            "    if _URL.match(str(path)):\n",
+            "    if False:\n",
+            "A pool at a URL becomes a folder named s3: on this machine.",
+        ),
+        Mutant(
             "files-temporary",
             "        with suppress(OSError):\n            temporary.unlink()\n        raise",
             "        raise",
