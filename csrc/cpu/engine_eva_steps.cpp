@@ -42,8 +42,8 @@ void rotate_(Tensor x, const Tensor& bias, const Tensor& rotation, bool half) {
   with_stored_type_of(x, [&](auto zero) {
     using S = decltype(zero);
     using T = Computed<S>;
-    const auto add = SMI_BEST(add_bias<S>);
-    const auto kernel = SMI_BEST(rotate<false, S>);
+    const auto add = SMI_BEST_STORING(S, add_bias<S>);
+    const auto kernel = SMI_BEST_STORING(S, rotate<false, S>);
     S* data = data_of<S>(x, tokens * row);      // [B, N, parts, H, D]
     const T* offset = data_of<T>(bias, count);  // [parts to rotate, H, D]
     STD_TORCH_CHECK(count <= row, "expected a bias of at most ", row, " elements, got ", count);
@@ -58,7 +58,7 @@ void rotate_backward_(Tensor gradient, int64_t parts, const Tensor& rotation, bo
   const int64_t width = gradient.size(4);
   with_stored_type_of(gradient, [&](auto zero) {
     using S = decltype(zero);
-    const auto kernel = SMI_BEST(rotate<true, S>);
+    const auto kernel = SMI_BEST_STORING(S, rotate<true, S>);
     for_each_patch<S>(gradient, parts, rotation, [&](S* channels, const Computed<S>* angles) {
       kernel(channels, angles, angles + width, width, half);
     });
@@ -69,7 +69,7 @@ void swiglu_(Tensor x, const Tensor& bias, Tensor out) {
   const int64_t width = out.size(-1), rows = out.numel() / std::max<int64_t>(1, width);
   with_stored_type_of(x, [&](auto zero) {
     using S = decltype(zero);
-    const auto kernel = SMI_BEST(swiglu<S>);
+    const auto kernel = SMI_BEST_STORING(S, swiglu<S>);
     S* row = data_of<S>(x, rows * 2 * width);                           // [rows, 2F]
     const Computed<S>* offset = data_of<Computed<S>>(bias, 2 * width);  // [2F]
     S* to = data_of<S>(out, rows * width);                              // [rows, F]
@@ -82,7 +82,7 @@ void swiglu_backward_(const Tensor& grad, const Tensor& factors, Tensor d_x) {
   const int64_t width = grad.size(-1), rows = grad.numel() / std::max<int64_t>(1, width);
   with_stored_type_of(grad, [&](auto zero) {
     using S = decltype(zero);
-    const auto kernel = SMI_BEST(swiglu_backward<S>);
+    const auto kernel = SMI_BEST_STORING(S, swiglu_backward<S>);
     const S* d = data_of<S>(grad, rows * width);              // [rows, F]
     const S* factor = data_of<S>(factors, rows * 2 * width);  // [rows, 2F]
     S* to = data_of<S>(d_x, rows * 2 * width);                // [rows, 2F]

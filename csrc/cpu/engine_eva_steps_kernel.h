@@ -2,42 +2,27 @@
 
 #include "exp_kernel.h"
 
-// Writes one vector of out = silu(gate + its bias) · (up + its bias). Gate and up become the
-// factors of their gradients: the derivatives of out. With s = σ(g): silu(g) = g s, and silu′(g) =
-// s + g s (1 − s).
-template <typename S, typename T = Computed<S>>
-inline void swiglu_vector(S* gate, S* up, const T* gate_bias, const T* up_bias, S* out) {
-  const Vec<T> zero{}, one = zero + T{1};
-  const Vec<T> g = load_wide(gate) + load<Vec<T>>(gate_bias);
-  const Vec<T> u = load_wide(up) + load<Vec<T>>(up_bias);
-  const Vec<T> e = exp_of_negative<T>(g < zero ? g : -g);
-  const Vec<T> larger = one / (one + e);  // σ(|g|)
-  const Vec<T> s = g < zero ? e * larger : larger;
-  const Vec<T> silu = g * s;
-  store_narrow(out, silu * u);
-  store_narrow(gate, u * (s + silu * (one - s)));
-  store_narrow(up, silu);
-}
-
-// One row of x [2F], gate and then up, with its bias [2F].
+// out = silu(gate + its bias) · (up + its bias), for one row of x [2F], gate and then up. Gate and
+// up become the factors of their gradients: the derivatives of out. With s = σ(g): silu(g) = g s,
+// and silu′(g) = s + g s (1 − s).
 template <typename S, typename T = Computed<S>>
 void swiglu(S* x, const T* bias, int64_t width, S* out) {
-  int64_t i = 0;
-  for (; i + lanes<T>() <= width; i += lanes<T>()) {
-    swiglu_vector(x + i, x + width + i, bias + i, bias + width + i, out + i);
+  using V = Vec<T>;
+  const V zero{}, one = zero + T{1};
+  S *gate = x, *up = x + width;
+  const T *gate_bias = bias, *up_bias = bias + width;
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V g = load_n(gate + i, n) + load_n(gate_bias + i, n);
+    const V u = load_n(up + i, n) + load_n(up_bias + i, n);
+    const V e = exp_of_negative<T>(g < zero ? g : -g);
+    const V larger = one / (one + e);  // σ(|g|)
+    const V s = g < zero ? e * larger : larger;
+    const V silu = g * s;
+    store_n(out + i, silu * u, n);
+    store_n(gate + i, u * (s + silu * (one - s)), n);
+    store_n(up + i, silu, n);
   }
-  const int64_t left = width - i;
-  if (left == 0) return;
-  S last[3][lanes<T>()]{};  // gate, up, and out
-  T last_bias[2][lanes<T>()]{};
-  std::copy_n(x + i, left, last[0]);
-  std::copy_n(x + width + i, left, last[1]);
-  std::copy_n(bias + i, left, last_bias[0]);
-  std::copy_n(bias + width + i, left, last_bias[1]);
-  swiglu_vector(last[0], last[1], last_bias[0], last_bias[1], last[2]);
-  std::copy_n(last[0], left, x + i);
-  std::copy_n(last[1], left, x + width + i);
-  std::copy_n(last[2], left, out + i);
 }
 
 // d_x = [grad ∘ factors of gate, grad ∘ factors of up], for one row.

@@ -44,7 +44,7 @@ bool products_by_onednn(const Tensor& like) { return by_onednn(like.scalar_type(
 
 bool by_onednn(ScalarType type) {
   static const bool intel = is_intel();
-  if (!aoti_torch_cpu__linear_pointwise || isa() != Isa::kAvx512) return false;
+  if (!aoti_torch_cpu__linear_pointwise || isa() < Isa::kAvx512) return false;
   return type == ScalarType::BFloat16 || (type == ScalarType::Float && !intel);
 }
 

@@ -34,7 +34,7 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
     using X = decltype(zero);
     using S = decltype(stored);
     using T = Computed<S>;
-    const auto kernel = SMI_BEST(add_normalize<X, S>);
+    const auto kernel = SMI_BEST_STORING(S, add_normalize<X, S>);
     X* row = data_of<X>(x, rows * width);                                // [rows, D]
     const S* more = added ? data_of<S>(*added, rows * width) : nullptr;  // [rows, D]
     const T* offset = bias ? data_of<T>(*bias, width) : nullptr;         // [D]
@@ -54,7 +54,7 @@ void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& norm
     using X = decltype(zero);
     using S = decltype(stored);
     using T = Computed<S>;
-    const auto kernel = SMI_BEST(normalize_backward<X, S>);
+    const auto kernel = SMI_BEST_STORING(S, normalize_backward<X, S>);
     X* row = data_of<X>(gradient, rows * width);                // [rows, D]
     const S* d = data_of<S>(grad, rows * width);                // [rows, D]
     const S* output = data_of<S>(normalized, rows * width);     // [rows, D]
@@ -88,7 +88,7 @@ void gelu_(Tensor x, const Tensor& bias, Tensor out) {
   with_stored_type_of(x, [&](auto zero) {
     using S = decltype(zero);
     using T = Computed<S>;
-    const auto kernel = SMI_BEST(gelu<S>);
+    const auto kernel = SMI_BEST_STORING(S, gelu<S>);
     S* row = data_of<S>(x, rows * width);       // [rows, D]
     const T* offset = data_of<T>(bias, width);  // [D]
     S* to = data_of<S>(out, rows * width);      // [rows, D]
@@ -101,7 +101,7 @@ void multiply_(Tensor x, const Tensor& factors) {
   const int64_t count = x.numel();
   with_stored_type_of(x, [&](auto zero) {
     using S = decltype(zero);
-    const auto kernel = SMI_BEST(multiply<S>);
+    const auto kernel = SMI_BEST_STORING(S, multiply<S>);
     S* product = data_of<S>(x, count);
     const S* factor = data_of<S>(factors, count);
     for_each_task(ceil_div(count, kGrain), kGrain, [&](int64_t i) {

@@ -2,49 +2,66 @@
 
 #include "exp_kernel.h"
 
+template <typename T>
+inline T sum_of(const Vec<T>& vector) {
+  T sum = 0;
+  for (int i = 0; i < lanes<T>(); ++i) sum += vector[i];
+  return sum;
+}
+
 // x += added + bias, unless they are null. Writes normalized = (x − mean) · rstd and returns rstd.
 template <typename X, typename S, typename T = Computed<S>>
-T add_normalize(X* __restrict x, const S* __restrict added, const T* __restrict bias, int64_t width,
-                double eps, S* __restrict normalized) {
-  T sum = 0, squares = 0;
-  if (added) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      x[i] = narrow<X>(widen(x[i]) + (widen(added[i]) + bias[i]));
+T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, S* normalized) {
+  using V = Vec<T>;
+  V sums{}, squares{};
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    V sum = load_n(x + i, n);
+    if (added) {
+      sum += load_n(added + i, n) + load_n(bias + i, n);
+      store_n(x + i, sum, n);
     }
+    sums += sum;
   }
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += widen(x[i]);
-  const T mean = sum / static_cast<T>(width);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) squares += (widen(x[i]) - mean) * (widen(x[i]) - mean);
-  const double variance = squares / static_cast<double>(width);
+  const T mean = sum_of<T>(sums) / static_cast<T>(width);
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V centred = keep_n<T>(load_n(x + i, n) - mean, n);
+    squares += centred * centred;
+  }
+  const double variance = sum_of<T>(squares) / static_cast<double>(width);
   // An overflow must show: 1/sqrt(inf) would turn it into finite zeros.
   const T rstd = std::isinf(variance) ? std::numeric_limits<T>::quiet_NaN()
                                       : static_cast<T>(1 / std::sqrt(variance + eps));
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) normalized[i] = narrow<S>((widen(x[i]) - mean) * rstd);
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    store_n(normalized + i, (load_n(x + i, n) - mean) * rstd, n);
+  }
   return rstd;
 }
 
 // Adds the gradient of x in add_normalize(), where d is the gradient of normalized n:
 // gradient += rstd · (d − mean(d) − n · mean(d ∘ n)). Unless it is null, `copy` gets the sum.
 template <typename X, typename S, typename T = Computed<S>>
-void normalize_backward(X* __restrict gradient, const S* __restrict d,
-                        const S* __restrict normalized, T rstd, int64_t width, S* __restrict copy) {
-  T sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-  for (int64_t i = 0; i < width; ++i) {
-    sum += widen(d[i]);
-    product += widen(d[i]) * widen(normalized[i]);
+void normalize_backward(X* gradient, const S* d, const S* normalized, T rstd, int64_t width,
+                        S* copy) {
+  using V = Vec<T>;
+  V sums{}, products{};
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V own = load_n(d + i, n);
+    sums += own;
+    products += own * load_n(normalized + i, n);
   }
-  const T mean = sum / static_cast<T>(width), slope = product / static_cast<T>(width);
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const T more = rstd * (widen(d[i]) - mean - widen(normalized[i]) * slope);
-    gradient[i] = narrow<X>(widen(gradient[i]) + more);
+  const T mean = sum_of<T>(sums) / static_cast<T>(width);
+  const T slope = sum_of<T>(products) / static_cast<T>(width);
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V more = rstd * (load_n(d + i, n) - mean - load_n(normalized + i, n) * slope);
+    const V sum = load_n(gradient + i, n) + more;
+    store_n(gradient + i, sum, n);
+    if (copy) store_n(copy + i, sum, n);
   }
-  if (copy) convert_n(gradient, width, copy);
 }
 
 constexpr double kInverseRoot2Pi = 0.3989422804014327, kInverseRoot2 = 0.7071067811865476;
@@ -71,32 +88,25 @@ inline Vec<double> normal_cdf(const Vec<double>& x, const Vec<double>&) {
   return result;
 }
 
-// Writes one vector of out = gelu(x + bias). x becomes the derivative of gelu at x + bias.
-template <typename S, typename T = Computed<S>>
-inline void gelu_vector(S* x, const T* bias, S* out) {
-  const Vec<T> sum = load_wide(x) + load<Vec<T>>(bias);
-  const Vec<T> e = exp_of_negative<T>(sum * sum * static_cast<T>(-0.5));
-  const Vec<T> cdf = normal_cdf(sum, e);
-  store_narrow(out, sum * cdf);
-  store_narrow(x, cdf + sum * e * static_cast<T>(kInverseRoot2Pi));
-}
-
+// out = gelu(x + bias). x becomes the derivative of gelu at x + bias.
 template <typename S, typename T = Computed<S>>
 void gelu(S* x, const T* bias, int64_t width, S* out) {
-  int64_t i = 0;
-  for (; i + lanes<T>() <= width; i += lanes<T>()) gelu_vector(x + i, bias + i, out + i);
-  if (i == width) return;
-  S last_x[lanes<T>()]{}, last_out[lanes<T>()];
-  T last_bias[lanes<T>()]{};
-  std::copy_n(x + i, width - i, last_x);
-  std::copy_n(bias + i, width - i, last_bias);
-  gelu_vector(last_x, last_bias, last_out);
-  std::copy_n(last_x, width - i, x + i);
-  std::copy_n(last_out, width - i, out + i);
+  using V = Vec<T>;
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V sum = load_n(x + i, n) + load_n(bias + i, n);
+    const V e = exp_of_negative<T>(sum * sum * static_cast<T>(-0.5));
+    const V cdf = normal_cdf(sum, e);
+    store_n(out + i, sum * cdf, n);
+    store_n(x + i, cdf + sum * e * static_cast<T>(kInverseRoot2Pi), n);
+  }
 }
 
 template <typename S>
-void multiply(S* __restrict x, const S* __restrict factors, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) x[i] = narrow<S>(widen(x[i]) * widen(factors[i]));
+void multiply(S* x, const S* factors, int64_t count) {
+  using T = Computed<S>;
+  for (int64_t i = 0; i < count; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, count);
+    store_n(x + i, load_n(x + i, n) * load_n(factors + i, n), n);
+  }
 }

@@ -31,22 +31,8 @@ struct Head {
 
 #define SMI_KERNEL_HEADER "gather_attention_kernel.h"
 #define SMI_KERNEL_NAMESPACE gather_attention
+#define SMI_BFLOAT16_KERNEL_HEADER "gather_attention_pairs_kernel.h"
 #include "isa_dispatch.h"
-
-#if SMI_X86_DISPATCH
-#include <immintrin.h>
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
-namespace smi_fast::avx512_bf16 {
-constexpr int kVectorBytes = 64;
-constexpr int kVectorRegisters = 32;
-#include "simd.h"
-namespace gather_attention {
-#include "gather_attention_pairs_kernel.h"
-}  // namespace gather_attention
-}  // namespace smi_fast::avx512_bf16
-#pragma GCC pop_options
-#endif
 
 namespace smi_fast {
 namespace {
@@ -86,7 +72,7 @@ template <typename S>
 Kernels<S> kernels_of([[maybe_unused]] int64_t width) {
 #if SMI_X86_DISPATCH
   if constexpr (std::is_same_v<S, BFloat16>) {
-    static const bool has_pairs = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+    static const bool has_pairs = isa() == Isa::kAvx512Bf16;
     using namespace avx512_bf16::gather_attention;
     if (has_pairs && width % 32 == 0) {
       return {&pairs_workspace_size, &attend_pairs, &attend_pairs_backward};

@@ -5,8 +5,6 @@
 // float32. So the left operand has pairs of neighbours in memory, and the right one rows of pairs:
 // row k of it has elements 2k and 2k + 1 of each column. Softmax and sums are float32.
 
-#include "gather_attention_kernel.h"
-
 struct Pair {
   BFloat16 first, second;
 };

@@ -13,9 +13,10 @@
 
 namespace smi_fast {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best instruction set of this machine, or a lesser one that ATEN_CPU_CAPABILITY asks for.
+// The best instruction set of this machine, or a lesser one that ATEN_CPU_CAPABILITY asks for:
+// default, avx2, or avx512, which here leaves out AVX512-BF16.
 inline Isa best_isa() {
 #if SMI_X86_DISPATCH
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -25,7 +26,9 @@ inline Isa best_isa() {
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 && limit != "avx2" ? Isa::kAvx512 : Isa::kAvx2;
+  if (!avx512 || limit == "avx2") return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") && limit != "avx512" ? Isa::kAvx512Bf16
+                                                                   : Isa::kAvx512;
 #else
   return Isa::kBaseline;
 #endif

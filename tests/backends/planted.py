@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smi_fast.verify.call_grid import op_calls
@@ -27,6 +28,17 @@ CALL_OF_EACH_OP = list(
 STEPS_WITH_A_FACTOR = list(
     {call.op: call for call in engine_calls() if call.arguments[0].numel() > 3000}.values()
 )
+
+
+def rounded_nans() -> list[Tensor]:
+    """Results of the engine's steps in bfloat16 from NaN whose rounding has a carry to the top."""
+    nan = torch.full((3, 20), 0x7FFF_FFFF, dtype=torch.int32).view(torch.float32)
+    normalized, x, out = torch.zeros(3, 3, 20, dtype=torch.bfloat16)
+    torch.ops.smi_fast.add_normalize_(nan.clone(), None, None, 1e-6, normalized, torch.empty(3))
+    torch.ops.smi_fast.gelu_(x, nan[0], out)
+    turned = torch.ones(1, 1, 2, 1, 20, dtype=torch.bfloat16)
+    torch.ops.smi_fast.rotate_(turned, torch.zeros(20), nan[:2].view(1, 1, 1, 40), True)
+    return [normalized, x, out, turned[:, :, 0]]
 
 
 class Factor:

@@ -18,6 +18,7 @@ import torch
 from smi_fast.ops import native, schemas  # noqa: F401  (schemas defines the ops)
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.engine_grid import engine_calls
+from tests.backends.planted import rounded_nans
 
 if native.WHY_NO_CPU is not None:
     raise SystemExit(native.WHY_NO_CPU)
@@ -29,4 +30,6 @@ for call in chosen:
     call.check(torch.ops.smi_fast, torch.float64)
 for call in engine_calls()[::3]:
     call.check(torch.ops.smi_fast, torch.bfloat16)
+if not all(result.isnan().all() for result in rounded_nans()):
+    raise SystemExit("rounding turns a NaN into a number")
 print(f"{len(chosen)} calls within their budget, by {sys.modules['smi_fast._C_cpu'].__file__}")

@@ -26,6 +26,7 @@ from tests.backends.planted import (
     STEPS_WITH_A_FACTOR,
     Factor,
     ScaledResults,
+    rounded_nans,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -58,13 +59,7 @@ def test_budget_catches_half_a_percent_in_bfloat16(call: OpCall) -> None:
 
 
 def test_every_nan_stays_one_in_bfloat16() -> None:
-    """Also one whose rounding has a carry out of its lower bits."""
-    nan = torch.full((3, 20), 0x7FFF_FFFF, dtype=torch.int32).view(F32)
-    normalized = torch.zeros(3, 20, dtype=BF16)
-    torch.ops.smi_fast.add_normalize_(nan.clone(), None, None, 1e-6, normalized, torch.empty(3))
-    x, out = torch.zeros(2, 3, 20, dtype=BF16)
-    torch.ops.smi_fast.gelu_(x, nan[0].clone(), out)
-    assert all(result.isnan().all() for result in (normalized, x, out))
+    assert all(result.isnan().all() for result in rounded_nans())
 
 
 @pytest.mark.parametrize("call", CALLS_WITH_FACTORS, ids=str)
@@ -299,7 +294,7 @@ def check_grid(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_lesser_instruction_sets(capability: str) -> None:
     result = check_grid(ATEN_CPU_CAPABILITY=capability)
     assert result.returncode == 0 and "within their budget" in result.stdout, result.stderr

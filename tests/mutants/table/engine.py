@@ -20,16 +20,9 @@ MUTANTS = (
         ),
         Mutant(
             "steps-normalize-gradient",
-            "rstd * (widen(d[i]) - mean - widen(normalized[i]) * slope);",
-            "rstd * (widen(d[i]) - mean);",
+            "rstd * (load_n(d + i, n) - mean - load_n(normalized + i, n) * slope);",
+            "rstd * (load_n(d + i, n) - mean);",
             "LayerNorm has the gradient of a subtraction of the mean.",
-        ),
-        Mutant(
-            "steps-gelu-tail",
-            "std::copy_n(last_x, width - i, x + i);",
-            "",
-            "The derivative of the last elements of a row is missing.",
-            f"{BUDGET} gelu",
         ),
         Mutant(
             "steps-gelu-sign",
@@ -40,19 +33,36 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "csrc/cpu/simd.h",
+        f"{BUDGET} gelu",
+        Mutant(
+            "simd-rest-is-stored",
+            "std::copy_n(some, count, to);",
+            "",
+            "The last elements of a row are missing.",
+        ),
+        Mutant(
+            "simd-rest-is-loaded",
+            "std::copy_n(from, count, some);",
+            "",
+            "The last elements of a row count as zeros.",
+        ),
+        Mutant(
+            "simd-rest-is-zero",
+            "if (count == lanes<T>()) return vector;",
+            "return vector;",
+            "The variance counts elements behind a row.",
+            f"{BUDGET} normalize",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_eva_steps_kernel.h",
         f"{BUDGET} swiglu",
         Mutant(
             "eva-swiglu-derivative",
-            "store_narrow(gate, u * (s + silu * (one - s)));",
-            "store_narrow(gate, u * s);",
+            "store_n(gate + i, u * (s + silu * (one - s)), n);",
+            "store_n(gate + i, u * s, n);",
             "The derivative of silu is its sigmoid.",
-        ),
-        Mutant(
-            "eva-swiglu-tail",
-            "std::copy_n(last[1], left, x + width + i);",
-            "",
-            "The last derivatives of a row are missing.",
         ),
         Mutant(
             "eva-rotate-back",

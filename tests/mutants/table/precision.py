@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant, of_file
 
 STEPS = "tests/backends/cpu/test_cpp.py -k bfloat16"
+LESSER = "tests/backends/cpu/test_cpp.py::test_lesser_instruction_sets"
 PRECISION = "tests/engine/test_precision.py"
 RUN = f"{PRECISION}::test_a_run_is_within_its_budget"
 SUBSTITUTE = f"{PRECISION}::test_there_is_no_silent_substitute"
@@ -22,6 +23,7 @@ MUTANTS = (
             "const Vec<uint32_t> rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;",
             "const Vec<uint32_t> rounded = bits >> 16;",
             "Numbers of a vector are rounded towards zero.",
+            LESSER,
         ),
         Mutant(
             "bf16-nan",
@@ -34,6 +36,7 @@ MUTANTS = (
             "vector == vector ? rounded : Vec<uint32_t>{} + 0x7FC0",
             "rounded",
             "Rounding turns some NaN of a vector into a zero.",
+            LESSER,
         ),
     ),
     *of_file(
@@ -41,7 +44,7 @@ MUTANTS = (
         STEPS,
         Mutant(
             "bf16-copy-of-gradient",
-            "if (copy) convert_n(gradient, width, copy);",
+            "if (copy) store_n(copy + i, sum, n);",
             "(void)copy;",
             "Products go on reading the gradient of the block behind.",
         ),
@@ -64,7 +67,7 @@ MUTANTS = (
             "std::is_same_v<S, Computed<S>> && width % lanes<S>() == 0",
             "width % lanes<S>() == 0",
             "The copy of a head in float32 has no memory.",
-            "tests/backends/cpu/test_cpp.py::test_lesser_instruction_sets",
+            LESSER,
         ),
         Mutant(
             "bf16-attention-gradient",
