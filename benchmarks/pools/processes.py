@@ -94,7 +94,7 @@ def store(clients: Sequence[int], calls: int) -> dict[str, Any]:
 
 
 def writer(folder: Path, images: int, side: int, patch: int) -> dict[str, Any]:
-    """Milliseconds of one thread to encode and write an image of noise, which no PNG shrinks."""
+    """Milliseconds to encode and write an image of noise, which no PNG shrinks."""
     torch.manual_seed(0)
     settings = {"class_names": ["noise"], "background": "mean"}
     rows = side // patch

@@ -60,7 +60,7 @@ def make_files(folder: Path, count: int) -> None:
 
 
 def use(name: str, folder: Path) -> dict[str, float]:
-    """Seconds of a use, and megabytes that it adds and that its process then has."""
+    """Seconds of a use, those of processors, and megabytes that it adds and its process has."""
     command = [sys.executable, "-m", "benchmarks.pools.uses", name, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {key: rounded(value) for key, value in json.loads(done.stdout).items()}

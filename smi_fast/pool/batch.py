@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from smi_fast.background import over
 from smi_fast.pool.files import PoolError
 from smi_fast.pool.layout import PROGRESS, files_of, picture_name
 from smi_fast.pool.metadata import to_line
+
+# Threads that encode the pictures of a batch, because a GPU may invert more than one encodes.
+_ENCODERS = 4
 
 
 def check_batch(images: Tensor, masks: Tensor, size: int) -> None:
@@ -111,18 +115,19 @@ def encode(
         return Encoded(pictures, lines)
     masked = over(images.float(), masks, settings["background"])
     grey = (masks.cpu().byte() * 255).numpy()
-    pixels = zip(to_uint8(images), to_uint8(masked), grey, strict=True)
-    strips = None if not moments else to_uint8(torch.cat(list(moments), dim=3))
+    arrays = [to_uint8(images), to_uint8(masked), grey]
+    if moments:
+        arrays.append(to_uint8(torch.cat(list(moments), dim=3)))
+    with ThreadPoolExecutor(_ENCODERS, "smi_fast encoder") as threads:
+        encoded = list(threads.map(_pngs, zip(*arrays, strict=True)))
     kept = [mask.flatten().nonzero()[:, 0].tolist() for mask in masks.cpu()]
-    for i, (record, label, each) in enumerate(zip(records, labels, pixels, strict=True)):
+    for i, (record, label, contents) in enumerate(zip(records, labels, encoded, strict=True)):
         files = files_of(start + i, label, len(names))
-        contents = [png(array) for array in each]
-        pictures |= zip(files.values(), contents, strict=True)
-        if strips is not None:
-            pictures[f"{PROGRESS}/{picture_name(start + i)}"] = png(strips[i])
+        strip = f"{PROGRESS}/{picture_name(start + i)}"
+        pictures |= zip([*files.values(), strip], contents, strict=False)
         own = {**files, "index": start + i, "batch": batch, "batch_size": len(records)}
         own |= {"label": label, "class_name": names[label], "kept": kept[i]}
-        own |= {"sha256": fingerprint(contents)}
+        own |= {"sha256": fingerprint(contents[: len(files)])}
         lines.append(to_line({**own, **record, **own}))
     return Encoded(pictures, lines)
 
@@ -146,6 +151,10 @@ def read_pixels(path: Path) -> np.ndarray[Any, Any]:
             return np.array(picture)
     except Exception as error:  # Pillow has no common class for what a damaged file raises
         raise PoolError(f"reading {path} failed: {error}") from error
+
+
+def _pngs(pictures: Iterable[np.ndarray[Any, Any]]) -> list[bytes]:
+    return [png(pixels) for pixels in pictures]
 
 
 def png(pixels: np.ndarray[Any, Any]) -> bytes:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 _NUMBER = "([0-9]{6}|[1-9][0-9]{6,})"
+# With one slash too, because a Path makes one of two.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PICTURE = re.compile(rf"{_NUMBER}\.png|\.{_NUMBER}\.png\.part")
 
 
@@ -30,6 +32,17 @@ def explained(action: str, outcome: str = "") -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PoolError(f"{action} failed: {reason}{outcome}") from error
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a pool.
+
+    Raises:
+        PoolError: it is a URL, which would become a folder with a strange name.
+    """
+    if _URL.match(str(path)):
+        raise PoolError(f"expected a folder that this machine sees, got the URL {path}")
+    return Path(path)
 
 
 def unfinished_name(path: Path) -> Path:

@@ -40,7 +40,13 @@ from smi_fast.pool import metadata
 from smi_fast.pool.batch import Encoded, encode, png, to_uint8
 from smi_fast.pool.card import descriptions
 from smi_fast.pool.contents import check_present, delete_pool, delete_strays
-from smi_fast.pool.files import PoolError, delete_pictures, explained, write_atomically
+from smi_fast.pool.files import (
+    PoolError,
+    delete_pictures,
+    explained,
+    folder_of,
+    write_atomically,
+)
 from smi_fast.pool.layout import LOCK, LOSS, METADATA, SECONDS, SETTINGS, UNFINISHED, picture_name
 from smi_fast.pool.metadata import Record
 from smi_fast.pool.parts import check_free, images_of, read_parts, settle_parts, take
@@ -62,12 +68,15 @@ class Pool:
     Args:
         path: the folder.
 
+    Raises:
+        PoolError: it is a URL.
+
     Attributes:
         path: the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = folder_of(path)
         self._lock: FileLock | None = None
         # The records and the bytes of the metadata, which only the holder of the lock may cache.
         self._records: list[Record] | None = None

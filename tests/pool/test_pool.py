@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from smi_fast.background import over
 from smi_fast.pool import Pool, PoolError, metadata, pictures
+from smi_fast.pool import batch as encoding
 from tests.helpers.pools import ALWAYS, NAMES, SETTINGS, ZERO, batch, files, read
 
 
@@ -102,6 +104,21 @@ def test_other_floats_and_layouts(tmp_path: Path, dtype: torch.dtype) -> None:
     images = torch.tensor([0.0, 0.5, 1.0], dtype=dtype)[None, :, None, None].expand(2, 3, 4, 4)
     Pool.create(tmp_path, SETTINGS, NAMES).add(images, torch.ones(2, 1, 1).bool(), [ZERO] * 2)
     assert (read(tmp_path / "images/0000/000001.png") == [0, 128, 255]).all()
+
+
+def test_images_are_encoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, png = Barrier(2), encoding.png
+
+    def waiting(pixels: Any) -> bytes:
+        together.wait(timeout=20)
+        return png(pixels)
+
+    monkeypatch.setattr(encoding, "png", waiting)
+    images, masks, records = batch(2)
+    Pool.create(tmp_path, SETTINGS, NAMES).add(images, masks, records)
+    for image, record in zip(images, Pool(tmp_path).records, strict=True):
+        expected = (image * 255).round().permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(read(tmp_path / record["file_name"]), expected)
 
 
 def test_an_empty_batch_adds_nothing(tmp_path: Path) -> None:

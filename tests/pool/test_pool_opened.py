@@ -71,6 +71,16 @@ def test_create_refuses_a_pool_and_overwrites_it_when_told(tmp_path: Path) -> No
     assert settings == made.settings == {**own, "seed": 1}
 
 
+def test_a_url_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/pool", "sftp://host/pool", Path("s3://bucket/pool")):
+        for attempt in (Pool, partial(Pool.create, settings=SETTINGS, class_names=NAMES)):
+            with pytest.raises(PoolError, match=r"a folder that this machine sees, got the URL s"):
+                attempt(url)
+    assert not list(tmp_path.iterdir())
+    Pool.create(tmp_path / "s3:pool", SETTINGS, NAMES).close()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     for attempt in (Pool.create, Pool.resume):

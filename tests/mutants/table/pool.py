@@ -217,6 +217,13 @@ MUTANTS = (
             "Pixels are cut off instead of rounded.",
         ),
         Mutant(
+            "batch-encoders",
+            "_ENCODERS = 4",
+            "_ENCODERS = 1",
+            "One thread encodes all pictures, which a GPU waits for.",
+            STORED,
+        ),
+        Mutant(
             "pool-background",
             'masks, settings["background"])',
             'masks, "mean")',
@@ -264,6 +271,12 @@ MUTANTS = (
             'return path.with_name(f".{path.name}.part")',
             "return path",
             "A file that can't be written is lost.",
+        ),
+        Mutant(
+            "files-url",
+            "    if _URL.match(str(path)):\n",
+            "    if False:\n",
+            "A pool at a URL becomes a folder named s3: on this machine.",
         ),
         Mutant(
             "files-temporary",
