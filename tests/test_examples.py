@@ -23,6 +23,7 @@ from smi_fast import SparseInverter, StopSchedule, load_cnn, load_teacher, recip
 from smi_fast.fill import fill
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.pool import Pool
+from smi_fast.pool.shards import write_shards
 from smi_fast.provenance import describe
 from smi_fast.zoo import UnknownTeacher
 from tests.helpers.inversions import PUBLISHED
@@ -173,6 +174,18 @@ def test_train_student_on_pool(pool: str, capsys: pytest.CaptureFixture[str]) ->
     example("train_student_on_pool.py")["main"]([pool, "--epochs", "30"])
     said = capsys.readouterr().out
     assert int(re.search(r"(\d+)% of 8 images", said)[1]) >= 38
+
+
+def test_train_on_kept_patches(
+    pool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = example("train_on_kept_patches.py")["main"]
+    write_shards(pool, tmp_path / "shards", load_teacher("fashion-canvas"))
+    train([str(tmp_path / "shards"), "--epochs", "40"])
+    assert int(re.search(r"(\d+)% of 8 images", capsys.readouterr().out)[1]) >= 38
+    write_shards(pool, tmp_path / "bare")
+    with pytest.raises(SystemExit, match="expected shards with logits: export them with --teacher"):
+        train([str(tmp_path / "bare")])
 
 
 def test_the_gradient_of_a_linear_head_is_that_of_autograd() -> None:

@@ -110,10 +110,9 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
 }
 
 // Runs the blocks on the residual stream x [rows, D] in place; with offsets, the rows of image b
-// are those from offsets[b] up to offsets[b + 1]. What products read and write has
-// the type of the weights; x, rstd and the biases have the one that this is computed in. A third
-// eps of each block is that of a LayerNorm in front of fc2. With `saves`, returns what backward
-// needs of each block:
+// are those from offsets[b] up to offsets[b + 1]. What products read and write has the type of the
+// weights; x, rstd and the biases have the one that this is computed in. A third eps of each block
+// is that of a LayerNorm in front of fc2. With `saves`, returns what backward needs of each block:
 // - qkv [B, N, 3, H, D/H];
 // - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
 // - normalized [rows, F] and rstd [rows] of the third LayerNorm, if there is one.
