@@ -153,7 +153,6 @@ FACTORS = (
     ("dense", "judge"),
     ("dense", "second_judge"),
 )
-JUDGES = ("judge", "second_judge", "judge_of_kept_patches_over_mean")
 
 
 def test_page_of_quality_has_the_recorded_factors() -> None:
@@ -165,15 +164,15 @@ def test_page_of_quality_has_the_recorded_factors() -> None:
         assert cells == [percent(entry["mean"]) if entry else "–" for entry in entries]
 
 
-def test_page_of_quality_has_the_recorded_other_teachers() -> None:
-    recorded = json.loads((ROOT / "benchmarks/results/other_teachers.json").read_text())["teachers"]
-    rows = table("other teachers")
-    expected = [
-        [teacher, contender, *(cell(entry[figure]) for figure in JUDGES)]
-        for teacher, found in recorded.items()
-        for contender, entry in found["contenders"].items()
-    ]
-    assert rows == expected
+def test_page_of_quality_has_the_recorded_ranks() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/photographs.json").read_text())
+    expected = []
+    for name, found in recorded.items():
+        if isinstance(found, dict) and "whole" in found:
+            whole, kept = found["whole"], found["kept_patches_over_mean"]
+            ranks = (whole["mean_rank"], whole["median_rank"], kept["mean_rank"])
+            expected.append([name, *(f"{rank:.0f}" for rank in ranks)])
+    assert table("photographs") == expected and len(expected) == 9
 
 
 def table(name: str) -> list[list[str]]:
