@@ -316,11 +316,9 @@ def test_a_commit_is_dirty_by_files_other_than_results(
 ) -> None:
     def git(*arguments: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-        subprocess.run(
-            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True
-        )
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        subprocess.run(command, check=True, capture_output=True)
 
-    monkeypatch.chdir(tmp_path)
     results = tmp_path / "results"
     results.mkdir()
     monkeypatch.setattr(environment, "RESULTS", results)

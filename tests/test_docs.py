@@ -157,7 +157,7 @@ FACTORS = (
 
 def test_page_of_quality_has_the_recorded_factors() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/factors.json").read_text())
-    rows = table("factors")
+    rows = table("recorded factors")
     assert [name for name, *_ in rows] == [*recorded["sparse"]]
     for name, *cells in rows:
         entries = [recorded[which].get(name, {}).get(figure) for which, figure in FACTORS]
@@ -172,7 +172,7 @@ def test_page_of_quality_has_the_recorded_ranks() -> None:
             whole, kept = found["whole"], found["kept_patches_over_mean"]
             ranks = (whole["mean_rank"], whole["median_rank"], kept["mean_rank"])
             expected.append([name, *(f"{rank:.0f}" for rank in ranks)])
-    assert table("photographs") == expected and len(expected) == 9
+    assert table("recorded ranks") == expected and len(expected) == 9
 
 
 def table(name: str) -> list[list[str]]:

@@ -21,6 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from smi_fast import SparseInverter, StopSchedule, load_cnn, load_teacher, recipes
 from smi_fast.fill import fill
+from smi_fast.jitter import Jitter
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.pool import Pool
 from smi_fast.pool.shards import write_shards
@@ -221,7 +222,8 @@ def test_own_loop_makes_the_images_of_sparse_inverter() -> None:
     schedule = StopSchedule.scaled(FEWEST)
     ours: list[tuple[Tensor, Tensor]] = []
     torch.manual_seed(0)
-    SparseInverter(teacher, schedule=schedule, iterations=FEWEST, **PUBLISHED).invert(
+    published = {"schedule": schedule, "iterations": FEWEST, "jitter": Jitter(), **PUBLISHED}
+    SparseInverter(teacher, **published).invert(
         targets,
         progress=False,
         callback=lambda _, images, kept: ours.append((images.clone(), kept)),
