@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             smi_fast.EmbeddingTarget(wanted, options.distance),
             smi_fast.TotalVariation(1e-3),
         ],
+        schedule=smi_fast.StopSchedule.once(options.iterations, keep=0.7, at=0.25),
+        importance="gradient",  # CLIP's class token also attends to empty background
         augment=smi_fast.augmentations.GaussianNoise(),
         copies=2,
     )

@@ -309,3 +309,25 @@ def test_published_entropy_is_what_ours_is(similarities: Callable) -> None:
     expected = objectives._with_gradients(plain, features)
     got = objectives._with_gradients(objectives.similarity_entropy, features)
     assert max(objectives._errors(got, expected)) < 1e-9
+
+
+def test_a_commit_is_dirty_by_files_other_than_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(environment, "RESULTS", results)
+    for file in (results / "speed.json", tmp_path / "loop.py"):
+        file.write_text("0")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "first")
+    (results / "speed.json").write_text("1")
+    assert len(environment.commit()) >= 7 and not environment.commit().endswith("-dirty")
+    (tmp_path / "loop.py").write_text("1")
+    assert environment.commit().endswith("-dirty")

@@ -145,6 +145,43 @@ def test_page_of_quality_has_the_recorded_times() -> None:
     assert lines == expected and len(lines) == 4
 
 
+FACTORS = (
+    ("sparse", "judge"),
+    ("sparse", "second_judge"),
+    ("sparse", "judge_of_kept_patches_over_mean"),
+    ("sparse", "diversity_in_judge"),
+    ("dense", "judge"),
+    ("dense", "second_judge"),
+)
+
+
+def test_page_of_quality_has_the_recorded_factors() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/factors.json").read_text())
+    rows = table("recorded factors")
+    assert [name for name, *_ in rows] == [*recorded["sparse"]]
+    for name, *cells in rows:
+        entries = [recorded[which].get(name, {}).get(figure) for which, figure in FACTORS]
+        assert cells == [percent(entry["mean"]) if entry else "–" for entry in entries]
+
+
+def test_page_of_quality_has_the_recorded_ranks() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/photographs.json").read_text())
+    expected = []
+    for name, found in recorded.items():
+        if isinstance(found, dict) and "whole" in found:
+            whole, kept = found["whole"], found["kept_patches_over_mean"]
+            ranks = (whole["mean_rank"], whole["median_rank"], kept["mean_rank"])
+            expected.append([name, *(f"{rank:.0f}" for rank in ranks)])
+    assert table("recorded ranks") == expected and len(expected) == 9
+
+
+def table(name: str) -> list[list[str]]:
+    """The cells of a table on the page of quality, without its head."""
+    page = (ROOT / "docs/quality.md").read_text()
+    lines = page.partition(f"<!-- {name} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
 def cell(found: dict[str, Any]) -> str:
     return percent(found["mean"]) + around(found["seeds"])
 

@@ -15,14 +15,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
-from smi_fast import SparseInverter, StopSchedule, load_teacher, recipes
+from smi_fast import SparseInverter, StopSchedule, load_cnn, load_teacher, recipes
 from smi_fast.fill import fill
+from smi_fast.jitter import Jitter
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.pool import Pool
 from smi_fast.pool.shards import write_shards
 from smi_fast.provenance import describe
+from smi_fast.zoo import UnknownTeacher
 from tests.helpers.inversions import PUBLISHED
 from tests.helpers.libraries import library
 
@@ -75,6 +79,37 @@ def test_deepinversion_prior(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(last) < float(first)
 
 
+def test_clip_inversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With random weights of a small ViT, whose output stands in for an embedding."""
+    checkpoint, photograph = tmp_path / "random.safetensors", tmp_path / "noise.png"
+    save_file(timm.create_model("test_vit").state_dict(), checkpoint)
+    pixels = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    to_pil_image(pixels).save(photograph)
+    main = example("clip_inversion.py")["main"]
+    options = ["--tower", "test_vit", "--checkpoint", str(checkpoint), "--out", str(tmp_path)]
+    main([str(photograph), *options, "--iterations", "30", "--no-judge"])
+    lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(lines, ("dense", "sparse"), strict=True):
+        assert line.startswith(f"noise, {name}: cosine ") and float(line.split()[-1]) > 0.5
+        assert (tmp_path / f"noise_{name}.png").exists()
+
+
+def test_clip_inversion_has_a_judge(tmp_path: Path) -> None:
+    module = example("clip_inversion.py")
+    try:
+        judge = load_cnn("efficientnet-lite0")
+    except UnknownTeacher as error:
+        pytest.skip(str(error))
+    known = ImageNetInfo()
+    words = module["words"](judge, torch.rand(3, 224, 224))
+    assert words in {known.index_to_description(index) for index in range(1000)}
+
+
+def test_clip_inversion_without_weights() -> None:
+    with pytest.raises(SystemExit, match="expected a checkpoint file"):
+        example("clip_inversion.py")["main"](["a.jpg", "--checkpoint", "missing.pth"])
+
+
 def test_clip_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a small CLIP of random weights, whose texts are told apart."""
     open_clip = library("open_clip")
@@ -85,7 +120,7 @@ def test_clip_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
     open_clip.add_model_config(config)
     texts = ["a red bus", "two dogs in the snow"]
-    options = ["--model", "tiny-clip", "--iterations", "100", "--out", str(tmp_path)]
+    options = ["--model", "tiny-clip", "--iterations", "200", "--out", str(tmp_path)]
     example("clip_text.py")["main"]([*texts, *options])
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("nearest text ")[2] for line in lines] == list(map(repr, texts))
@@ -187,7 +222,8 @@ def test_own_loop_makes_the_images_of_sparse_inverter() -> None:
     schedule = StopSchedule.scaled(FEWEST)
     ours: list[tuple[Tensor, Tensor]] = []
     torch.manual_seed(0)
-    SparseInverter(teacher, schedule=schedule, iterations=FEWEST, **PUBLISHED).invert(
+    published = {"schedule": schedule, "iterations": FEWEST, "jitter": Jitter(), **PUBLISHED}
+    SparseInverter(teacher, **published).invert(
         targets,
         progress=False,
         callback=lambda _, images, kept: ours.append((images.clone(), kept)),

@@ -91,7 +91,17 @@ def _cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with "-dirty" behind it when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit of this checkout, with "-dirty" behind it when files differ from it.
+
+    Results don't count: one measurement writes them before the next one is recorded.
+    """
+    found = _git("describe", "--always") or "unknown"
+    others = (":/", f":(exclude){RESULTS.name}")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    return f"{found}-dirty" if changed else found
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parent), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()

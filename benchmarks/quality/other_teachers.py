@@ -40,8 +40,8 @@ class Training:
 
     config: dict[str, int]
     seed: int
-    steps: int = 5000
-    cnn_steps: int = 1000
+    steps: int = 2500
+    cnn_steps: int = 600
 
     def run(self) -> VisionTransformer:
         torch.manual_seed(self.seed)

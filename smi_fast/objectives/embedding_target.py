@@ -32,6 +32,9 @@ class EmbeddingTarget(Objective):
     - "infonce": ``F.cross_entropy(u @ v.T / 0.07, arange(B))``, each image's target against those
       of the others. It couples the images of a batch.
 
+    Sparse images of embeddings come out best with ``importance="gradient"`` and most of the patches
+    kept, see the page on quality.
+
     >>> wanted = torch.randn(1, 10)
     >>> options = {"iterations": 3, "schedule": Dense(), "progress": False, "batch": 1}
     >>> list(invert(teacher, objectives=[EmbeddingTarget(wanted)], **options).history)
