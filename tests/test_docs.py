@@ -153,6 +153,7 @@ FACTORS = (
     ("dense", "judge"),
     ("dense", "second_judge"),
 )
+JUDGES = ("judge", "second_judge", "judge_of_kept_patches_over_mean")
 
 
 def test_page_of_quality_has_the_recorded_factors() -> None:
@@ -162,6 +163,17 @@ def test_page_of_quality_has_the_recorded_factors() -> None:
     for name, *cells in rows:
         entries = [recorded[which].get(name, {}).get(figure) for which, figure in FACTORS]
         assert cells == [percent(entry["mean"]) if entry else "–" for entry in entries]
+
+
+def test_page_of_quality_has_the_recorded_other_teachers() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/other_teachers.json").read_text())["teachers"]
+    rows = table("other teachers")
+    expected = [
+        [teacher, contender, *(cell(entry[figure]) for figure in JUDGES)]
+        for teacher, found in recorded.items()
+        for contender, entry in found["contenders"].items()
+    ]
+    assert rows == expected
 
 
 def test_page_of_quality_has_the_recorded_ranks() -> None:

@@ -13,7 +13,7 @@ from smi_fast import Fourier, Parametrization, Pixels, Pyramid, SparseInverter, 
 
 # Iterations before the stop and all of them; those behind the stop are timed.
 STOP, ITERATIONS, QUICK_ITERATIONS = 1, 40, 4
-ROUNDS, QUICK_ROUNDS = 5, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 # 46 of 196 patches are kept, as by the published stops.
 SCHEDULE = StopSchedule((STOP,), (150 / 196,))
 BASE = "pixels"

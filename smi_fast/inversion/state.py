@@ -100,7 +100,9 @@ class InversionState:
         return _tensor(self._images(self.parameters))
 
     def _images(self, parameters: Tensor) -> Tensor | SigmoidImages:
-        images = self.settings.parametrization.lazy_images(parameters)
+        # Autocast rounds products of the teacher, but not what the optimiser moves.
+        with torch.autocast(parameters.device.type, enabled=False):
+            images = self.settings.parametrization.lazy_images(parameters)
         if self.background is None or self.frozen is None:
             return images
         if isinstance(images, SigmoidImages):

@@ -182,7 +182,7 @@ class Blocks:
         rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
         way, last = self._way(x, rotations), self._blocks[-1]
         x, left = rows.pack(x), [*enumerate(self._blocks)]
-        if packed and way.engine is not None and len(left) > 1:
+        if rows.index is not None and way.engine is not None and len(left) > 1:
             x = way.engine.run_ragged(x[0], 0, len(left) - 1, rows.offsets)[None]
             left = left[-1:]
         for index, block in left:

@@ -70,6 +70,16 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/inversion/state.py",
+        "tests/objectives/test_batch_norm.py::test_autocast_does_not_reach_the_cnn",
+        Mutant(
+            "images-autocast",
+            "torch.autocast(parameters.device.type, enabled=False)",
+            "torch.autocast(parameters.device.type, enabled=torch.is_autocast_enabled('cpu'))",
+            "Autocast rounds the colours of images.",
+        ),
+    ),
+    *of_file(
         "smi_fast/parametrizations/sigmoid.py",
         "tests/parametrizations/test_sigmoid.py",
         Mutant(
