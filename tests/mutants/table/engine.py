@@ -93,16 +93,6 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/teacher/ragged.py",
-        "tests/teacher/test_ragged.py::test_each_image_is_as_if_it_were_alone",
-        Mutant(
-            "ragged-offsets",
-            "F.pad(self.lengths.cumsum(0), (1, 0))",
-            "F.pad(self.lengths.flip(0).cumsum(0), (1, 0))",
-            "Images take the tokens of others.",
-        ),
-    ),
-    *of_file(
         "csrc/cpu/engine_row_attention_kernel.h",
         f"{BUDGET} attend_rows",
         Mutant(
