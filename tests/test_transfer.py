@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.fashion_canvas.train_teacher import GRID
 from benchmarks.transfer import closed_loop, sources, study
 from benchmarks.transfer.sources import Pictures
-from benchmarks.transfer.students import GRID, PATCH, STUDENTS, Training, batches, moved
+from benchmarks.transfer.students import PATCH, STUDENTS, Training, batches, moved
 from benchmarks.transfer.study import Trial, trials
 from smi_fast import SparseViT, load_teacher
 from smi_fast.background import over

@@ -11,8 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.fashion_canvas.data import SIDE, load_items, render
-from benchmarks.fashion_canvas.train_teacher import VALIDATION
+from benchmarks.fashion_canvas.data import CLASSES, SIDE, load_items, render
+from benchmarks.fashion_canvas.train_teacher import GRID, VALIDATION
 from benchmarks.quality.images import Run, images_of
 from benchmarks.quality.recognition import CONTENDERS as RECIPES
 from benchmarks.schedules.timed import Job, timed
@@ -23,7 +23,7 @@ from smi_fast.teacher.space import ImageSpace
 BATCH = 400
 # The seed of each further batch differs by this much.
 NEXT_SEED = 1000
-PER_CLASS = BATCH // 10
+PER_CLASS = BATCH // len(CLASSES)
 LONG = 4000
 
 
@@ -54,7 +54,7 @@ Source = Callable[[VisionTransformer, int, int], Pictures]
 
 
 def _whole(pixels: Tensor) -> Pictures:
-    return Pictures(pixels, torch.ones(len(pixels), SIDE // 8, SIDE // 8, dtype=torch.bool))
+    return Pictures(pixels, torch.ones(len(pixels), GRID, GRID, dtype=torch.bool))
 
 
 def real(vit: VisionTransformer, count: int, seed: int) -> Pictures:

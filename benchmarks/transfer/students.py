@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.fashion_canvas.data import CLASSES, SIDE, normalise
+from benchmarks.fashion_canvas.data import CLASSES, normalise
 from benchmarks.fashion_canvas.train_teacher import CONFIG, sine_positions, vit_logits
 from benchmarks.transfer.sources import Pictures
 from smi_fast import SparseViT
@@ -20,7 +20,6 @@ from smi_fast.background import over
 BATCH = 64
 TEMPERATURE = 4.0
 PATCH = CONFIG["patch_size"]
-GRID = SIDE // PATCH
 VIT = {**CONFIG, "embed_dim": 96, "depth": 4, "num_heads": 3}
 
 

@@ -85,9 +85,8 @@ def trials(quick: bool = False) -> Iterator[Trial]:
     )
     for seed in seeds:
         for source in QUICK_SOURCES if quick else SOURCES:
-            shown = "mean" if source in KEPT_ONLY else "whole"
             for student in ("CNN", "ViT"):
-                yield Trial(source, shown, student, count, seed, steps)
+                yield Trial(source, _shown(source), student, count, seed, steps)
         for student in ("CNN", "ViT"):
             for shown in ("mean", "black"):
                 yield Trial("default", shown, student, count, seed, steps)
@@ -95,11 +94,14 @@ def trials(quick: bool = False) -> Iterator[Trial]:
         yield Trial(CLOSED_LOOP, "whole", "CNN", count, seed, steps)
         if not quick:
             for source in CURVES:
-                shown = "mean" if source in KEPT_ONLY else "whole"
                 for fewer in FEWER:
-                    yield Trial(source, shown, "CNN", fewer, seed, steps)
+                    yield Trial(source, _shown(source), "CNN", fewer, seed, steps)
             for source in LARGE:
                 yield Trial(source, "whole", "CNN", MORE, seed, steps)
+
+
+def _shown(source: str) -> str:
+    return "mean" if source in KEPT_ONLY else "whole"
 
 
 class Study:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from smi_fast.pool.files import PoolError, explained, write_atomically
+from smi_fast.pool.files import PoolError, explained, write_content
 from smi_fast.pool.layout import LOSS_CURVES, PAGE
 from smi_fast.pool.metadata import Record, read_seconds
 from smi_fast.pool.pictures import MOST_CLASSES, MOST_PER_CLASS, draw_loss
@@ -79,8 +79,7 @@ def write_page(path: str | Path) -> Path:
     sections.append(f"<h2>Versions</h2>\n{_table(records[-1].get('versions', {}))}")
     title = escape(f"{len(records)} images in {pool.path.name or pool.path}")
     content = _PAGE.format(title=title, body="\n".join(sections)).encode()
-    with explained(f"writing {pool.path / PAGE}"):
-        write_atomically(pool.path / PAGE, lambda file: file.write(content))
+    write_content(pool.path / PAGE, content)
     return pool.path / PAGE
 
 

@@ -39,7 +39,8 @@ pytestmark = pytest.mark.skipif(
 )
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = torch.bfloat16
-# Of the largest number. One rounding is off by up to 1/512; a few blocks add theirs up.
+# The greatest error, as a share of the largest number. One rounding is off by up to 1/512, and the
+# roundings of a few blocks add up.
 CLOSE = 0.02
 
 
@@ -59,7 +60,10 @@ def in_float64(block: FoldedBlock) -> FoldedBlock:
 
 
 def errors_of(run: FoldedRun, blocks: list[FoldedBlock], batch: int, count: int) -> Iterator[Error]:
-    """Of what a run adds to tokens, and to their gradient; exact is float64 of rounded weights."""
+    """The errors of what a run adds to tokens and to their gradient.
+
+    The exact result is computed in float64 from the rounded weights.
+    """
     tokens, grad = torch.randn(2, batch, count, 192)
     leaf = tokens.clone().requires_grad_()
     result = run(leaf)
