@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast import load_teacher
+from smi_fast import SparseInverter, load_teacher, recipes
 from smi_fast.background import over
 from tests.helpers.libraries import library
 
@@ -141,15 +141,16 @@ def test_trials_differ_and_are_not_run_twice(
 
 @pytest.fixture
 def without_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test on noise, whose labels are what the teacher says."""
-
-    def canvases(*_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
-        teacher = load_teacher("fashion-canvas")
-        pixels = study.SOURCES["1/f noise"](teacher, 100, 7).pixels
-        with torch.no_grad():
-            return pixels, teacher(study.normalise(pixels)).argmax(1), None
-
-    monkeypatch.setattr(study, "canvases", canvases)
+    """Real images are inverted ones, whose labels are what the teacher says."""
+    teacher = load_teacher("fashion-canvas")
+    inverter = SparseInverter(teacher, **recipes.clear().options(iterations=12))
+    result = inverter.invert([i % 10 for i in range(40)], progress=False)
+    with torch.no_grad():
+        labels = teacher(study.normalise(result.images)).argmax(1)
+    assert len(labels.unique()) > 5
+    pictures = Pictures(result.images, result.masks)
+    monkeypatch.setitem(study.SOURCES, "real", lambda vit, count, seed: pictures.first(count))
+    monkeypatch.setattr(study, "canvases", lambda *_, **__: (result.images, labels, None))
 
 
 @pytest.mark.usefixtures("without_a_data_set")
@@ -168,12 +169,12 @@ def test_a_quantiser_sees_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_quick_run_tests_every_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """At 8 bits the teacher says what it said before, at fewer bits less often so."""
     monkeypatch.setenv("QUALITY_IMAGES", str(tmp_path))
-    monkeypatch.setattr(study, "QUICK_SOURCES", ("1/f noise",))
+    monkeypatch.setattr(study, "QUICK_SOURCES", ("real",))
     measured = study.measure(quick=True)
     assert [*measured["quantised"]] == ["W8A8, min-max", "W3A3, least squares", "W2, GPTQ"]
-    eight, *fewer = (found["1/f noise"]["mean"] for found in measured["quantised"].values())
-    assert measured["teacher"] == 1 and eight >= 0.97
-    assert all(0.3 < share < eight for share in fewer)
+    eight, *fewer = (found["real"]["mean"] for found in measured["quantised"].values())
+    assert measured["teacher"] == 1 and eight >= 0.95
+    assert min(fewer) > 0.2 and max(fewer) < eight, fewer
 
 
 def test_without_its_libraries_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
