@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import figures
+from benchmarks import figures, quantise
 from benchmarks.pools import measure as pools
 from benchmarks.quality import (
     class_accuracy,
@@ -46,6 +46,7 @@ MEASUREMENTS = {
     "pools": pools.main,
     "schedules": schedules.main,
     "transfer": transfer.main,
+    "quantise": quantise.main,
 }
 
 
