@@ -77,9 +77,14 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._end.wait(_RENEWAL):
+            start = time.monotonic()
             with suppress(PoolError):  # the next renewal may succeed
                 if self.name in self._store.names(LOCKS):
                     self._write()
+            # Another process may have taken over before a write that came late.
+            if time.monotonic() - start > PATIENCE / 2:
+                with suppress(PoolError):
+                    self._store.delete([self.name])
 
     def _write(self) -> None:
         self._renewals += 1

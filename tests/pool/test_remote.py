@@ -169,7 +169,8 @@ def test_a_lock_that_nobody_renews_is_taken_over(monkeypatch: pytest.MonkeyPatch
             add(pool, 1)
         with pytest.raises(PoolError, match="another process has taken over memory://pool"):
             pool.close()
-    assert len(RemotePool.resume("memory://pool", SETTINGS, NAMES).records) == 3
+    with RemotePool.resume("memory://pool", SETTINGS, NAMES) as pool:
+        assert len(pool.records) == 3
 
 
 def test_the_lock_of_a_process_that_has_ended_here_is_taken_at_once() -> None:
