@@ -170,7 +170,7 @@ def verify(
 
 @app.command()
 def invert(
-    out: Annotated[Path, typer.Option(help="Folder for the images.")],
+    out: options.Out,
     teacher: Annotated[
         str, typer.Option(help="fashion-canvas, or a ViT of timm.")
     ] = "fashion-canvas",
@@ -258,9 +258,10 @@ def invert(
     overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Invert classes of a teacher into a folder of images.
+    """Invert classes of a teacher into a pool of images: a folder, or a URL of fsspec.
 
     Several processes share the batches: torchrun --nproc-per-node 8 -m smi_fast invert ...
+    With --nnodes, all machines must see the folder, or --out is a URL.
     """
     from smi_fast.batch_maker import check_strip
     from smi_fast.fill import Interrupted, Stopped, fill, rehearse
@@ -268,7 +269,7 @@ def invert(
     from smi_fast.inversion import SparseInverter
     from smi_fast.judge import check_judge, load_judge
     from smi_fast.ops import backends
-    from smi_fast.pool import Pool
+    from smi_fast.pool.remote import pool_type
     from smi_fast.provenance import describe
     from smi_fast.recipes import by_name
     from smi_fast.zoo import fingerprint, label_names, load_cnn, load_teacher
@@ -328,8 +329,9 @@ def invert(
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
     resume = resume or Group.restarted()
-    make = Pool.resume if resume else partial(Pool.create, overwrite=overwrite)
-    with make(out, settings, names, background=shown) if first else Pool(out) as pool:
+    kind = pool_type(out)
+    make = kind.resume if resume else partial(kind.create, overwrite=overwrite)
+    with make(out, settings, names, background=shown) if first else kind(out) as pool:
         try:
             fill(
                 pool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from smi_fast.schedules import Schedule
 
 app = typer.Typer(no_args_is_help=True, help="Check and merge pools.")
-_Pool = Annotated[Path, typer.Argument(help="Folder of a pool.")]
+_Pool = Annotated[str, typer.Argument(help="Folder or URL of a pool.")]
 
 
 @app.command()
@@ -25,19 +26,21 @@ def check(pool: _Pool) -> None:
     """
     from smi_fast.pool import Pool
     from smi_fast.pool.check import find_faults
+    from smi_fast.pool.remote import local_copy
 
     faults = 0
-    for fault in find_faults(pool):
-        print(fault)
-        faults += 1
-    images = len(Pool(pool).records)
+    with local_copy(pool) as path:
+        for fault in find_faults(path):
+            print(fault.replace(str(path), pool))
+            faults += 1
+        images = len(Pool(path).records)
     print(f"{images} images in {pool}: {'nothing' if faults == 0 else faults} wrong")
     raise typer.Exit(1 if faults else 0)
 
 
 @app.command()
 def merge(
-    pools: Annotated[list[Path], typer.Argument(help="Folders of two pools or more.")],
+    pools: Annotated[list[str], typer.Argument(help="Folders or URLs of two pools or more.")],
     out: Annotated[Path, typer.Option(help="Folder for the new pool.")],
 ) -> None:
     """Copy pools into a new one; the old ones stay.
@@ -45,8 +48,10 @@ def merge(
     A merge that was interrupted goes on when it is called again.
     """
     from smi_fast.pool.merge import merge as copy
+    from smi_fast.pool.remote import local_copy
 
-    _present(copy(pools, out))
+    with ExitStack() as copies:
+        _present(copy([copies.enter_context(local_copy(pool)) for pool in pools], out))
 
 
 def migrate(
@@ -68,7 +73,7 @@ def _present(pool: Pool) -> None:
     if images:
         draw_sheet(pool)
     draw_loss(pool)
-    print(f"{images} images in {pool.path}; look at {pool.path / CONTACT_SHEET}")
+    print(f"{images} images in {pool.where}; look at {pool.where}/{CONTACT_SHEET}")
 
 
 def summarise(pool: Pool, schedule: Schedule) -> None:
@@ -81,14 +86,14 @@ def summarise(pool: Pool, schedule: Schedule) -> None:
     confidence = sum(record["confidence"] for record in records) / len(records)
     seen = "whole images" if not schedule.at else f"{len(records[0]['kept'])} kept patches of each"
     print(
-        f"{len(records)} images in {pool.path}: of the {seen}, the teacher sees "
+        f"{len(records)} images in {pool.where}: of the {seen}, the teacher sees "
         f"the wanted class in {right:.1%}, at a mean confidence of {confidence:.3f}"
     )
     if "judge" in records[0]:
         agreed = sum(record["judge"] == record["class_name"] for record in records) / len(records)
         print(f"an independent judge sees it in {agreed:.1%} of the whole images")
     draw_sheet(pool)
-    print(f"look at {pool.path / CONTACT_SHEET}")
+    print(f"look at {pool.where}/{CONTACT_SHEET}")
 
 
 def export(
@@ -110,6 +115,7 @@ def export(
     """Copy a pool into the layout of another tool; the pool stays."""
     from smi_fast.pool import Pool
     from smi_fast.pool.export import export_imagenet, export_webdataset
+    from smi_fast.pool.remote import local_copy
     from smi_fast.pool.shards import write_shards
     from smi_fast.zoo import load_teacher
 
@@ -121,16 +127,22 @@ def export(
             raise ValueError(f"expected --layout shards with --teacher, got {layout!r}")
         if checkpoint is not None and teacher is None:
             raise ValueError("expected --teacher with --checkpoint, got none")
-        if layout == "shards":
-            model = None if teacher is None else load_teacher(teacher, checkpoint)
-            write_shards(pool, out, model)
-        else:
-            layouts[layout](pool, out)
-    print(f"{len(Pool(pool).records)} images in {out}")
+        model = None if teacher is None else load_teacher(teacher, checkpoint)
+        with local_copy(pool) as path:
+            if layout == "shards":
+                write_shards(path, out, model)
+            else:
+                layouts[layout](path, out)
+            images = len(Pool(path).records)
+    print(f"{images} images in {out}")
 
 
 def report(pool: _Pool) -> None:
     """Write one page of HTML about a pool, with its images in it."""
+    from smi_fast.pool.layout import PAGE
     from smi_fast.pool.page import write_page
+    from smi_fast.pool.remote import local_copy
 
-    print(f"look at {write_page(pool)}")
+    with local_copy(pool, bring_back=PAGE) as path:
+        write_page(path)
+    print(f"look at {pool}/{PAGE}")

@@ -16,7 +16,7 @@ from smi_fast import options
 
 def visualize(
     block: Annotated[int, typer.Option(help="Block, from 0; from the end when negative.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images.")],
+    out: options.Out,
     teacher: Annotated[
         str, typer.Option(help="fashion-canvas, or a ViT of timm, with a head or without.")
     ] = "fashion-canvas",
@@ -61,8 +61,9 @@ def visualize(
     import torch
 
     from smi_fast.fill import Interrupted
-    from smi_fast.pool import CONTACT_SHEET, Pool
+    from smi_fast.pool import CONTACT_SHEET
     from smi_fast.pool.pictures import draw_sheet
+    from smi_fast.pool.remote import pool_type
     from smi_fast.provenance import describe
     from smi_fast.teacher import SparseViT
     from smi_fast.visualize import KINDS, inverters, load_directions, neuron_names, rehearse
@@ -116,7 +117,8 @@ def visualize(
     }
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    make = Pool.resume if resume else partial(Pool.create, overwrite=overwrite)
+    kind_of_pool = pool_type(out)
+    make = kind_of_pool.resume if resume else partial(kind_of_pool.create, overwrite=overwrite)
     with make(out, settings, names, background=shown) as pool:
         try:
             add_images(pool, makers, neurons, batch_size=batch_size, seed=seed, progress=not quiet)
@@ -127,4 +129,4 @@ def visualize(
         for each in makers:
             found = [r["activation"] for r in pool.records if r["kind"] == each]
             print(f"{each}: {len(found)} images, mean activation {sum(found) / len(found):.3g}")
-        print(f"look at {pool.path / CONTACT_SHEET}")
+        print(f"look at {pool.where}/{CONTACT_SHEET}")

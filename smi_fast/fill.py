@@ -148,8 +148,8 @@ def fill(
                     worker.add_unfinished(result.images, start)
                     raise Interrupted(
                         f"interrupted after {result.iterations} iterations: the unfinished images "
-                        f"of this batch are in {pool.path / UNFINISHED}; --resume starts the batch "
-                        "again"
+                        f"of this batch are in {pool.where}/{UNFINISHED}; --resume starts the "
+                        "batch again"
                     )
                 made = maker.made(batch, result, moments)
                 writer.write(partial(worker.add, made, number, start))
@@ -158,8 +158,8 @@ def fill(
         return
     if stop.wanted or (group is not None and group.stopped):
         raise Stopped(
-            f"stopped: {pool.path} has {len(pool.records)} of {len(labels)} images; --resume makes "
-            "the rest"
+            f"stopped: {pool.where} has {len(pool.records)} of {len(labels)} images; --resume "
+            "makes the rest"
         )
     # A process of the group has died, and this one makes its batches.
     fill(

@@ -19,6 +19,13 @@ MOST_SEED = 2**64 - 1
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights of a timm teacher, .safetensors or .pth.")
 ]
+Out = Annotated[
+    str,
+    typer.Option(
+        help="Folder for the images; or a URL such as s3://bucket/pool or sftp://host/pool, with "
+        "fsspec's package for it."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 Backend = Annotated[str, typer.Option(help="Implementation of the ops, see smi-fast info.")]
 Precision = Annotated[

@@ -86,7 +86,7 @@ def _check_held(pool: Pool, labels: Sequence[int]) -> int:
     records = pool.records
     if len(records) > len(labels):
         raise PoolError(
-            f"expected {pool.path} to hold {len(labels)} images or fewer, got {len(records)}"
+            f"expected {pool.where} to hold {len(labels)} images or fewer, got {len(records)}"
         )
     for index, (record, label) in enumerate(zip(records, labels, strict=False)):
         confidence = record.get("confidence")
@@ -97,7 +97,7 @@ def _check_held(pool: Pool, labels: Sequence[int]) -> int:
             or not isinstance(record.get("kept"), list)
         ):
             raise PoolError(
-                f"line {index + 1} of {pool.path / METADATA} is not the record of an image of "
+                f"line {index + 1} of {pool.where}/{METADATA} is not the record of an image of "
                 f"class {label}"
             )
     return len(records)

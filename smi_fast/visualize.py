@@ -167,7 +167,7 @@ def visualize(
                 pool.add_unfinished(result.images)
                 raise Interrupted(
                     f"interrupted after {result.iterations} iterations: the unfinished images of "
-                    f"this batch are in {pool.path / UNFINISHED}; --resume starts the batch again"
+                    f"this batch are in {pool.where}/{UNFINISHED}; --resume starts the batch again"
                 )
             same = {"kind": kind, "iterations": result.iterations, "seed": seed}
             same |= {"versions": versions()}

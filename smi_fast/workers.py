@@ -12,7 +12,7 @@ from smi_fast.group import Group
 from smi_fast.job_progress import JobProgress, Tally
 from smi_fast.plan import Plan
 from smi_fast.pool import Pool
-from smi_fast.pool.parts import Part, is_held
+from smi_fast.pool.parts import Part
 from smi_fast.pool.pictures import draw_loss
 from smi_fast.soft_stop import SoftStop
 
@@ -109,7 +109,7 @@ class GroupWorker(Worker):
         self._group.begin()
         while not self._stops() and (turn := self._group.next()) < count:
             if self._part is None:
-                self._part = Part(self._pool.path, self._pool.settings, self._group.rank)
+                self._part = self._pool.part(self._group.rank)
                 self._group.hold()
             yield turn
 
@@ -159,7 +159,7 @@ class GroupWorker(Worker):
 
     def _at_work(self) -> bool:
         begun, holding = self._group.at_work()
-        return bool(begun) or any(is_held(self._pool.path, rank) for rank in holding)
+        return bool(begun) or any(map(self._pool.part_is_held, holding))
 
     def _show(self) -> None:
         if self._group.rank == 0:

@@ -60,6 +60,7 @@ WITH_EXAMPLES = [
         for name in names
     ),
     "smi_fast.pool.Pool",
+    "smi_fast.pool.RemotePool",
     "smi_fast.recipes.Recipe",
     "smi_fast.recipes.by_name",
     "smi_fast.schedules.Dense",

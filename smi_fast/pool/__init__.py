@@ -11,6 +11,7 @@ from smi_fast.pool.layout import (
     UNFINISHED,
 )
 from smi_fast.pool.pool import Pool
+from smi_fast.pool.remote import RemotePool
 
 __all__ = [
     "CONTACT_SHEET",
@@ -22,5 +23,6 @@ __all__ = [
     "UNFINISHED",
     "Pool",
     "PoolError",
+    "RemotePool",
     "write_atomically",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smi_fast.background import over
 from smi_fast.pool.files import PoolError
-from smi_fast.pool.layout import PROGRESS, files_of, picture_name
+from smi_fast.pool.layout import PROGRESS, UNFINISHED, files_of, picture_name
 from smi_fast.pool.metadata import to_line
 
 # Threads that encode the pictures of a batch, because a GPU may invert more than one encodes.
@@ -130,6 +130,14 @@ def encode(
         own |= {"sha256": fingerprint(contents[: len(files)])}
         lines.append(to_line({**own, **record, **own}))
     return Encoded(pictures, lines)
+
+
+def unfinished(images: Tensor, start: int) -> dict[str, bytes]:
+    """The files of an interrupted batch [B, 3, H, W] whose first image has the index ``start``."""
+    return {
+        f"{UNFINISHED}/{picture_name(index)}": png(pixels)
+        for index, pixels in enumerate(to_uint8(images), start)
+    }
 
 
 def fingerprint(contents: Iterable[bytes]) -> str:

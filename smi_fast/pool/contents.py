@@ -44,10 +44,12 @@ def check_present(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
                 with explained(f"reading {path / folder}"):
                     names[folder] = file_names(path / folder)
             if name not in names[folder]:
-                raise PoolError(
-                    f"{path / record[key]} is missing: put it back, or make the pool anew with "
-                    "--overwrite"
-                )
+                raise missing(path / record[key])
+
+
+def missing(file: str | Path) -> PoolError:
+    """The error of a pool that lacks a file of an image."""
+    return PoolError(f"{file} is missing: put it back, or make the pool anew with --overwrite")
 
 
 def strays(path: Path, records: Sequence[Mapping[str, Any]]) -> list[str]:

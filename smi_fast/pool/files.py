@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 _NUMBER = "([0-9]{6}|[1-9][0-9]{6,})"
 # With one slash too, because a Path makes one of two.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+:/")
 _PICTURE = re.compile(rf"{_NUMBER}\.png|\.{_NUMBER}\.png\.part")
 
 
@@ -34,14 +34,21 @@ def explained(action: str, outcome: str = "") -> Iterator[None]:
         raise PoolError(f"{action} failed: {reason}{outcome}") from error
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether this is the URL of a pool, and no folder."""
+    return _URL.match(str(path)) is not None
+
+
 def folder_of(path: str | Path) -> Path:
     """The folder of a pool.
 
     Raises:
         PoolError: it is a URL, which would become a folder with a strange name.
     """
-    if _URL.match(str(path)):
-        raise PoolError(f"expected a folder that this machine sees, got the URL {path}")
+    if is_url(path):
+        raise PoolError(
+            f"expected a folder that this machine sees, got the URL {path}, which is for RemotePool"
+        )
     return Path(path)
 
 
@@ -75,13 +82,18 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
-def write_content(path: Path, content: bytes) -> None:
+def write_content(path: Path, content: bytes, outcome: str = "") -> None:
     """Write a whole file.
+
+    Args:
+        path: the file.
+        content: of it.
+        outcome: what an error says behind its reason.
 
     Raises:
         PoolError: it can't be written. It is then as it was before.
     """
-    with explained(f"writing {path}"):
+    with explained(f"writing {path}", outcome):
         write_atomically(path, lambda file: file.write(content))
 
 

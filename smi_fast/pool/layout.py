@@ -1,4 +1,26 @@
-"""Where the files of a pool lie."""
+"""Where the files of a pool lie.
+
+A pool is a folder::
+
+    settings.json            what the folder is, and the settings that decided the images
+    metadata.jsonl           one line per image: its files and its record
+    classes.txt              the folder of each class of the teacher, by index
+    README.md                what is in the folder and how to load it
+    images/0207/000000.png   the whole image, in the folder of its class
+    masked/0207/000000.png   its kept patches, over the pool's background
+    masks/0207/000000.png    one pixel per patch: 255 kept, 0 stopped
+    report/loss.json         the loss of the last batch, in each iteration
+    report/seconds.jsonl     how long each batch took
+    report/progress/         moments of each image's inversion side by side, if they were kept
+    parts/                   lines that the processes of a group have not put into the metadata yet
+    .lock                    held by the process that adds images
+
+The settings decide every byte of it but those of ``report/seconds.jsonl``.
+
+All files of a line in the metadata exist, even if writing was interrupted. A file without a line
+remains from an interrupted write; :meth:`Pool.resume` deletes it. ``format`` in the settings marks
+the folder as a pool. Without it nothing there is deleted.
+"""
 
 from __future__ import annotations
 

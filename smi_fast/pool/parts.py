@@ -17,15 +17,22 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from smi_fast.pool import metadata
-from smi_fast.pool.batch import encode, png, to_uint8
-from smi_fast.pool.files import PoolError, delete_file, explained, write_atomically
-from smi_fast.pool.layout import LOSS, PARTS, SECONDS, UNFINISHED, picture_name
+from smi_fast.pool.batch import encode, unfinished
+from smi_fast.pool.files import (
+    PoolError,
+    delete_file,
+    explained,
+    write_atomically,
+    write_content,
+)
+from smi_fast.pool.layout import LOSS, PARTS, SECONDS
 from smi_fast.pool.settings import Settings
 
 _AHEAD = "ahead.jsonl"
 _LINES = re.compile(r"[0-9]{4,}\.jsonl|ahead\.jsonl")
 _SECONDS = re.compile(r"[0-9]{4,}\.seconds\.jsonl")
 _LOCKS = re.compile(r"[0-9]{4,}\.lock")
+_OUTCOME = "; the images before this batch are safe in the pool"
 
 
 class Part:
@@ -82,21 +89,11 @@ class Part:
             PoolError: a file can't be written. The part is then as it was before.
         """
         made = encode(self._settings, images, masks, records, moments, batch=batch, start=start)
-        for name, content in made.files.items():
-            self._write(name, content)
+        self._write(made.files)
         if loss is not None:
-            self._write(LOSS, metadata.to_line(loss))
-        if seconds is not None:
-            with self._explained(self._seconds):
-                line = metadata.to_line({"batch": batch, "seconds": seconds})
-                metadata.append(self._seconds, line)
-        try:
-            with self._explained(self._lines):
-                self._size = metadata.append(self._lines, b"".join(made.lines), self._size)
-        except PoolError:
-            with suppress(OSError):
-                metadata.cut(self._lines, self._size)
-            raise
+            self._write({LOSS: metadata.to_line(loss)})
+        times = metadata.to_line({"batch": batch, "seconds": seconds})
+        self._append(batch, made.lines, None if seconds is None else times)
 
     def add_unfinished(self, images: Tensor, start: int) -> None:
         """Save the images of an interrupted batch, whose first one has the index ``start``.
@@ -104,19 +101,28 @@ class Part:
         Raises:
             PoolError: a file can't be written.
         """
-        for index, pixels in enumerate(to_uint8(images), start=start):
-            self._write(f"{UNFINISHED}/{picture_name(index)}", png(pixels))
+        self._write(unfinished(images, start))
 
     def close(self) -> None:
         """Let the process that holds the pool's lock take the part."""
         self._lock.release()
 
-    def _write(self, name: str, content: bytes) -> None:
-        with self._explained(self.path / name):
-            write_atomically(self.path / name, lambda file: file.write(content))
+    def _write(self, contents: Mapping[str, bytes]) -> None:
+        for name, content in contents.items():
+            write_content(self.path / name, content, _OUTCOME)
 
-    def _explained(self, path: Path) -> Any:
-        return explained(f"writing {path}", "; the images before this batch are safe in the pool")
+    def _append(self, batch: int, lines: Sequence[bytes], times: bytes | None) -> None:
+        """Append a batch's lines, from which on the part has it."""
+        if times is not None:
+            with explained(f"writing {self._seconds}", _OUTCOME):
+                metadata.append(self._seconds, times)
+        try:
+            with explained(f"writing {self._lines}", _OUTCOME):
+                self._size = metadata.append(self._lines, b"".join(lines), self._size)
+        except PoolError:
+            with suppress(OSError):
+                metadata.cut(self._lines, self._size)
+            raise
 
 
 def check_free(path: Path) -> None:

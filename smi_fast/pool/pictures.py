@@ -20,6 +20,8 @@ GAP = 12
 NAME_SIZE, CONFIDENCE_SIZE = 18, 13
 STOP_COLOUR = "#d62728"
 GREY = "#444444"
+# The files of an image that a contact sheet shows, by the entries of its record.
+_READ = ("file_name", "masked_file_name")
 
 
 def draw_sheet(pool: Pool) -> None:
@@ -30,6 +32,7 @@ def draw_sheet(pool: Pool) -> None:
     """
     records = pool.records
     with explained(f"writing {pool.path / CONTACT_SHEET}", _safe(len(records))):
+        pool.bring(record[key] for row in _rows(records) for record in row for key in _READ)
         _sheet(pool.path, records, pool.path / CONTACT_SHEET)
 
 
@@ -70,13 +73,18 @@ def contact_sheet(pool: str | Path, path: str | Path) -> None:
     _sheet(Path(pool), Pool(pool).records, Path(path))
 
 
-def _sheet(pool: Path, records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    if not records:
-        raise ValueError(f"expected a pool of images, got an empty one in {pool}")
+def _rows(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The first images of the first classes."""
     classes: dict[int, list[Mapping[str, Any]]] = {}
     for record in records:
         classes.setdefault(record["label"], []).append(record)
-    rows = [classes[label][:MOST_PER_CLASS] for label in sorted(classes)[:MOST_CLASSES]]
+    return [classes[label][:MOST_PER_CLASS] for label in sorted(classes)[:MOST_CLASSES]]
+
+
+def _sheet(pool: Path, records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    if not records:
+        raise ValueError(f"expected a pool of images, got an empty one in {pool}")
+    rows, classes = _rows(records), {record["label"] for record in records}
     names = [row[0]["class_name"] for row in rows]
     title = (
         f"{sum(map(len, rows))} of {len(records)} images, {len(rows)} of {len(classes)} classes: "
@@ -110,8 +118,8 @@ def _sheet(pool: Path, records: Sequence[Mapping[str, Any]], path: Path) -> None
     for y, name, row in zip(range(top, sheet.height, down), names, rows, strict=True):
         draw.text((GAP, y + height // 2), name, "black", large, anchor="lm")
         for x, record in zip(range(left, right, across), row, strict=False):
-            sheet.paste(read(record["file_name"]), (x, y))
-            sheet.paste(read(record["masked_file_name"]), (x + width, y))
+            for shift, key in zip((0, width), _READ, strict=True):
+                sheet.paste(read(record[key]), (x + shift, y))
             if "confidence" in record:
                 draw.text((x, y + height + 2), f"{record['confidence']:.1%}", GREY, small)
             if "judge" in record:

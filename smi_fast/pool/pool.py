@@ -1,32 +1,10 @@
-"""Inverted images on disk: pixels, masks and provenance.
-
-A pool is a folder::
-
-    settings.json            what the folder is, and the settings that decided the images
-    metadata.jsonl           one line per image: its files and its record
-    classes.txt              the folder of each class of the teacher, by index
-    README.md                what is in the folder and how to load it
-    images/0207/000000.png   the whole image, in the folder of its class
-    masked/0207/000000.png   its kept patches, over the pool's background
-    masks/0207/000000.png    one pixel per patch: 255 kept, 0 stopped
-    report/loss.json         the loss of the last batch, in each iteration
-    report/seconds.jsonl     how long each batch took
-    report/progress/         moments of each image's inversion side by side, if they were kept
-    parts/                   lines that the processes of a group have not put into the metadata yet
-    .lock                    held by the process that adds images
-
-The settings decide every byte of it but those of ``report/seconds.jsonl``.
-
-All files of a line in the metadata exist, even if writing was interrupted. A file without a line
-remains from an interrupted write; :meth:`Pool.resume` deletes it. ``format`` in the settings marks
-the folder as a pool. Without it nothing there is deleted.
-"""
+"""Inverted images on disk: pixels, masks and provenance."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -37,23 +15,23 @@ from torch import Tensor
 
 from smi_fast.background import Background
 from smi_fast.pool import metadata
-from smi_fast.pool.batch import Encoded, encode, png, to_uint8
+from smi_fast.pool.batch import Encoded, encode, unfinished
 from smi_fast.pool.card import descriptions
 from smi_fast.pool.contents import check_present, delete_pool, delete_strays
 from smi_fast.pool.files import (
     PoolError,
     delete_pictures,
     explained,
-    folder_of,
-    write_atomically,
+    write_content,
 )
-from smi_fast.pool.layout import LOCK, LOSS, METADATA, SECONDS, SETTINGS, UNFINISHED, picture_name
+from smi_fast.pool.layout import LOCK, LOSS, METADATA, SECONDS, SETTINGS, UNFINISHED
 from smi_fast.pool.metadata import Record
-from smi_fast.pool.parts import check_free, images_of, read_parts, settle_parts, take
+from smi_fast.pool.parts import Part, check_free, images_of, is_held, read_parts, settle_parts, take
+from smi_fast.pool.reading import Readable
 from smi_fast.pool.settings import Settings, check_same, make_settings, read_settings
 
 
-class Pool:
+class Pool(Readable):
     """A folder of inverted images and their records.
 
     ``Pool(path)`` reads the records of a pool. :meth:`create` and :meth:`resume` return a pool to
@@ -73,10 +51,11 @@ class Pool:
 
     Attributes:
         path: the folder.
+        where: the folder as a text, or the URL of a :class:`smi_fast.pool.remote.RemotePool`.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = folder_of(path)
+        super().__init__(path)
         self._lock: FileLock | None = None
         # The records and the bytes of the metadata, which only the holder of the lock may cache.
         self._records: list[Record] | None = None
@@ -145,7 +124,7 @@ class Pool:
                 check_same(pool.path, old, wanted)
                 pool._describe(wanted, anew=False)
                 found = pool._parse()
-                check_present(pool.path, found[0])
+                pool._check_present(found[0])
                 pool._settle(found)
         return pool
 
@@ -162,41 +141,9 @@ class Pool:
         self.close()
 
     @property
-    def settings(self) -> Settings:
-        """What the pool was made with, ``background`` and ``class_names`` included.
-
-        Raises:
-            PoolError: the folder holds no pool, or its settings can't be read.
-        """
-        settings = read_settings(self.path)
-        if settings is None:
-            raise PoolError(f"expected a pool in {self.path}, got an empty or missing folder")
-        return settings
-
-    @property
     def records(self) -> list[Record]:
-        """The record of each image, in the order of their index.
-
-        The file is read anew each time, but not while this pool is the one that adds images.
-
-        Raises:
-            PoolError: the folder holds something else than a pool, its metadata can't be read, or
-                a line isn't the record of its image.
-        """
-        return self._parse()[0] if self._records is None else list(self._records)
-
-    @property
-    def loss(self) -> dict[str, Any] | None:
-        """What the last :meth:`add` was given as ``loss``, or None.
-
-        Raises:
-            PoolError: the file can't be read, or holds something else.
-        """
-        with explained(f"reading {self.path / LOSS}"):
-            try:
-                return metadata.parse_loss((self.path / LOSS).read_bytes())
-            except FileNotFoundError:
-                return None
+        """See :attr:`smi_fast.pool.reading.Readable.records`."""
+        return super().records if self._records is None else list(self._records)
 
     @property
     def batches(self) -> int:
@@ -267,17 +214,10 @@ class Pool:
         loss_line = None if loss is None else metadata.to_line(loss)
         time_line = metadata.to_line({"batch": self.batches, "seconds": seconds})
         try:
-            for name, content in made.files.items():
-                self._write(name, content)
+            self._write(made.files)
             if loss_line is not None:
-                self._write(LOSS, loss_line)
-            if seconds is not None:
-                with self._explained(SECONDS):
-                    size = self._seconds_size
-                    self._seconds_size = metadata.append(self.path / SECONDS, time_line, size)
-            with self._explained(METADATA):
-                content = b"".join(made.lines)
-                self._size = metadata.append(self.path / METADATA, content, self._size)
+                self._write({LOSS: loss_line})
+            self._append(made.lines, None if seconds is None else time_line)
         except BaseException as error:
             with suppress(OSError):
                 if isinstance(error, PoolError):
@@ -302,8 +242,7 @@ class Pool:
         Raises:
             PoolError: a file can't be written.
         """
-        for index, pixels in enumerate(to_uint8(images), start=self._held):
-            self._write(f"{UNFINISHED}/{picture_name(index)}", png(pixels))
+        self._write(unfinished(images, self._held))
 
     def gather(self) -> None:
         """Take over what the processes of a group have added, as far as its turn has come.
@@ -314,7 +253,7 @@ class Pool:
         """
         names = self.settings["class_names"]
         self._ahead = read_parts(self.path, names, self.batches)
-        check_present(self.path, self.waiting)
+        self._check_present(self.waiting)
         self._absorb()
         settle_parts(self.path, self._ahead)
         self._discard_unfinished(before=self._held)
@@ -323,17 +262,23 @@ class Pool:
         """Append the batches of parts whose turn has come to the metadata."""
         lines = take(self._ahead, self.batches, self._held)
         if lines and self._records is not None:
-            with self._explained(METADATA):
-                path = self.path / METADATA
-                self._size = metadata.append(path, b"".join(lines), self._size)
+            self._append_lines(lines)
             self._records.extend(map(metadata.to_record, lines))
 
-    def _parse(self) -> tuple[list[Record], int]:
-        """The records, and the number of bytes that they take."""
-        settings = read_settings(self.path)
-        if settings is None:
-            return [], 0
-        return metadata.read(self.path / METADATA, settings["class_names"])
+    def part(self, rank: int) -> Part:
+        """What the process of this rank adds to the pool, in a group of processes.
+
+        Raises:
+            PoolError: it can't be written, or another process of this rank writes it.
+        """
+        return Part(self.path, self.settings, rank)
+
+    def part_is_held(self, rank: int) -> bool:
+        """Whether a process of this rank holds its part of the pool."""
+        return is_held(self.path, rank)
+
+    def bring(self, names: Iterable[str]) -> None:
+        """See that these files of the pool are in its folder, where a pool keeps them anyway."""
 
     @property
     def _held(self) -> int:
@@ -347,14 +292,39 @@ class Pool:
             metadata.cut(self.path / METADATA, self._size)
         self.gather()
         ahead = {index for images in self.ahead.values() for index in images}
-        delete_strays(self.path, self._held, ahead)
+        self._delete_strays(ahead)
 
     def _explained(self, name: str) -> Any:
-        return explained(f"writing {self.path / name}", f"; images safe in the pool: {self._held}")
+        return explained(f"writing {self.path / name}", self._outcome)
 
-    def _write(self, name: str, content: bytes) -> None:
-        with self._explained(name):
-            write_atomically(self.path / name, lambda file: file.write(content))
+    @property
+    def _outcome(self) -> str:
+        return f"; images safe in the pool: {self._held}"
+
+    def _write(self, contents: Mapping[str, bytes]) -> None:
+        for name, content in contents.items():
+            write_content(self.path / name, content, self._outcome)
+
+    def _append(self, lines: Sequence[bytes], times: bytes | None) -> None:
+        """Append a batch's lines, from which on the pool has it."""
+        if times is not None:
+            with self._explained(SECONDS):
+                size = self._seconds_size
+                self._seconds_size = metadata.append(self.path / SECONDS, times, size)
+        self._append_lines(lines)
+
+    def _append_lines(self, lines: Sequence[bytes]) -> None:
+        with self._explained(METADATA):
+            self._size = metadata.append(self.path / METADATA, b"".join(lines), self._size)
+
+    def _check_present(self, records: Iterable[Record]) -> None:
+        check_present(self.path, records)
+
+    def _delete(self) -> None:
+        delete_pool(self.path)
+
+    def _delete_strays(self, spared: set[int]) -> None:
+        delete_strays(self.path, self._held, spared)
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
@@ -380,22 +350,26 @@ class Pool:
     def _start(self, settings: Settings, overwrite: bool) -> None:
         if read_settings(self.path) is not None:
             if overwrite:
-                delete_pool(self.path)
-            elif self.records:
+                self._delete()
+            elif self.records or self._begun():
                 raise PoolError(
                     f"{self.path} is not empty: continue it with --resume or replace it with "
                     "--overwrite"
                 )
         content = json.dumps(settings, indent=2, allow_nan=False) + "\n"
-        self._write(SETTINGS, content.encode())
+        self._write({SETTINGS: content.encode()})
         self._describe(settings, anew=True)
         self._settle()
+
+    def _begun(self) -> bool:
+        """Whether processes of a group have left images, though the metadata has none."""
+        return bool(read_parts(self.path, self.settings["class_names"], 0))
 
     def _describe(self, settings: Settings, anew: bool) -> None:
         """Write what explains the pool, where it is missing or for all."""
         for name, content in descriptions(settings).items():
             if anew or not (self.path / name).exists():
-                self._write(name, content)
+                self._write({name: content})
 
     def _discard_unfinished(self, before: int = sys.maxsize) -> None:
         """Delete unfinished images, or only those with a smaller number."""

@@ -76,6 +76,11 @@ def parse_settings(content: bytes, path: Path) -> Settings:
     return dict(settings)
 
 
+def is_trace(name: str) -> bool:
+    """Whether a process that was killed before it wrote the settings may have left the file."""
+    return name in _TRACES
+
+
 def check_same(path: Path, old: Settings, new: Settings) -> None:
     """Refuse to continue the pool in ``path`` with other settings than its own.
 
@@ -95,7 +100,7 @@ def check_same(path: Path, old: Settings, new: Settings) -> None:
             )
 
 
-def not_a_pool(path: Path) -> PoolError:
+def not_a_pool(path: str | Path) -> PoolError:
     """The error of a folder that holds something else."""
     return PoolError(
         f"{path} is not empty, and not a pool of this version, whose {SETTINGS} has "

@@ -25,5 +25,5 @@ class Smi:
         captured = self.capsys.readouterr()
         return int(done.value.code or 0), captured.out, captured.err
 
-    def invert(self, out: Path, *arguments: object) -> tuple[int, str, str]:
+    def invert(self, out: Path | str, *arguments: object) -> tuple[int, str, str]:
         return self("invert", "--out", out, *QUICK, *arguments)

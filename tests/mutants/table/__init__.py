@@ -12,6 +12,7 @@ from tests.mutants.table import (
     parametrizations,
     pool,
     precision,
+    remote,
     schedules,
     teacher,
     triton,
@@ -31,5 +32,6 @@ MUTANTS = (
     *inversion.MUTANTS,
     *objectives.MUTANTS,
     *pool.MUTANTS,
+    *remote.MUTANTS,
     *outer.MUTANTS,
 )

@@ -18,9 +18,9 @@ MUTANTS = (
         ),
         Mutant(
             "pool-metadata-first",
-            "            for name, content in made.files.items():\n",
+            "            self._write(made.files)\n",
             '            metadata.append(self.path / METADATA, b"".join(made.lines), self._size)\n'
-            "            for name, content in made.files.items():\n",
+            "            self._write(made.files)\n",
             "An interrupted batch has lines whose files don't exist.",
         ),
         Mutant(
@@ -31,14 +31,14 @@ MUTANTS = (
         ),
         Mutant(
             "pool-missing",
-            "                check_present(pool.path, found[0])\n",
+            "                pool._check_present(found[0])\n",
             "",
             "A pool that lacks a file is resumed.",
         ),
         Mutant(
             "pool-parse",
-            "return self._parse()[0] if self._records is None else list(self._records)",
-            "return self._parse()[0]",
+            "return super().records if self._records is None else list(self._records)",
+            "return super().records",
             "Each batch reads the whole metadata.",
         ),
         Mutant(
@@ -49,7 +49,7 @@ MUTANTS = (
         ),
         Mutant(
             "pool-strays",
-            "        delete_strays(self.path, self._held, ahead)\n",
+            "        self._delete_strays(ahead)\n",
             "",
             "Loaders of folders find the images of a batch that was killed.",
         ),
@@ -274,7 +274,7 @@ MUTANTS = (
         ),
         Mutant(
             "files-url",
-            "    if _URL.match(str(path)):\n",
+            "    if is_url(path):\n",
             "    if False:\n",
             "A pool at a URL becomes a folder named s3: on this machine.",
         ),
@@ -351,7 +351,7 @@ MUTANTS = (
         ),
         Mutant(
             "workers-dead",
-            "any(is_held(self._pool.path, rank) for rank in holding)",
+            "any(map(self._pool.part_is_held, holding))",
             "bool(holding)",
             "A group waits for a process that was killed.",
         ),
