@@ -13,6 +13,7 @@ from benchmarks.quality import (
     independent_judge,
     other_teachers,
     photographs,
+    precisions,
     recognition,
     time_to_quality,
 )
@@ -35,6 +36,7 @@ MEASUREMENTS = {
     "time-to-quality": time_to_quality.main,
     "factors": factors.main,
     "other-teachers": other_teachers.main,
+    "precisions": precisions.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
     "parametrizations": parametrizations.main,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.quality import factors, other_teachers, recognition
+from benchmarks.quality import factors, other_teachers, precisions, recognition
 from benchmarks.quality.images import Contender, Images, Run, images_of, make
 from benchmarks.quality.time_to_quality import DENSE, OURS, levels, phases_of, shortest
 from benchmarks.quality.verdicts import load_judges, verdict, within_class
@@ -173,3 +173,30 @@ def test_what_was_recorded_with_the_same_settings_is_not_measured_again(
     file.write_text(json.dumps({"contenders": found}))
     kept = set(recognition.CONTENDERS) - {"clear, dense", "published, dense"}
     assert set(recognition._recorded()) == kept
+
+
+def test_the_confidence_is_the_float32_teachers_on_kept_patches_alone(teacher: SparseViT) -> None:
+    masks = torch.zeros(10, 8, 8, dtype=torch.bool)
+    masks[:, 2:5, 1:6] = True
+    pixels, wanted = torch.rand(10, 3, 64, 64), torch.arange(10)
+    images = Images(pixels, masks, torch.zeros(10, 10), wanted, "commit")
+    pixels_of_kept = masks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    hidden = Images(torch.where(pixels_of_kept, pixels, 0), masks, images.logits, wanted, "commit")
+    sure, reached = precisions.confidence(teacher, images)
+    assert (sure, reached) == precisions.confidence(teacher, hidden)
+    kept = torch.tensor([8 * row + column for row in range(2, 5) for column in range(1, 6)])
+    logits = teacher(precisions.normalise(pixels), kept.expand(10, -1)).logits
+    assert sure == pytest.approx(logits.softmax(1).diagonal().mean().item(), abs=1e-4)
+    assert reached == pytest.approx((logits.argmax(1) == wanted).float().mean().item())
+
+
+def test_what_bfloat16_changes_is_beside_what_seeds_change() -> None:
+    one, other = torch.zeros(2, 2, 2, dtype=torch.bool), torch.ones(2, 2, 2, dtype=torch.bool)
+    one[:, 0] = True
+    other[0, 0] = False
+    assert precisions.same_patches(one, other) == 0.5
+    found = {
+        "float32": [{"judge": 0.5}, {"judge": 0.9}],
+        "bfloat16": [{"judge": 0.6}, {"judge": 0.6}],
+    }
+    assert precisions.compared(found) == {"judge": {"difference": -0.1, "spread": 0.4}}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.engine.cpu import CpuEngine, Rotations
+from smi_fast.engine.embedding import Embedding
 from smi_fast.engine.precision import FLOAT32
 from smi_fast.ops import backends
 
@@ -31,6 +32,9 @@ class Engine(Protocol):
 
     def refresh(self) -> None:
         """Forget what was derived from the weights."""
+
+    def embed(self, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
+        """The tokens [B, P + K, D] of patches [B, K, C·P·P] at positions int64 [B, K]."""
 
     def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one.

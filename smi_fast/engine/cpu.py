@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
+from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
     FoldedBlock,
@@ -26,6 +27,7 @@ from smi_fast.engine.folding import (
     has_eva_steps,
     has_mlp_norm,
 )
+from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, stored_type
 from smi_fast.ops import backends, native
 
@@ -94,6 +96,10 @@ class CpuEngine:
         if reason is None and self._precision != FLOAT32 and dtype != torch.float32:
             return f"{self._precision} is of a teacher in float32, got {dtype}"
         return reason
+
+    def embed(self, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
+        """The tokens [B, P + K, D] of patches [B, K, C·P·P] at positions int64 [B, K]."""
+        return embed_patches(patches, positions, embedding)
 
     def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one."""
@@ -179,6 +185,7 @@ class FoldedRun:
         self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
         self.rotary = rotary
         self.free: _Buffers | None = None
+        keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.weights = [
             tensor

@@ -32,8 +32,9 @@ _STEPS = {
     ),
 }
 
-# Whole blocks, or the first rows of the last block, without rotary positions and with them; and
-# whether products of a tensor's type are oneDNN's here. These have kernels in C++ only.
+# Whole blocks, or the first rows of the last block, without rotary positions and with them; whether
+# products of a tensor's type are oneDNN's here; and the tokens in front of the first block. These
+# have kernels in C++ only.
 _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
@@ -66,6 +67,11 @@ _BLOCKS = {
     ),
     "last_block_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
     "products_by_onednn": "(Tensor like) -> bool",
+    "embed_patches": (
+        "(Tensor patches, Tensor weight, Tensor? bias, Tensor prefix, Tensor? table,"
+        " Tensor positions) -> Tensor"
+    ),
+    "embed_patches_backward": "(Tensor grad, Tensor weight, int prefix) -> Tensor",
 }
 
 _library = torch.library.Library("smi_fast", "FRAGMENT")

@@ -106,22 +106,30 @@ class Blocks:
         """
         return engine.choose(self._engines, device, dtype, self._backend, self._precision)
 
+    def way(self, patches: Tensor, rotations: Sequence[Tensor] | None) -> Way:
+        """How the blocks run on tokens of such patches.
+
+        Raises:
+            BackendUnavailable: there is no engine in the precision that was asked for.
+        """
+        return Way(self.engine_for(patches.device, patches.dtype), rotations)
+
     def __call__(
         self,
         x: Tensor,
+        way: Way,
         taps: dict[int, dict[str, str]],
         importance: bool,
-        rotations: Sequence[Tensor] | None = None,
     ) -> BlocksOutput:
         """Run all blocks.
 
         Args:
             x: tokens [B, N, D].
+            way: how they run, see :meth:`way`.
             taps: {block: {name: kind}}, see :func:`smi_fast.teacher.taps.parse`.
             importance: also return the importance of each patch.
-            rotations: of patches in each block; None for no rotary embedding.
         """
-        way, last = self._way(x, rotations), len(self._blocks) - 1
+        last = len(self._blocks) - 1
         found: dict[str, Tensor] = {}
         if self.narrow:
             return self._narrowed(way, x, taps, importance)
@@ -161,9 +169,9 @@ class Blocks:
     def ragged(
         self,
         x: Tensor,
+        way: Way,
         lengths: Tensor,
         importance: bool,
-        rotations: Sequence[Tensor] | None = None,
     ) -> BlocksOutput:
         """Run all blocks on a number of tokens of its own for each image.
 
@@ -173,14 +181,14 @@ class Blocks:
 
         Args:
             x: tokens [B, N, D].
+            way: how the blocks run.
             lengths: int64 [B], tokens of each image, prefix tokens included; later ones don't
                 count.
             importance: also return the importance of each patch, 0 for those that don't count.
-            rotations: of patches in each block; None for no rotary embedding.
         """
-        packed = x.device.type == "cpu" and rotations is None
+        packed = x.device.type == "cpu" and way.rotations is None
         rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
-        way, last = self._way(x, rotations), self._blocks[-1]
+        last = self._blocks[-1]
         x, left = rows.pack(x), [*enumerate(self._blocks)]
         if rows.index is not None and way.engine is not None and len(left) > 1:
             x = way.engine.run_ragged(x[0], 0, len(left) - 1, rows.offsets)[None]
@@ -204,21 +212,18 @@ class Blocks:
     def read(
         self,
         x: Tensor,
+        way: Way,
         taps: dict[int, dict[str, str]],
-        rotations: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The taps alone, of which there is at least one: nothing behind the last one runs.
 
         The arguments are those of a call.
         """
-        way, last = self._way(x, rotations), max(taps)
+        last = max(taps)
         found: dict[str, Tensor] = {}
         x = self._before(way, x, last, taps, found)
         self._tapped(way, x, last, taps[last], found, goes_on=False)
         return found
-
-    def _way(self, x: Tensor, rotations: Sequence[Tensor] | None) -> Way:
-        return Way(self.engine_for(x.device, x.dtype), rotations)
 
     def _before(
         self,

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+
+from smi_fast.engine import Engine
+from smi_fast.engine.embedding import Embedding
 
 
 def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> None:
@@ -41,15 +44,24 @@ def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> 
         raise ValueError(f"expected kept in 0..{count - 1}, got {kept.min()}..{kept.max()}")
 
 
-def embed(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
+def embed(
+    vit: VisionTransformer, patches: Tensor, positions: Tensor, engine: Engine | None
+) -> Tensor:
     """The tokens [B, prefix + K, D] of patches in front of a frozen teacher's first block.
 
     Args:
         vit: the teacher.
         patches: [B, K, C·P·P].
         positions: int64 [B, K], the place of each in the grid.
+        engine: that runs the blocks, and then also embeds patches that have no norm of their own.
     """
-    embedded: Tensor = vit.norm_pre(patch_tokens(vit, patches, positions))
+    project = vit.patch_embed
+    if engine is None or not isinstance(project.norm, nn.Identity):
+        tokens = patch_tokens(vit, patches, positions)
+    else:
+        weights = project.proj.weight.flatten(1), project.proj.bias
+        tokens = engine.embed(patches, positions, Embedding(*weights, *_embeddings(vit)))
+    embedded: Tensor = vit.norm_pre(tokens)
     return embedded
 
 

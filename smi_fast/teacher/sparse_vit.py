@@ -14,7 +14,7 @@ from smi_fast.engine.precision import FLOAT32, check_precision
 from smi_fast.ops.backends import AUTO, check_name
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
-from smi_fast.teacher.blocks import Blocks
+from smi_fast.teacher.blocks import Blocks, Way
 from smi_fast.teacher.embedding import check_patches, embed
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.head import classes, rows_read
@@ -303,10 +303,10 @@ class SparseViT(nn.Module):
             if not wanted:
                 return SparseOutput(None, None, {})
         patches, positions = self._gather(images, kept, jitter)
-        x, turned = embed(self.vit, patches, positions), rotations(self.vit, positions)
+        x, way = self._tokens(patches, positions)
         if until is not None:
-            return SparseOutput(None, None, self._blocks.read(x, wanted, turned))
-        return self._logits(x, wanted, importance, turned)
+            return SparseOutput(None, None, self._blocks.read(x, way, wanted))
+        return self._logits(x, way, wanted, importance)
 
     def forward_patches(
         self, patches: Tensor, kept: Tensor, *, importance: bool = False
@@ -327,17 +327,21 @@ class SparseViT(nn.Module):
         if not torch.compiler.is_compiling():
             self._weights.follow()
         check_patches(patches, kept, self._weight, self.num_patches)
-        x = embed(self.vit, patches, kept)
-        return self._logits(x, {}, importance, rotations(self.vit, kept))
+        return self._logits(*self._tokens(patches, kept), {}, importance)
+
+    def _tokens(self, patches: Tensor, positions: Tensor) -> tuple[Tensor, Way]:
+        """The tokens in front of the first block, and how the blocks run."""
+        way = self._blocks.way(patches, rotations(self.vit, positions))
+        return embed(self.vit, patches, positions, way.engine), way
 
     def _logits(
         self,
         x: Tensor,
+        way: Way,
         wanted: dict[int, dict[str, str]],
         importance: bool,
-        turned: list[Tensor] | None,
     ) -> SparseOutput:
-        x, row, tapped = self._blocks(x, wanted, importance, turned)
+        x, row, tapped = self._blocks(x, way, wanted, importance)
         x = self.vit.norm(x)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
@@ -354,9 +358,9 @@ class SparseViT(nn.Module):
         self.check_ragged()
         patches, positions = self._gather(images, kept, jitter)
         check_lengths(lengths, kept)
-        x, turned = embed(self.vit, patches, positions), rotations(self.vit, positions)
+        x, way = self._tokens(patches, positions)
         tokens = lengths + self.num_prefix_tokens
-        x, row, _ = self._blocks.ragged(x, tokens, importance, turned)
+        x, row, _ = self._blocks.ragged(x, way, tokens, importance)
         return SparseOutput(self.vit.forward_head(self.vit.norm(x)), row, {})
 
     def _gather(

@@ -31,7 +31,7 @@ BACKENDS = ("reference", "cpp")
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products of linear layers in blocks, also those inside of the engine."""
+    """Counts the matrix products of linear layers, also those inside of the engine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        if name in ("aten::mm", "aten::addmm"):
+        if name in ("aten::mm", "aten::addmm") or name.startswith("smi_fast::embed_patches"):
             self.count += 1
         elif name.startswith("smi_fast::run_"):
             self.count += len(args[1]) // 3  # matrix, its transpose and bias of each product

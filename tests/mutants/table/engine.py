@@ -110,6 +110,44 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "csrc/cpu/engine_embedding.cpp",
+        "tests/engine/test_embedding.py",
+        Mutant(
+            "embedding-prefix",
+            "token = i / rows * kept + row - first;",
+            "token = i / rows * kept + row;",
+            "A patch takes the product of a later one.",
+        ),
+        Mutant(
+            "embedding-position",
+            "if (places) add(places + at[token] * width);",
+            "if (places) add(places + (token % kept) * width);",
+            "Patches have the positions of the first patches of the grid.",
+        ),
+        Mutant(
+            "embedding-gradient",
+            "from + (i * (kept + first) + first) * width",
+            "from + i * (kept + first) * width",
+            "The gradient of a patch is that of the token before it.",
+        ),
+        Mutant(
+            "embedding-range",
+            'table ? checked_indices("positions", positions_any, table->size(0)) : positions_any;',
+            "as_contiguous(positions_any);",
+            "A position outside the grid reads memory behind the table.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/memory.py",
+        "tests/engine/test_memory.py",
+        Mutant(
+            "memory-small",
+            "_BYTES = 31 << 20",
+            "_BYTES = 1 << 20",
+            "Each pass maps its memory anew.",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_blocks.cpp",
         BLOCKS,
         Mutant(

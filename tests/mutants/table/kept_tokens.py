@@ -62,7 +62,7 @@ MUTANTS = (
         ),
         Mutant(
             "ragged-packed",
-            'packed = x.device.type == "cpu" and rotations is None',
+            'packed = x.device.type == "cpu" and way.rotations is None',
             "packed = False",
             "Padded rows cost matrix products.",
             f"{RAGGED}::test_padded_rows_cost_no_product",
