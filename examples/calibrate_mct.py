@@ -19,6 +19,18 @@ from torch import Tensor, nn
 import smi_fast
 
 
+class OfImages(nn.Module):
+    """A ViT without timm's optional arguments, which MCT would take for further inputs."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.vit(images)
+        return logits
+
+
 def quantised(teacher: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """The teacher with weights and activations of 8 bits, whose ranges are those of the batches."""
 
@@ -27,7 +39,9 @@ def quantised(teacher: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             yield [batch.numpy()]
 
     model: nn.Module
-    model, _ = mct.ptq.pytorch_post_training_quantization(teacher, representative_data_gen)
+    model, _ = mct.ptq.pytorch_post_training_quantization(
+        OfImages(teacher), representative_data_gen
+    )
     return model
 
 

@@ -19,6 +19,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a plot takes far longer than a batch of a test."""
+    for module in ("fill", "workers"):
+        monkeypatch.setattr(f"smi_fast.{module}.draw_loss", lambda *_: None)
+
+
 @pytest.fixture(params=["cpp", "reference"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test once with each backend of the CPU as the automatic choice."""

@@ -184,7 +184,7 @@ def test_quantisers(
     example(name)["main"]([pool])
     said = capsys.readouterr().out
     assert int(re.search(r"(\d+)% of 40 images", said)[1]) >= 95
-    assert 0.1 < float(re.search(r"logits differ by ([\d.]+)%", said)[1]) < 5
+    assert 0.1 < float(re.search(r"logits differ by ([\d.]+)%", said)[1]) < 8
 
 
 def test_train_student_on_pool(pool: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant, of_file
 
 STORED = "tests/pool/test_pool.py"
 POOL = f"{STORED} tests/pool/test_pool_interrupted.py tests/pool/test_pool_opened.py"
-FILL = "tests/test_fill.py"
+FILL = "tests/test_fill.py tests/test_fill_ended.py"
 
 MUTANTS = (
     *of_file(
