@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 
 from benchmarks import figures, quantise
 from benchmarks.pools import measure as pools
@@ -17,6 +19,7 @@ from benchmarks.quality import (
     recognition,
     time_to_quality,
 )
+from benchmarks.schedules import speed as schedule_speed
 from benchmarks.schedules import study as schedules
 from benchmarks.speed import (
     end_to_end,
@@ -25,6 +28,7 @@ from benchmarks.speed import (
     parametrizations,
     roofline,
     step_profile,
+    yardstick,
 )
 from benchmarks.transfer import study as transfer
 
@@ -47,6 +51,7 @@ MEASUREMENTS = {
     "photographs": photographs.main,
     "pools": pools.main,
     "schedules": schedules.main,
+    "schedule-speed": schedule_speed.main,
     "transfer": transfer.main,
     "quantise": quantise.main,
 }
@@ -60,12 +65,22 @@ def main() -> None:
         action="store_true",
         help="reduced size, at most two minutes each; writes results/*-quick.* only",
     )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        metavar="PATH",
+        help="a checkout of github.com/Egg-Hu/SMI: yardstick, too, which compares it with our "
+        "restatement",
+    )
     options = parser.parse_args()
-    names = options.names or list(MEASUREMENTS)
-    if unknown := set(names) - set(MEASUREMENTS):
-        parser.error(f"expected names among {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}")
+    measurements = dict(MEASUREMENTS)
+    if options.published is not None:
+        measurements["yardstick"] = partial(yardstick.main, checkout=options.published)
+    names = options.names or list(measurements)
+    if unknown := set(names) - set(measurements):
+        parser.error(f"expected names among {', '.join(measurements)}, got {', '.join(unknown)}")
     for name in names:
-        MEASUREMENTS[name](options.quick)
+        measurements[name](options.quick)
 
 
 # A process that measures memory imports this file again.

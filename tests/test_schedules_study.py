@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.schedules import contenders, deit, study, timed
+from benchmarks.schedules import contenders, deit, speed, study, timed
 from benchmarks.schedules.contenders import CONTENDERS, Contender, Made
 from benchmarks.schedules.timed import Job
 from benchmarks.speed.loops import PhaseSeconds, Workload
@@ -200,8 +200,8 @@ def test_every_contender_has_a_colour_of_its_own() -> None:
 
 def test_memory_is_a_share_of_our_dense_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"dense": 200_000_000, "rebirth, v = 4": 50_000_000}
-    monkeypatch.setattr(study, "in_new_process", lambda function, name, images: peaks[name])
-    found = study.memory(peaks, 128)
+    monkeypatch.setattr(speed, "in_new_process", lambda function, name, images: peaks[name])
+    found = speed.memory(peaks, 128)
     assert found["rebirth, v = 4"] == {"peak_mb": 50.0, "share_of_dense": 0.25}
 
 

@@ -26,7 +26,7 @@ from benchmarks.quality.verdicts import load_judges, over_seeds, verdict
 from smi_fast import SparseViT, load_teacher
 from smi_fast.engine.precision import BFLOAT16, FLOAT32
 
-ITERATIONS, QUICK_ITERATIONS = 400, 5
+ITERATIONS, QUICK_ITERATIONS = 100, 5
 SEEDS, PER_CLASS = (0, 1, 2), 4
 QUICK_SEEDS, QUICK_PER_CLASS = (0, 1), 2
 PRECISIONS = (FLOAT32, BFLOAT16)

@@ -1,13 +1,12 @@
 """A fixed number of images by every schedule: what they cost, and who recognises them.
 
 The embedded teacher makes as many images with each contender, for each seed and each length of a
-run. A round is a seed, in which all contenders take turns. Beside it, the time per image on DeiT's
-shapes, where one trajectory of patch rebirth gives v images.
+run. A round is a seed, in which all contenders take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 
 from benchmarks.fashion_canvas.data import normalise
 from benchmarks.harness.environment import IDLE, record, result_file
-from benchmarks.harness.memory import in_new_process
 from benchmarks.harness.timing import rounded
 from benchmarks.quality.class_accuracy import share_reached
 from benchmarks.quality.recognition import real_canvases
@@ -28,29 +26,22 @@ from benchmarks.quality.verdicts import (
     verdict,
     within_class,
 )
-from benchmarks.schedules import deit
-from benchmarks.schedules.contenders import CONTENDERS, DENSE
-from benchmarks.schedules.timed import Job, Timed, peak_memory, timed
-from benchmarks.speed.loops import QUICK_BATCH
-from benchmarks.speed.loops import deit as workload
+from benchmarks.schedules.contenders import CONTENDERS
+from benchmarks.schedules.timed import Job, Timed, timed
 from smi_fast import SparseViT, load_teacher
 from smi_fast.background import over
 
 IMAGES, SEEDS = 128, (0, 1, 2)
 # Each trajectory of v = 7 has a class, of which there are ten.
 QUICK_IMAGES, QUICK_SEEDS, QUICK_LENGTHS = 70, (0,), (14,)
-# A quick run measures the memory, and the time on DeiT's shapes, of these only.
-QUICK = (DENSE, "rebirth, v = 2")
 # The share of recognised images whose price is compared.
 LEVEL = 0.85
-DEIT_BATCHES, DEIT_ITERATIONS, DEIT_ROUNDS = {"deit_tiny": 8, "deit_small": 8}, 400, 5
-QUICK_DEIT_ITERATIONS, QUICK_DEIT_ROUNDS = 80, 1
 METHOD = (
     "Seconds are wall-clock for all trajectories that the images need; a run that makes a few more "
     "images than asked for pays for them. The judges see whole images: of rebirth the trajectory's "
     "canvas, in which every patch is as it was when it left; and the patches of each image over "
     "their mean colour. patch_updates_per_image is what the teacher computes for an image, in "
-    "patches times iterations. Memory is the peak of resident bytes of a process of its own."
+    "patches times iterations."
 )
 
 Entries = dict[str, dict[str, Any]]
@@ -155,15 +146,6 @@ def price(contenders: Entries, level: float) -> dict[str, dict[str, float] | Non
     return found
 
 
-def memory(names: Iterable[str], images: int) -> dict[str, dict[str, float]]:
-    """Peak memory of contenders for as many images, and its share of our dense loop's."""
-    peaks = {name: in_new_process(peak_memory, name, images) for name in names}
-    return {
-        name: {"peak_mb": rounded(peak / 1e6), "share_of_dense": rounded(peak / peaks[DENSE])}
-        for name, peak in peaks.items()
-    }
-
-
 def draw(contenders: Entries, ceiling: float) -> Figure:
     """The share of images that the judge recognises against the seconds of an image."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
@@ -192,20 +174,6 @@ def draw(contenders: Entries, ceiling: float) -> Figure:
 def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     measured = measure(quick)
-    measured["memory"] = memory(*((QUICK, QUICK_IMAGES) if quick else (CONTENDERS, IMAGES)))
-    iterations = QUICK_DEIT_ITERATIONS if quick else DEIT_ITERATIONS
-    rounds = QUICK_DEIT_ROUNDS if quick else DEIT_ROUNDS
-    batches = {"deit_tiny": QUICK_BATCH} if quick else DEIT_BATCHES
-    names = (deit.PUBLISHED_DENSE, *QUICK) if quick else tuple(deit.TIMINGS)
-    measured["deit"] = {
-        "method": deit.METHOD,
-        "iterations": iterations,
-        "rounds": rounds,
-        "models": {
-            model: deit.measure(workload(model, batch), iterations, rounds, names)
-            for model, batch in batches.items()
-        },
-    }
     record("schedules", measured, quick=quick)
     picture = draw(measured["contenders"], measured["real_canvases"]["judge"])
     picture.savefig(result_file("schedules.png", quick=quick), dpi=120)
