@@ -284,7 +284,7 @@ def test_a_server_that_lists_files_outside_the_folder_is_refused(
 ) -> None:
     found = {"/pool/../../key": {"size": 1}, "/pool/settings.json": {"size": 1}}
     monkeypatch.setattr(Torn, "find", lambda *_, **__: found)
-    with pytest.raises(PoolError, match=r"^torn://pool: listing it failed: .* ../../key, which"):
+    with pytest.raises(PoolError, match=r"^torn://pool: listing it failed: .* \.\./key, which"):
         RemotePool("torn://pool").settings  # noqa: B018
 
 
