@@ -176,6 +176,23 @@ def test_page_of_quality_has_the_recorded_other_teachers() -> None:
     assert rows == expected
 
 
+def test_page_of_quality_has_the_recorded_precisions() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/precisions.json").read_text())["teachers"]
+    figures = (*JUDGES, "teacher_of_kept_patches", "confidence_of_kept_patches")
+    expected = []
+    for teacher, found in recorded.items():
+        for contender, entry in found.items():
+            changes = [entry["bfloat16 against float32"][figure] for figure in figures]
+            same = [percent(share) for share in entry["same_patches"].values()]
+            cells = [points(row["difference"]) + f" ({100 * row['spread']:.1f})" for row in changes]
+            expected.append([teacher, contender, *cells, f"{same[0]} ({same[1]})"])
+    assert table("recorded precisions") == expected and len(expected) == 6
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−") if round(100 * share, 1) else "0.0"
+
+
 def test_page_of_quality_has_the_recorded_ranks() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/photographs.json").read_text())
     expected = []
