@@ -204,10 +204,33 @@ def test_page_of_quality_has_the_recorded_ranks() -> None:
     assert table("recorded ranks") == expected and len(expected) == 9
 
 
-def table(name: str) -> list[list[str]]:
-    """The cells of a table on the page of quality, without its head."""
-    page = (ROOT / "docs/quality.md").read_text()
-    lines = page.partition(f"<!-- {name} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+def test_page_of_measuring_has_the_recorded_yardstick() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/yardstick.json").read_text())["models"]
+    phases = [recorded[f"deit_{size}"]["phases"] for size in ("tiny", "small", "base")]
+    rows = table("recorded yardstick", "measuring")
+    assert [name for name, *_ in rows] == [name for name in phases[0] if name != "196 patches"]
+    for name, *cells in rows:
+        assert cells == [f"{phase[name]['ratio']['median']:.2f}" for phase in phases]
+
+
+def test_page_of_measuring_has_the_recorded_threads() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["models"]
+    models = [recorded[f"deit_{size}"] for size in ("tiny", "small", "base")]
+    expected = []
+    for precision in ("float32", "bfloat16"):
+        found = [model[precision] for model in models]
+        two = [entry["speedup"]["2"]["whole"]["median"] for entry in found]
+        expected.append([f"{precision}, 2 threads, measured", *(f"{each:.2f}" for each in two)])
+        for threads in ("8", "16"):
+            on_paper = [f"{entry['on_paper'][threads]:.1f}" for entry in found]
+            expected.append([f"{precision}, {threads} threads, on paper", *on_paper])
+    assert table("recorded threads", "measuring") == expected
+
+
+def table(name: str, page: str = "quality") -> list[list[str]]:
+    """The cells of a table on a page, without its head."""
+    text = (ROOT / f"docs/{page}.md").read_text()
+    lines = text.partition(f"<!-- {name} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
