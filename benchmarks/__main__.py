@@ -27,6 +27,7 @@ from benchmarks.speed import (
     ops,
     parametrizations,
     roofline,
+    scaling,
     step_profile,
     yardstick,
 )
@@ -43,6 +44,7 @@ MEASUREMENTS = {
     "precisions": precisions.main,
     "ops": ops.main,
     "step-profile": step_profile.main,
+    "scaling": scaling.main,
     "parametrizations": parametrizations.main,
     "end-to-end": end_to_end.main,
     "objectives": objectives.main,

@@ -27,6 +27,7 @@ from benchmarks.speed import (
     ops,
     parametrizations,
     roofline,
+    scaling,
     step_profile,
 )
 from benchmarks.speed.loops import (
@@ -331,3 +332,28 @@ def test_a_commit_is_dirty_by_files_other_than_results(
     assert len(environment.commit()) >= 7 and not environment.commit().endswith("-dirty")
     (tmp_path / "loop.py").write_text("1")
     assert environment.commit().endswith("-dirty")
+
+
+def test_scaling_is_measured_with_as_many_threads_as_it_says(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, used = torch.get_num_threads(), []
+
+    def measure(*_: object) -> dict[str, object]:
+        threads = torch.get_num_threads()
+        used.append(threads)
+        return {"seconds_per_step": 4 / threads, "shares": {"gemm": 0.75, "pixels": 0.25}}
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    found = scaling.scaling(workload, (1, 2), 5, rounds=2, precision="float32")
+    assert sorted(used) == [1, 1, 2, 2] and torch.get_num_threads() == before
+    assert found["seconds"] == {"1": 4.0, "2": 2.0}
+    assert found["speedup"]["2"]["gemm"]["median"] == 2.0
+    assert found["on_paper"] == {"4": 4.0, "8": 8.0, "16": 16.0}
+
+
+def test_on_paper_a_part_that_does_not_scale_stays() -> None:
+    one = {"whole": 4.0, "gemm": 3.0, "python_and_rest": 1.0}
+    two = {"whole": 2.5, "gemm": 1.5, "python_and_rest": 1.0}
+    assert scaling.on_paper(one, two, 2, 2) == pytest.approx(4 / 2.5)
+    assert scaling.on_paper(one, two, 2, 16) == pytest.approx(4 / (3 / 16 + 1))

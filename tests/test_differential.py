@@ -18,8 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smi_fast import SparseViT, UnsupportedTeacher
-from smi_fast.ops import native, reference
+from smi_fast.ops import reference
 from smi_fast.verify.cases import OpCall, random_kept, strided
+from tests.helpers.kernels import needs_cpp
 from tests.helpers.random_teachers import CHANGES, Draw, teachers
 from tests.helpers.weight_changes import NOTICED, UNCOUNTED
 
@@ -35,8 +36,6 @@ PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # A budget is twice the error of eager PyTorch, which by luck is small in one of thousands of calls.
 LUCK = 8
 TAPS = ("block.0.tokens", "attention.last", "block.last.tokens")
-
-needs_cpp = pytest.mark.skipif(native.WHY_NO_CPU is not None, reason="needs the C++ kernels")
 
 
 def laid_out(draw: Draw, tensor: Tensor) -> Tensor:

@@ -176,6 +176,23 @@ def test_page_of_quality_has_the_recorded_other_teachers() -> None:
     assert rows == expected
 
 
+def test_page_of_quality_has_the_recorded_precisions() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/precisions.json").read_text())["teachers"]
+    figures = (*JUDGES, "teacher_of_kept_patches", "confidence_of_kept_patches")
+    expected = []
+    for teacher, found in recorded.items():
+        for contender, entry in found.items():
+            changes = [entry["bfloat16 against float32"][figure] for figure in figures]
+            same = [percent(share) for share in entry["same_patches"].values()]
+            cells = [points(row["difference"]) + f" ({100 * row['spread']:.1f})" for row in changes]
+            expected.append([teacher, contender, *cells, f"{same[0]} ({same[1]})"])
+    assert table("recorded precisions") == expected and len(expected) == 6
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−") if round(100 * share, 1) else "0.0"
+
+
 def test_page_of_quality_has_the_recorded_ranks() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/photographs.json").read_text())
     expected = []
@@ -187,10 +204,33 @@ def test_page_of_quality_has_the_recorded_ranks() -> None:
     assert table("recorded ranks") == expected and len(expected) == 9
 
 
-def table(name: str) -> list[list[str]]:
-    """The cells of a table on the page of quality, without its head."""
-    page = (ROOT / "docs/quality.md").read_text()
-    lines = page.partition(f"<!-- {name} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+def test_page_of_measuring_has_the_recorded_yardstick() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/yardstick.json").read_text())["models"]
+    phases = [recorded[f"deit_{size}"]["phases"] for size in ("tiny", "small", "base")]
+    rows = table("recorded yardstick", "measuring")
+    assert [name for name, *_ in rows] == [name for name in phases[0] if name != "196 patches"]
+    for name, *cells in rows:
+        assert cells == [f"{phase[name]['ratio']['median']:.2f}" for phase in phases]
+
+
+def test_page_of_measuring_has_the_recorded_threads() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["models"]
+    models = [recorded[f"deit_{size}"] for size in ("tiny", "small", "base")]
+    expected = []
+    for precision in ("float32", "bfloat16"):
+        found = [model[precision] for model in models]
+        two = [entry["speedup"]["2"]["whole"]["median"] for entry in found]
+        expected.append([f"{precision}, 2 threads, measured", *(f"{each:.2f}" for each in two)])
+        for threads in ("8", "16"):
+            on_paper = [f"{entry['on_paper'][threads]:.1f}" for entry in found]
+            expected.append([f"{precision}, {threads} threads, on paper", *on_paper])
+    assert table("recorded threads", "measuring") == expected
+
+
+def table(name: str, page: str = "quality") -> list[list[str]]:
+    """The cells of a table on a page, without its head."""
+    text = (ROOT / f"docs/{page}.md").read_text()
+    lines = text.partition(f"<!-- {name} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 

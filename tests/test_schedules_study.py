@@ -157,13 +157,14 @@ def test_figures_are_those_of_an_image(
         monkeypatch.delitem(timed.CONTENDERS, name) if name != "made up" else None
     monkeypatch.setattr(study, "real_canvases", lambda *_: ({}, {"judge": 1.0}))
     monkeypatch.setattr(study, "load_judges", dict)
-    monkeypatch.setattr(study, "entry", lambda *_: {"judge": 0.5, "seconds_per_image": 0.1})
+    monkeypatch.setattr(study, "entry", lambda *_: {"judge": 0.5})
     measured = study.measure(quick=True)
     (found,) = measured["contenders"].values()
     assert found["14"]["trajectories"] == 24  # of three images each, for 70
     assert found["14"]["patch_updates_per_image"] == pytest.approx(4 * 14 * 24 / 70, rel=1e-3)
     assert found["14"]["updates_of_a_shown_patch"] == 14
     assert found["14"]["judge"] == {"mean": 0.5, "seeds": [0.5]}
+    assert found["14"]["seconds_per_image"] > 0
 
 
 def test_jobs_have_files_of_their_own_and_take_turns() -> None:
@@ -178,7 +179,7 @@ def test_jobs_have_files_of_their_own_and_take_turns() -> None:
 
 def test_the_price_is_the_least_of_the_lengths_that_reach_the_level() -> None:
     def entry(seconds: float, judge: float) -> dict[str, Any]:
-        return {"seconds_per_image": {"mean": seconds}, "judge": {"mean": judge}}
+        return {"seconds_per_image": seconds, "judge": {"mean": judge}}
 
     measured = {
         "a": {"10": entry(1, 0.8), "20": entry(2, 0.9), "40": entry(4, 0.95)},
@@ -189,8 +190,9 @@ def test_the_price_is_the_least_of_the_lengths_that_reach_the_level() -> None:
 
 
 def test_every_contender_has_a_colour_of_its_own() -> None:
-    figures = {"seconds_per_image": 0.1, "judge": 0.5, "judge_of_kept_patches_over_mean": 0.4}
-    entry = {name: {"mean": value} for name, value in figures.items()}
+    figures = {"judge": 0.5, "judge_of_kept_patches_over_mean": 0.4}
+    means = {name: {"mean": value} for name, value in figures.items()}
+    entry = {"seconds_per_image": 0.1, **means}
     panels = study.draw({name: {"25": entry} for name in CONTENDERS}, 0.8).axes
     for axes, height in zip(panels, (0.5, 0.4), strict=True):
         lines = axes.lines[: len(CONTENDERS)]

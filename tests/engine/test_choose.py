@@ -10,12 +10,10 @@ from smi_fast import SparseViT, engine
 from smi_fast.engine.cpu import CpuEngine
 from smi_fast.ops import backends, native
 from smi_fast.ops.backends import BackendUnavailable
+from tests.helpers.kernels import needs_cpp
 from tests.helpers.teachers import make_teacher
 
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif(
-    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
-)
 
 
 def chosen(

@@ -19,11 +19,10 @@ from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
 from smi_fast.verify.cases import random_kept
 from tests.helpers.inversions import PUBLISHED
+from tests.helpers.kernels import needs_cpp
 from tests.helpers.teachers import EVA, make_teacher, random_images, relative_error, with_gradient
 
-pytestmark = pytest.mark.skipif(
-    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
-)
+pytestmark = needs_cpp
 
 
 @pytest.fixture

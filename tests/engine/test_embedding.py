@@ -11,13 +11,11 @@ from torch import Tensor
 
 from smi_fast.engine.cpu import CpuEngine
 from smi_fast.engine.embedding import Embedding, embed_patches
-from smi_fast.ops import native
 from smi_fast.teacher import embedding
+from tests.helpers.kernels import needs_cpp
 from tests.helpers.teachers import make_teacher
 
-pytestmark = pytest.mark.skipif(
-    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
-)
+pytestmark = needs_cpp
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 

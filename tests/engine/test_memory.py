@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from smi_fast.ops import native
+from tests.helpers.kernels import needs_cpp
 
 # The large tensors of a pass are freed together at its end. Only a process of its own has a heap on
 # which nothing was freed before.
@@ -29,9 +29,7 @@ print((faults[-1] - faults[-9]) / 8)
 """
 
 
-@pytest.mark.skipif(
-    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
-)
+@needs_cpp
 @pytest.mark.skipif(
     "gnu" not in getattr(sys.implementation, "_multiarch", ""), reason="only glibc has the bound"
 )

@@ -20,12 +20,12 @@ from smi_fast import Dense, MassSchedule, SparseInverter, SparseViT
 from smi_fast.engine import gain
 from smi_fast.engine.cpu import FoldedRun, LastBlock
 from smi_fast.engine.folding import MATRICES, FoldedBlock
-from smi_fast.ops import native
 from smi_fast.ops.backends import BackendUnavailable
 from smi_fast.verify.budget import Error, errors
 from smi_fast.verify.cases import random_kept
 from tests.helpers.engine_steps import run_by_steps
 from tests.helpers.inversions import make
+from tests.helpers.kernels import needs_cpp
 from tests.helpers.teachers import (
     make_teacher,
     random_images,
@@ -34,9 +34,7 @@ from tests.helpers.teachers import (
     with_gradient,
 )
 
-pytestmark = pytest.mark.skipif(
-    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
-)
+pytestmark = needs_cpp
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = torch.bfloat16
 # The greatest error, as a share of the largest number. One rounding is off by up to 1/512, and the

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from smi_fast import ops
 from smi_fast.objectives import PatchSeamTV
-from smi_fast.ops import native, reference
+from smi_fast.ops import reference
 from smi_fast.verify.cases import random_kept
+from tests.helpers.kernels import needs_cpp
 from tests.helpers.loss_inputs import loss_inputs
 
 NAN = torch.nan
@@ -87,7 +88,7 @@ def test_an_infinite_gradient_gives_an_infinite_mean_and_nan_pixels(beta: float)
     assert images.isnan().nonzero().tolist() == at
 
 
-@pytest.mark.skipif(native.WHY_NO_CPU is not None, reason="needs the C++ kernels")
+@needs_cpp
 @pytest.mark.parametrize("bad", [-1, 12])
 def test_an_index_out_of_range_is_a_value_error_of_one_sentence(bad: int) -> None:
     index = torch.tensor([[0, 1], [bad, 2]])

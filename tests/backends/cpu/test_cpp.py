@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from smi_fast import ops
-from smi_fast.ops import backends, native, reference
+from smi_fast.ops import backends, reference
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall, WrongResult, random_kept, strided
 from smi_fast.verify.engine_grid import engine_calls
@@ -28,10 +28,9 @@ from tests.backends.planted import (
     ScaledResults,
     rounded_nans,
 )
+from tests.helpers.kernels import needs_cpp
 
-pytestmark = pytest.mark.skipif(
-    native.WHY_NO_CPU is not None, reason=f"needs the C++ kernels: {native.WHY_NO_CPU}"
-)
+pytestmark = needs_cpp
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
