@@ -26,15 +26,16 @@ def check(pool: _Pool) -> None:
     """
     from smi_fast.pool import Pool
     from smi_fast.pool.check import find_faults
+    from smi_fast.pool.files import without_password
     from smi_fast.pool.remote import local_copy
 
-    faults = 0
+    faults, where = 0, without_password(pool)
     with local_copy(pool) as path:
         for fault in find_faults(path):
-            print(fault.replace(str(path), pool))
+            print(fault.replace(str(path), where))
             faults += 1
         images = len(Pool(path).records)
-    print(f"{images} images in {pool}: {'nothing' if faults == 0 else faults} wrong")
+    print(f"{images} images in {where}: {'nothing' if faults == 0 else faults} wrong")
     raise typer.Exit(1 if faults else 0)
 
 
@@ -139,10 +140,11 @@ def export(
 
 def report(pool: _Pool) -> None:
     """Write one page of HTML about a pool, with its images in it."""
+    from smi_fast.pool.files import without_password
     from smi_fast.pool.layout import PAGE
     from smi_fast.pool.page import write_page
     from smi_fast.pool.remote import local_copy
 
     with local_copy(pool, bring_back=PAGE) as path:
         write_page(path)
-    print(f"look at {pool}/{PAGE}")
+    print(f"look at {without_password(pool)}/{PAGE}")

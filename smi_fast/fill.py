@@ -97,12 +97,18 @@ def fill(
         NonFiniteLoss: an objective or the gradient became infinite or NaN; the last finite images
             of the batch are in ``unfinished/``.
         BatchTooLarge: a batch doesn't fit into memory.
+        TypeError: the pool is a folder or a URL.
         ValueError: a label that is no class of the pool, a judge of other classes, or more moments
             than iterations.
         PoolError: the pool can't be written, or holds images of other labels; or the processes of a
             group would make different images.
         GroupError: the processes of a group have lost each other.
     """
+    if not isinstance(pool, Pool):
+        raise TypeError(
+            "expected a pool of Pool.create or Pool.resume, at a URL of RemotePool.create or "
+            f"RemotePool.resume, got {type(pool).__name__}"
+        )
     options = describe(inverter)
     common = {"seed": seed, **{key: options[key] for key in PROVENANCE}, "versions": versions()}
     common |= provenance or {}

@@ -270,3 +270,8 @@ def test_the_progress_is_that_of_the_pool(
         sure = sum(record["confidence"] for record in records[:count]) / count
         assert line.startswith(f"{count} of 5 images, ")
         assert line.endswith(f" left, {classes} classes, mean confidence {sure:.3f}")
+
+
+def test_a_folder_or_a_url_in_place_of_a_pool_is_refused(teacher: VisionTransformer) -> None:
+    with pytest.raises(TypeError, match=r"^expected a pool of .* URL of RemotePool.*, got str$"):
+        fill("s3://bucket/pool", make(teacher), [0], recipe=recipes.smi())

@@ -7,7 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from smi_fast.pool.files import PoolError, explained, write_content
+from smi_fast.pool.files import PoolError, explained, folder_of, write_content
 from smi_fast.pool.layout import CLASSES, class_folder, picture_name
 from smi_fast.pool.pool import Pool
 
@@ -18,9 +18,9 @@ def empty_folder(path: str | Path) -> Path:
     """A missing or empty folder, which it makes.
 
     Raises:
-        PoolError: it has files, or can't be made.
+        PoolError: it has files, is a URL, or can't be made.
     """
-    path = Path(path)
+    path = folder_of(path)
     with explained(f"opening {path}"):
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):

@@ -13,6 +13,7 @@ from typing import BinaryIO
 _NUMBER = "([0-9]{6}|[1-9][0-9]{6,})"
 # With one slash too, because a Path makes one of two.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+:/")
+_PASSWORD = re.compile(r"(:/{1,2}[^/:@]*):[^/]*@")
 _PICTURE = re.compile(rf"{_NUMBER}\.png|\.{_NUMBER}\.png\.part")
 
 
@@ -39,6 +40,11 @@ def is_url(path: str | Path) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def without_password(text: str) -> str:
+    """A URL, or a sentence with one, as users and log files may see it."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
 def folder_of(path: str | Path) -> Path:
     """The folder of a pool.
 
@@ -47,7 +53,8 @@ def folder_of(path: str | Path) -> Path:
     """
     if is_url(path):
         raise PoolError(
-            f"expected a folder that this machine sees, got the URL {path}, which is for RemotePool"
+            "expected a folder that this machine sees, got the URL "
+            f"{without_password(str(path))}, which is for RemotePool"
         )
     return Path(path)
 

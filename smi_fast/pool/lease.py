@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -105,17 +106,12 @@ class Watch:
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._last = 0.0
 
-    def look(self, role: str = "") -> dict[str, bool | None]:
-        """Each lock, and whether it is held; None where only time will tell.
-
-        Args:
-            role: of the locks that are wanted; by default all.
-        """
+    def look(self) -> dict[str, bool | None]:
+        """Each lock, and whether it is held; None where only time will tell."""
         now = time.monotonic()
         # Where this process was stopped meanwhile, the others may have been too.
         step, self._last = min(now - self._last, 2 * _LOOK), now
-        names = [name for name in self._store.names(LOCKS) if name.startswith(f"{LOCKS}/{role}")]
-        found = self._store.read(names)
+        found = self._store.read(self._store.names(LOCKS))
         return {name: self._held(name, content, step) for name, content in found.items()}
 
     def _held(self, name: str, content: bytes, step: float) -> bool | None:
@@ -130,6 +126,8 @@ class Watch:
 def take(url: str, store: Store) -> Lease:
     """The lock of the process that adds images to a pool.
 
+    Where another process may hold it, this one says so and watches that process.
+
     Args:
         url: of the pool.
         store: its files.
@@ -137,7 +135,7 @@ def take(url: str, store: Store) -> Lease:
     Raises:
         PoolError: another process adds images, or the URL can't be reached or written.
     """
-    lease, watch = Lease(url, WRITER), Watch(store)
+    lease, watch, said = Lease(url, WRITER), Watch(store), False
     try:
         while True:
             others = watch.look()
@@ -149,6 +147,14 @@ def take(url: str, store: Store) -> Lease:
             if all(found is False for found in others.values()):
                 store.delete(list(others))
                 return lease
+            if not said:
+                said = True
+                print(
+                    f"another process may still add images to {store.where}: waiting "
+                    f"{PATIENCE:.0f} s to see whether it has ended",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(_LOOK)
     except BaseException:
         lease.release()

@@ -11,7 +11,6 @@ small files, in a temporary folder. It reads no picture but for the contact shee
 
 from __future__ import annotations
 
-import posixpath
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -68,7 +67,7 @@ class RemotePool(Pool):
 
     Attributes:
         path: a temporary folder with the small files of the pool, and what is drawn.
-        where: the URL, without its password.
+        where: the URL, without its password and the slashes at its end.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -126,7 +125,10 @@ class RemotePool(Pool):
 
     def part_is_held(self, rank: int) -> bool:
         """See :meth:`Pool.part_is_held`."""
-        return any(held is not False for held in self._watch.look(_role(rank)).values())
+        # To look at all locks together makes the time of each count at once.
+        locks = self._watch.look()
+        role = f"{LOCKS}/{_role(rank)}-"
+        return any(held is not False for name, held in locks.items() if name.startswith(role))
 
     def bring(self, names: Iterable[str]) -> None:
         """Copy these files of the pool into its folder.
@@ -138,7 +140,7 @@ class RemotePool(Pool):
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
-        with self._named():
+        with _named(self.path, self.where):
             self._lease = take(self._store.url, self._store)
             try:
                 self._copy()
@@ -153,18 +155,10 @@ class RemotePool(Pool):
     @contextmanager
     def _read(self) -> Iterator[None]:
         """Have what the pool is now, unless this process is the one that adds images."""
-        with self._named():
+        with _named(self.path, self.where):
             if self._lease is None:
                 self._copy()
             yield
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Say the URL in place of the folder, whose name says nothing."""
-        try:
-            yield
-        except PoolError as error:
-            raise PoolError(str(error).replace(str(self.path), self.where)) from error.__cause__
 
     def _copy(self) -> None:
         """Have the small files as they are at the URL.
@@ -207,6 +201,8 @@ class RemotePool(Pool):
         super()._write({name: contents[name] for name in contents if name in _SMALL})
 
     def _append(self, lines: Sequence[bytes], times: bytes | None) -> None:
+        assert self._lease is not None
+        self._lease.check(self._store)  # the pictures may have taken long
         self._known |= _write_part(self._store, self.batches, lines, times)
         super()._append(lines, times)
 
@@ -246,6 +242,11 @@ class RemotePool(Pool):
         )
 
     def _drop(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        # Without the lock, they may be pictures of the process that has taken it over.
+        assert self._lease is not None
+        self._lease.check(self._store)
         self._store.delete(names)
         for name in names:
             self._sizes.pop(name, None)
@@ -281,14 +282,26 @@ def local_copy(where: str, bring_back: str | None = None) -> Iterator[Path]:
         yield Path(where)
         return
     store = Store(where)
+    names = [name for name in store.names() if not name.startswith(f"{LOCKS}/")]
+    if names and SETTINGS not in names:
+        raise not_a_pool(store.where)
     with TemporaryDirectory(prefix="smi_fast-") as folder:
-        path = Path(folder) / posixpath.basename(where.rstrip("/"))
+        path = Path(folder) / Path(store.where).name
         path.mkdir()
-        names = store.names()
-        store.copy([name for name in names if not name.startswith(f"{LOCKS}/")], path)
-        yield path
+        store.copy(names, path)
+        with _named(path, store.where):
+            yield path
         if bring_back is not None:
             store.write({bring_back: (path / bring_back).read_bytes()})
+
+
+@contextmanager
+def _named(folder: Path, where: str) -> Iterator[None]:
+    """Let errors say the URL in place of the temporary folder, whose name says nothing."""
+    try:
+        yield
+    except PoolError as error:
+        raise PoolError(str(error).replace(str(folder), where)) from error.__cause__
 
 
 class _RemotePart(Part):
@@ -308,11 +321,12 @@ class _RemotePart(Part):
         self._store.write(contents)
 
     def _append(self, batch: int, lines: Sequence[bytes], times: bytes | None) -> None:
+        self._lease.check(self._store)
         _write_part(self._store, batch, lines, times)
 
 
 def _role(rank: int) -> str:
-    return f"part-{rank:04}-"
+    return f"part-{rank:04}"
 
 
 def _write_part(store: Store, batch: int, lines: Sequence[bytes], times: bytes | None) -> set[str]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from smi_fast.pool.files import PoolError, unfinished_name, write_content
+from smi_fast.pool.files import PoolError, unfinished_name, without_password, write_content
 
 # Where an object becomes visible whole or not at all. Elsewhere it is moved to its name once whole.
 _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"}
@@ -22,7 +22,7 @@ _TRIES = len(_PAUSES) + 1
 _FINAL = (PermissionError, ImportError, ValueError, TypeError)
 # Files that are held in memory at a time.
 _CHUNK = 256
-_PASSWORD = re.compile(r"(://[^/:@]*):[^/@]*@")
+_LAST_SLASHES = re.compile(r"(?<=[^:/])/+$")
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Store:
 
     Attributes:
         url: likewise.
-        where: the URL without its password, for messages.
+        where: the URL without its password and the slashes at its end, for messages.
 
     Raises:
         PoolError: it is no URL; fsspec, or the package of the protocol, is not installed; or the
@@ -46,9 +46,9 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self.where = url, _PASSWORD.sub(r"\1:***@", url)
+        self.url, self.where = url, without_password(_LAST_SLASHES.sub("", url))
         if "://" not in url:
-            raise PoolError(f"expected a URL such as s3://bucket/pool, got {url}")
+            raise PoolError(f"expected a URL such as s3://bucket/pool, got {self.where}")
         self._folders: set[str] = set()
         self._try("opening it", self._connect)
 
@@ -58,10 +58,14 @@ class Store:
         def find() -> dict[str, int]:
             self._fs.invalidate_cache()
             found = self._fs.find(self._path(folder), detail=True)
-            return {
+            sizes = {
                 posixpath.relpath(name, self._root or "."): int(info.get("size") or 0)
                 for name, info in found.items()
             }
+            for name in sizes:
+                if name.startswith("../"):  # copied, it would overwrite a file of this machine
+                    raise ValueError(f"the server lists {name}, which is no file of the folder")
+            return sizes
 
         return self._try("listing it", find)
 
@@ -120,9 +124,13 @@ class Store:
     def _delete_empty(self, folders: Iterable[str]) -> None:
         """Delete folders where they are empty, because loaders refuse a class without images."""
         for folder in sorted({*folders} - {"."}, key=len, reverse=True):
-            with suppress(Exception):  # that it isn't empty is another error in each protocol
-                self._fs.rmdir(self._path(folder))
-                self._folders.discard(self._path(folder))
+            path = self._path(folder)
+            with suppress(Exception):  # a missing folder is another error in each protocol
+                self._fs.invalidate_cache()
+                # Some protocols delete what is in the folder too, as hdfs:// does.
+                if not self._fs.ls(path, detail=False):
+                    self._fs.rmdir(path)
+                    self._folders.discard(path)
 
     def copy(self, names: Iterable[str], folder: Path) -> None:
         """Copy files into a local folder."""
@@ -165,7 +173,7 @@ class Store:
             raise ImportError("it needs fsspec: pip install 'smi-fast[remote]'") from None
         # Another connection than that of other threads, which some protocols can't share.
         self._fs, root = url_to_fs(self.url, skip_instance_cache=True)
-        self._root: str = root.rstrip("/")
+        self._root: str = root.rstrip("/") or self._fs.root_marker
         self._folders.clear()
         protocols = self._fs.protocol
         protocols = {protocols} if isinstance(protocols, str) else {*protocols}
@@ -187,6 +195,7 @@ class Store:
         assert error is not None
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         reason = reason or type(error).__name__
+        reason = without_password(reason)
         raise PoolError(f"{self.where}: {action} failed: {reason}") from error
 
 

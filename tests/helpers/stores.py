@@ -28,6 +28,8 @@ def files_at(url: str) -> dict[str, bytes]:
 class Torn(MemoryFileSystem):
     """Files in memory, of which some writes are torn or fail, and that notes each write.
 
+    A folder is deleted with all that is in it, as on ``hdfs://``.
+
     Attributes:
         trouble: an error, or the number of bytes that stay, by the write's number; then none.
         written: the names in the order of their writes.
@@ -50,6 +52,12 @@ class Torn(MemoryFileSystem):
         if isinstance(trouble, Exception):
             raise trouble
         super().pipe_file(path, value[:trouble], mode, **kwargs)
+
+    def rmdir(self, path: str) -> None:
+        inside = f"{self._strip_protocol(path)}/"
+        for name in [name for name in self.store if name.startswith(inside)]:
+            del self.store[name]
+        super().rmdir(path)
 
 
 fsspec.register_implementation("torn", Torn, clobber=True)

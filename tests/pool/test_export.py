@@ -72,6 +72,8 @@ def test_what_cannot_be_exported(pool: Path, tmp_path: Path, export: object) -> 
     assert callable(export)
     with pytest.raises(PoolError, match="expected a missing or empty folder for --out, got files"):
         export(pool, pool)
+    with pytest.raises(PoolError, match="expected a folder that this machine sees, got the URL"):
+        export(pool, Path("s3://x"))
     with pytest.raises(PoolError, match=r"expected a pool in .*none, got an empty or missing"):
         export(tmp_path / "none", tmp_path / "out")
     (pool / "masked/0001/000001.png").unlink()

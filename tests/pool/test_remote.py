@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from fsspec.registry import known_implementations
 
+from smi_fast import cli_pool
 from smi_fast.pool import Pool, PoolError, lease
 from smi_fast.pool.pictures import draw_loss, draw_sheet
 from smi_fast.pool.remote import RemotePool, local_copy, pool_type
@@ -20,7 +22,7 @@ from tests.helpers.pools import ALWAYS, NAMES, SETTINGS, batch, files
 from tests.helpers.stores import Torn, files_at
 
 LOSS = {"stops": [2], "history": {"l": [1.0, 0.5]}}
-URLS = ("memory://pool", "torn://pool", "file://{}/pool", "dir::file://{}")
+URLS = ("memory://pool", "memory://", "torn://pool", "file://{}/pool", "dir::file://{}")
 
 
 @pytest.fixture(autouse=True)
@@ -156,12 +158,17 @@ def test_one_writer_at_a_time() -> None:
         assert len(second.records) == 6
 
 
-def test_a_lock_that_nobody_renews_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_nobody_renews_is_taken_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(lease, "PATIENCE", 0.3)
     there = Store("memory://pool")
     there.write({".locks/writer-1.json": b'{"space": "of another machine", "process": 1}'})
     with RemotePool.resume("memory://pool", SETTINGS, NAMES) as pool:
         assert ".locks/writer-1.json" not in there.names()
+        said = capsys.readouterr().err
+        assert said.startswith("another process may still add images to memory://pool: waiting")
+        assert said.count("\n") == 1
         add(pool, 0)
         # As another process does that has seen no renewal.
         there.delete(there.names(".locks"))
@@ -171,6 +178,55 @@ def test_a_lock_that_nobody_renews_is_taken_over(monkeypatch: pytest.MonkeyPatch
             pool.close()
     with RemotePool.resume("memory://pool", SETTINGS, NAMES) as pool:
         assert len(pool.records) == 3
+
+
+def test_a_process_that_lost_its_lock_deletes_nothing() -> None:
+    late, there = RemotePool.create("memory://pool", SETTINGS, NAMES), Store("memory://pool")
+    there.delete(there.names(".locks"))
+    with RemotePool.resume("memory://pool", SETTINGS, NAMES) as pool:
+        add(pool, 0)
+    before = files_at("memory://pool")
+    with pytest.raises(PoolError, match="another process has taken over memory://pool"):
+        add(late, 1)
+    with pytest.raises(PoolError, match="another process has taken over memory://pool"):
+        late.close()
+    assert files_at("memory://pool") == before
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_lock_that_is_lost_amid_a_batch_ends_it_before_its_lines(
+    monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    pool, there = RemotePool.create("memory://pool", SETTINGS, NAMES), Store("memory://pool")
+    part = pool.part(1)
+    adding: Any = pool if alone else part
+    write = adding._write
+
+    def write_slowly(contents: dict[str, bytes]) -> None:
+        write(contents)
+        there.delete(there.names(".locks"))
+
+    monkeypatch.setattr(adding, "_write", write_slowly)
+    with pytest.raises(PoolError, match="another process has taken over memory://pool"):
+        adding.add(*batch(3, 0), **({} if alone else {"batch": 0, "start": 0}))
+    part.close()
+    assert pool._lease is not None
+    pool._lease.release()
+    assert there.names("masks") and not there.names("parts")
+
+
+def test_the_parts_of_several_killed_processes_are_given_up_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, there = RemotePool("memory://pool"), Store("memory://pool")
+    there.write({f".locks/part-{rank:04}-x.json": b"{}" for rank in (1, 2, 10)})
+    now = 1000.0
+    monkeypatch.setattr(lease.time, "monotonic", lambda: now)
+    assert pool.part_is_held(1)
+    assert not pool.part_is_held(3)
+    while pool.part_is_held(1):
+        now += lease._LOOK
+    assert not pool.part_is_held(2)
 
 
 def test_the_lock_of_a_process_that_has_ended_here_is_taken_at_once() -> None:
@@ -196,6 +252,14 @@ def test_a_pause_of_the_watcher_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -
     ("attempt", "sentence"),
     [
         (partial(RemotePool, "s3:/bucket"), "expected a URL such as s3://bucket/pool, got s3:/b"),
+        (
+            partial(RemotePool, Path("ftp://me:secret@host/x")),
+            r"^expected a URL such as s3://bucket/pool, got ftp:/me:\*\*\*@host/x$",
+        ),
+        (
+            partial(Pool, "ftp://me:se@ret@host/x"),
+            r"got the URL ftp://me:\*\*\*@host/x, which is for RemotePool$",
+        ),
         (partial(RemotePool, "what://x"), "what://x: opening it failed: Protocol not known: what"),
         (
             partial(RemotePool, "ftp://me:secret@127.0.0.1:1/x"),
@@ -213,6 +277,41 @@ def test_a_url_that_cannot_be_read_is_one_sentence(
     with pytest.raises(PoolError, match=sentence) as error:
         attempt()
     assert "\n" not in str(error.value)
+
+
+def test_a_server_that_lists_files_outside_the_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = {"/pool/../../key": {"size": 1}, "/pool/settings.json": {"size": 1}}
+    monkeypatch.setattr(Torn, "find", lambda *_, **__: found)
+    with pytest.raises(PoolError, match=r"^torn://pool: listing it failed: .* \.\./key, which"):
+        RemotePool("torn://pool").settings  # noqa: B018
+
+
+def test_a_copy_is_made_of_pools_only_and_errors_say_the_url() -> None:
+    Store("memory://thesis").write({"thesis.tex": b"precious"})
+    with (
+        pytest.raises(PoolError, match=r"^memory://thesis is not empty, and not a pool of"),
+        local_copy("memory://thesis"),
+    ):
+        pass
+    with (
+        pytest.raises(PoolError, match=r"^expected a pool in memory://none, got an empty or"),
+        local_copy("memory://none/") as copy,
+    ):
+        Pool(copy).settings  # noqa: B018
+
+
+def test_no_command_prints_a_password(capsys: pytest.CaptureFixture[str]) -> None:
+    with RemotePool.create("memory://me:secret@pool", SETTINGS, NAMES) as pool:
+        add(pool, 0)
+    with pytest.raises(typer.Exit):
+        cli_pool.check("memory://me:secret@pool")
+    cli_pool.report("memory://me:secret@pool")
+    said = capsys.readouterr()
+    assert "memory://me:***@pool" in said.out
+    contents = b"".join(files_at("memory://me:secret@pool").values())
+    assert "secret" not in said.out + said.err + contents.decode(errors="replace")
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
