@@ -227,6 +227,22 @@ def test_page_of_measuring_has_the_recorded_threads() -> None:
     assert table("recorded threads", "measuring") == expected
 
 
+def test_page_of_calibration_has_the_recorded_accuracies() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/quantise.json").read_text())["quantised"]
+    expected = [
+        [source, *(around_mean(by_source[source]) for by_source in recorded.values())]
+        for source in recorded["W2, GPTQ"]
+    ]
+    assert table("quantise", "calibration") == expected and len(expected) == 10
+
+
+def around_mean(found: dict[str, Any]) -> str:
+    """The mean in percent, and of several seeds how far they go from it."""
+    mean, seeds = found["mean"], found["seeds"]
+    far = max(abs(seed - mean) for seed in seeds)
+    return f"{100 * mean:.1f}" + (f" ± {100 * far:.1f}" if len(seeds) > 1 else "")
+
+
 def table(name: str, page: str = "quality") -> list[list[str]]:
     """The cells of a table on a page, without its head."""
     text = (ROOT / f"docs/{page}.md").read_text()
