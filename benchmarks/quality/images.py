@@ -7,6 +7,7 @@ it was made. A dense run can be taken up where it was left.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -107,6 +108,19 @@ def images_of(teacher: SparseViT, run: Run) -> Images:
     with safe_open(path, "pt") as file:
         pixels, masks, logits = map(file.get_tensor, ("pixels", "masks", "logits"))
         return Images(pixels, masks, logits, run.wanted, file.metadata()["commit"])
+
+
+def figures_of(path: Path, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a run found, from the file of an earlier one where there is one."""
+    if not path.exists():
+        found = run()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.replace(path)
+        print(f"{name}: {found}", flush=True)
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
 
 
 def make(teacher: SparseViT, runs: Iterable[Run]) -> None:

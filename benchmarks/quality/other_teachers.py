@@ -56,6 +56,12 @@ TEACHERS = {
 QUICK = Training({**CONFIG, "embed_dim": 32, "depth": 1}, seed=0, steps=2, cnn_steps=2)
 
 
+def weights_of(teacher: str, training: Training) -> Path:
+    """The file of a teacher's weights."""
+    name = teacher.replace(" ", "-")
+    return folder() / f"{name}-{training.steps}-{training.seed}.teacher"
+
+
 def trained(training: Training, weights: Path) -> VisionTransformer:
     """The teacher, frozen; from the file of an earlier run where there is one."""
     if not weights.exists():
@@ -86,8 +92,7 @@ def main(quick: bool = False) -> None:
     measured: dict[str, Any] = {}
     commits = set()
     for teacher, training in ({"quick": QUICK} if quick else TEACHERS).items():
-        name = teacher.replace(" ", "-")
-        model = trained(training, folder() / f"{name}-{training.steps}-{training.seed}.teacher")
+        model = trained(training, weights_of(teacher, training))
         sparse_vit = SparseViT(model)
         chosen = runs(teacher, *((5, (0,), 2) if quick else (ITERATIONS, SEEDS, PER_CLASS)))
         make(sparse_vit, chosen)

@@ -7,7 +7,6 @@ teacher whose confidence is measured is the float32 one. The yardstick is what a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import combinations
 from statistics import mean
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks.fashion_canvas.data import normalise
+from benchmarks.fashion_canvas.data import CLASSES, normalise
 from benchmarks.harness.environment import record
 from benchmarks.quality.class_accuracy import share_reached
-from benchmarks.quality.images import Contender, Images, Run, folder, images_of, make
-from benchmarks.quality.other_teachers import TEACHERS, trained
-from benchmarks.quality.recognition import clear, published, real_canvases
+from benchmarks.quality.images import Images, Run, images_of, make
+from benchmarks.quality.other_teachers import TEACHERS, trained, weights_of
+from benchmarks.quality.recognition import CONTENDERS, real_canvases
 from benchmarks.quality.verdicts import load_judges, over_seeds, verdict
 from smi_fast import SparseViT, load_teacher
 from smi_fast.engine.precision import BFLOAT16, FLOAT32
@@ -30,10 +29,7 @@ ITERATIONS, QUICK_ITERATIONS = 100, 5
 SEEDS, PER_CLASS = (0, 1, 2), 4
 QUICK_SEEDS, QUICK_PER_CLASS = (0, 1), 2
 PRECISIONS = (FLOAT32, BFLOAT16)
-CONTENDERS = {
-    "clear, 30 of 64 patches": Contender(options=partial(clear, keep=0.47, at=0.1)),
-    "published, 14 of 64 patches": Contender(options=published),
-}
+NAMES = ("clear, 30 of 64 patches", "published, 14 of 64 patches")
 METHOD = (
     "same_patches is the share of an image's kept patches that the image of the other precision, "
     "or of another float32 seed, keeps too; the image before any iteration is the same in both "
@@ -46,8 +42,7 @@ def teachers(quick: bool) -> Iterator[tuple[str, VisionTransformer]]:
     """The teachers, frozen; two of them are trained if the folder doesn't have them."""
     yield "embedded", load_teacher("fashion-canvas")
     for name, training in ({} if quick else TEACHERS).items():
-        file = f"{name.replace(' ', '-')}-{training.steps}-{training.seed}.teacher"
-        yield name, trained(training, folder() / file)
+        yield name, trained(training, weights_of(name, training))
 
 
 @torch.no_grad()
@@ -93,12 +88,14 @@ def measure(quick: bool = False) -> dict[str, Any]:
     for teacher, model in teachers(quick):
         vits = {each: SparseViT(model, precision=each) for each in PRECISIONS}
         measured[teacher] = {}
-        for contender, settings in CONTENDERS.items():
+        for contender in NAMES:
             found: dict[str, list[dict[str, float]]] = {}
             masks: dict[str, list[Tensor]] = {}
             for each, vit in vits.items():
                 name = f"{each}: {teacher}: {contender}"
-                runs = [Run(name, settings, iterations, seed, per_class) for seed in seeds]
+                runs = [
+                    Run(name, CONTENDERS[contender], iterations, seed, per_class) for seed in seeds
+                ]
                 make(vit, runs)
                 for run in runs:
                     images = images_of(vit, run)
@@ -126,7 +123,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         "method": METHOD,
         "iterations": iterations,
         "seeds": seeds,
-        "images_per_seed": 10 * per_class,
+        "images_per_seed": len(CLASSES) * per_class,
         "images_made_at": sorted(commits),
         "real_canvases": right,
         "teachers": measured,

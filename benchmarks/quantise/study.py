@@ -1,17 +1,16 @@
 """What quantisation leaves of the teacher, by where the images that calibrate it come from.
 
 Ranges of activations, or the rounding of weights, are found on 64 images of a source. The quantised
-teacher is tested on 10 000 real canvases that nobody trained on. Images and figures stay in the
-folder of :mod:`benchmarks.quality.images`, so a run goes on where it was cut off.
+teacher is tested on 10 000 real canvases that took no part in its training. Images and figures stay
+in the folder of :mod:`benchmarks.quality.images`, so a run goes on where it was cut off.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from benchmarks.fashion_canvas.data import TEST_SEED, canvases, normalise
 from benchmarks.fashion_canvas.train_teacher import accuracy
 from benchmarks.harness.environment import commit, record
 from benchmarks.harness.timing import rounded
-from benchmarks.quality.images import folder
+from benchmarks.quality.images import figures_of, folder
 from benchmarks.quality.verdicts import over_seeds
 from benchmarks.quantise.gptq import Gptq
 from benchmarks.quantise.quantiser import Network, Simulated, Widths
@@ -130,15 +129,8 @@ class Study:
 
     def found(self, trial: Trial) -> dict[str, Any]:
         """The figures of a trial, from the file of an earlier run where there is one."""
-        if not trial.path.exists():
-            said = self._run(trial)
-            trial.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = trial.path.with_suffix(".partial")
-            partial.write_text(json.dumps(said))
-            partial.replace(trial.path)
-            print(f"{trial.setting}, {trial.shown}: {said}", flush=True)
-        loaded: dict[str, Any] = json.loads(trial.path.read_text())
-        return loaded
+        name = f"{trial.setting}, {trial.shown}"
+        return figures_of(trial.path, name, partial(self._run, trial))
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         network = self.network(trial.setting, self.calibration(trial))

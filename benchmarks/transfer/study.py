@@ -9,11 +9,10 @@ was cut off.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from benchmarks.fashion_canvas.data import TEST_SEED, canvases
 from benchmarks.fashion_canvas.train_teacher import accuracy
 from benchmarks.harness.environment import commit, record, result_file
 from benchmarks.harness.timing import rounded
-from benchmarks.quality.images import folder
+from benchmarks.quality.images import figures_of, folder
 from benchmarks.quality.verdicts import over_seeds
 from benchmarks.transfer import closed_loop
 from benchmarks.transfer.sources import SOURCES, Pictures
@@ -124,15 +123,8 @@ class Study:
 
     def found(self, trial: Trial) -> dict[str, Any]:
         """The figures of a trial, from the file of an earlier run where there is one."""
-        if not trial.path.exists():
-            said = self._run(trial)
-            trial.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = trial.path.with_suffix(".partial")
-            partial.write_text(json.dumps(said))
-            partial.replace(trial.path)
-            print(f"{trial.student} from {trial.count} of {trial.name}: {said}", flush=True)
-        loaded: dict[str, Any] = json.loads(trial.path.read_text())
-        return loaded
+        name = f"{trial.student} from {trial.count} of {trial.name}"
+        return figures_of(trial.path, name, partial(self._run, trial))
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         if trial.source == CLOSED_LOOP:

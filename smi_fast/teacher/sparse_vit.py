@@ -359,8 +359,7 @@ class SparseViT(nn.Module):
         patches, positions = self._gather(images, kept, jitter)
         check_lengths(lengths, kept)
         x, way = self._tokens(patches, positions)
-        tokens = lengths + self.num_prefix_tokens
-        x, row, _ = self._blocks.ragged(x, way, tokens, importance)
+        x, row, _ = self._blocks.ragged(x, way, lengths + self.num_prefix_tokens, importance)
         return SparseOutput(self.vit.forward_head(self.vit.norm(x)), row, {})
 
     def _gather(

@@ -73,8 +73,8 @@ MUTANTS = (
         RAGGED,
         Mutant(
             "ragged-prefix",
-            "tokens = lengths + self.num_prefix_tokens",
-            "tokens = lengths",
+            "way, lengths + self.num_prefix_tokens, importance",
+            "way, lengths, importance",
             "The class token counts as a patch.",
         ),
         Mutant(
