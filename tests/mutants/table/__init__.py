@@ -16,6 +16,7 @@ from tests.mutants.table import (
     schedules,
     teacher,
     triton,
+    turnover,
 )
 
 MUTANTS = (
@@ -30,6 +31,7 @@ MUTANTS = (
     *schedules.MUTANTS,
     *parametrizations.MUTANTS,
     *inversion.MUTANTS,
+    *turnover.MUTANTS,
     *objectives.MUTANTS,
     *pool.MUTANTS,
     *remote.MUTANTS,
