@@ -28,7 +28,7 @@ class EarlyFinish:
     """
 
     confidence: float
-    iterations: int = 5
+    iterations: int = 20
 
     def __post_init__(self) -> None:
         if not (isinstance(self.confidence, Real) and 0 < self.confidence <= 1):

@@ -39,7 +39,7 @@ MaxBatch = Annotated[
 Finish = Annotated[
     float | None,
     typer.Option(
-        help="Probability of its class, such as 0.9, that an image must have in five iterations "
+        help="Probability of its class, such as 0.9, that an image must have in 20 iterations "
         "in a row to be finished early. With --max-batch others then take its place."
     ),
 ]

@@ -56,7 +56,7 @@ def test_unwritable_folder(smi: Smi, tmp_path: Path) -> None:
         (("--max-batch", 0), "expected max_batch of 1 or more images, got 0"),
         (("--finish", "1.5"), "expected a confidence in .*, got 1.5"),
         (("--finish", "0.9", "--strip", 2), "a strip of 0 moments with finish.*, got 2"),
-        (("--finish", "0.9", "--recipe", "psaq_vit"), "with finish, got .*gaussian_similarity"),
+        (("--finish", "0.9", "--recipe", "psaq_vit"), "with finish, got patch_similarity"),
         (("--background", "grey"), "expected --background mean, blurred, black, or R,G,B .*'grey'"),
         (("--background", "0,0,256"), "or R,G,B such as 255,128,0, got '0,0,256'"),
         (("--background", "0,0"), "or R,G,B such as 255,128,0, got '0,0'"),

@@ -215,11 +215,13 @@ class FoldedRun:
         return self.weights, self.packed, self.packed_rows
 
     def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
-        """Buffers for one pass: those of the last pass when they are free and fit."""
+        """Buffers for one pass: those of the last pass when they are free and large enough."""
         buffers, self.free = self.free, None
-        if buffers is None or buffers.key != (batch, tokens, saves):
+        if buffers is None or not buffers.hold(batch * tokens, saves):
+            buffers = _Buffers(self.blocks, batch * tokens, saves)
+        if buffers.shape != (batch, tokens):
             self.packed, self.packed_rows = [], 0
-            buffers = _Buffers(self.blocks, batch, tokens, saves)
+            buffers.fit(batch, tokens)
         buffers.passes += 1
         if buffers.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
             self._pack(batch * tokens)
@@ -248,14 +250,23 @@ class FoldedRun:
 class _Buffers:
     """The memory of one pass over blocks, forward and backward.
 
-    It is kept from pass to pass: memory that went back to the system would be faulted in again.
+    It is kept from pass to pass: memory that went back to the system would be faulted in again. A
+    pass of fewer rows takes the first ones, as when images leave a batch.
+
+    Args:
+        blocks: of the pass.
+        rows: the most rows of a pass.
+        saves: whether a backward pass follows.
+
+    Attributes:
+        shape: (batch, tokens) of the pass that it was last fitted to.
+        passes: number of passes of this shape.
     """
 
-    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
-        self.key = (batch, tokens, saves)
-        self.passes = 0
-        rows, first = batch * tokens, blocks[0]
-        width, heads = len(first.q_bias), first.heads
+    def __init__(self, blocks: list[FoldedBlock], rows: int, saves: bool) -> None:
+        self._rows, self._saves, first = rows, saves, blocks[0]
+        width, self._heads = len(first.q_bias), first.heads
+        self.shape: tuple[int, int] | None = None
         new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
 
         def two_layer_norms() -> list[Tensor]:
@@ -264,12 +275,25 @@ class _Buffers:
             return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
 
         shared = two_layer_norms()
-        self.normalized = [*shared]
+        self._normalized = [*shared]
         for _ in blocks[1:]:
-            self.normalized += two_layer_norms() if saves else shared
-        self.attended = new(batch, tokens, heads, width // heads)
-        self.hidden = new(rows, first.fc2.shape[1])
-        self.d_qkv = new(rows, 3 * width)
+            self._normalized += two_layer_norms() if saves else shared
+        self._attended = new(rows, width)
+        self._hidden = new(rows, first.fc2.shape[1])
+        self._d_qkv = new(rows, 3 * width)
+
+    def hold(self, rows: int, saves: bool) -> bool:
+        """Whether a pass of so many rows finds its memory here."""
+        return rows <= self._rows and saves == self._saves
+
+    def fit(self, batch: int, tokens: int) -> None:
+        """Give the passes from here on the rows that they need."""
+        self.shape, self.passes = (batch, tokens), 0
+        rows, width = batch * tokens, self._attended.shape[1]
+        self.normalized = [tensor[:rows] for tensor in self._normalized]
+        shape = batch, tokens, self._heads, width // self._heads
+        self.attended = self._attended[:rows].view(shape)
+        self.hidden, self.d_qkv = self._hidden[:rows], self._d_qkv[:rows]
 
 
 class _BufferLease:

@@ -146,6 +146,13 @@ MUTANTS = (
         "csrc/cpu/total_variation.cpp",
         f"{BUDGET} total_variation",
         Mutant(
+            "cpp-variation-repeated",
+            "if (!is_active) cells_[",
+            "cells_[",
+            "A repeated patch counts twice.",
+            "tests/ops/test_total_variation.py::test_a_repeated_patch_counts_once",
+        ),
+        Mutant(
             "cpp-variation-norm",
             "norm > 0 ? *grad_l2.const_data_ptr<T>() / norm : 0",
             "*grad_l2.const_data_ptr<T>() / norm",
