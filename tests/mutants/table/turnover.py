@@ -75,7 +75,7 @@ MUTANTS = (
             "found.flip = torch.cat([first.flip, second.flip], dim=-1)",
             "found.flip = torch.cat([second.flip, first.flip], dim=-1)",
             "Images that join are mirrored when others should be.",
-            NEVER,
+            AT_ITS_AGE,
         ),
     ),
     *of_file(
@@ -96,21 +96,21 @@ MUTANTS = (
             "lr=lr[group],",
             "lr=lr[0],",
             "All images at work have the learning rate of the oldest.",
-            NEVER,
+            AT_ITS_AGE,
         ),
         Mutant(
             "state-groups-step",
             "step=step[group],",
             "step=step[0],",
             "Adam corrects the moments of all images at work as those of the oldest.",
-            NEVER,
+            AT_ITS_AGE,
         ),
         Mutant(
             "state-groups-jitter",
             "at = self.iteration.repeat_interleave(size)",
             "at = self.iteration[:1].expand(len(image))",
             "All images at work have the jitter of the oldest one's iteration.",
-            NEVER,
+            AT_ITS_AGE,
         ),
     ),
     *of_file(
