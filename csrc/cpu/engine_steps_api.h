@@ -38,10 +38,15 @@ void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out,
              const std::optional<Tensor>& offsets);
 void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv,
                       const std::optional<Tensor>& offsets);
-std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv);
+std::tuple<Tensor, Tensor> attend_rows(const Tensor& q, const Tensor& q_bias, const Tensor& kv,
+                                       const std::optional<Tensor>& offsets);
 std::tuple<Tensor, Tensor> attend_rows_backward(const Tensor& grad, const Tensor& q,
                                                 const Tensor& q_bias, const Tensor& kv,
-                                                const Tensor& probabilities);
+                                                const Tensor& probabilities,
+                                                const std::optional<Tensor>& offsets);
+// Where the tokens of each image of x [B, N, ...] begin among all B·N, and the last ones end: at
+// the given offsets, else N apart.
+std::vector<int64_t> offsets_of(const Tensor& x, const std::optional<Tensor>& given);
 
 // Runs a step inside a scope that a profiler shows under this name.
 template <typename Step, typename... Arguments>

@@ -120,17 +120,24 @@ class CpuEngine:
         return self._runs[key]
 
     def last_block_rows(
-        self, tokens: Tensor, rows: int, rotations: Rotations = None
+        self,
+        tokens: Tensor,
+        rows: int,
+        rotations: Rotations = None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the last block, and their attention probabilities
         [B, H, R, N], which have no gradient.
+
+        With ``offsets``, as in :meth:`run_ragged`, tokens [1, N, D] and probabilities [1, H, R, N]
+        concatenate all images.
         """
         self._follow_weights()
         key = rows, rotations is not None
         if key not in self._last:
             rotary = rotations is not None
             self._last[key] = LastBlock(self._blocks[-1], rows, rotary, self._stored)
-        return self._last[key](tokens, None if rotations is None else rotations[-1])
+        return self._last[key](tokens, None if rotations is None else rotations[-1], offsets)
 
     def refresh(self) -> None:
         """Forget what was folded."""
@@ -341,26 +348,30 @@ class LastBlock:
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
+        self.rotary = rotary
 
-    def __call__(self, tokens: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] of the block's output for tokens [B, N, D], and their attention
-        probabilities [B, H, R, N], which have no gradient.
+        probabilities [B, H, R, N], which have no gradient. Tokens [1, N, D] and probabilities
+        [1, H, R, N] may be of several images, which begin at offsets.
         """
-        turn: tuple[Any, ...] = ()
+        layout: tuple[Any, ...] = (offsets,)
         if rotation is not None:
-            turn = _like(rotation, tokens), self.half
-        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self, turn)
+            layout = _like(rotation, tokens), self.half
+        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self, layout)
         return result
 
 
 class _RunLastBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, block: LastBlock, turn: tuple[Any, ...]
+        ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        run = _last_rotary_block_rows if turn else _last_block_rows
-        result, *saved = run(tokens, block.weights, *block.options, *turn)
-        ctx.block, ctx.turn = block, turn
+        run = _last_rotary_block_rows if block.rotary else _last_block_rows
+        result, *saved = run(tokens, block.weights, *block.options, *layout)
+        ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(saved[0])
         ctx.set_materialize_grads(False)
@@ -371,5 +382,6 @@ class _RunLastBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        run = _last_rotary_block_rows_backward if ctx.turn else _last_block_rows_backward
-        return run(grad, ctx.block.weights, ctx.saved_tensors, *ctx.turn), None, None
+        rotary = ctx.block.rotary
+        run = _last_rotary_block_rows_backward if rotary else _last_block_rows_backward
+        return run(grad, ctx.block.weights, ctx.saved_tensors, *ctx.layout), None, None

@@ -10,6 +10,7 @@ of the other arguments (the residual stream, biases, rstd, rotations), and round
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -164,20 +165,45 @@ def _images(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
     return [part for part in parts if part.shape[1]]
 
 
-def attend_rows(q: Tensor, q_bias: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+def attend_rows(
+    q: Tensor, q_bias: Tensor, kv: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of queries q + q_bias [B, R, H·D] among kv [B, N, 2, H, D].
 
-    Returns out [B, R, H·D], and the attention probabilities [B, H, R, N].
+    With ``offsets``, as in :func:`attend_`, kv [1, N, 2, H, D] concatenates the tokens of all
+    images, at least one of each.
+
+    Returns out [B, R, H·D], and the attention probabilities [B, H, R, N]; with ``offsets``
+    [1, H, R, N], where row r of a token's column is query r of the token's own image.
     """
+    if offsets is not None:
+        out, every = torch.empty_like(q), q.new_empty(1, kv.shape[3], q.shape[1], kv.shape[1])
+        for i, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            found = attend_rows(q[i : i + 1], q_bias, kv[:, begin:end])
+            out[i : i + 1], every[..., begin:end] = found
+        return out, every
     keys, values = kv.permute(2, 0, 3, 1, 4)
     probabilities = (_queries(q, q_bias, kv) @ keys.mT).softmax(dim=-1)
     return (probabilities @ values).transpose(1, 2).flatten(2), probabilities
 
 
 def attend_rows_backward(
-    grad: Tensor, q: Tensor, q_bias: Tensor, kv: Tensor, probabilities: Tensor
+    grad: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    kv: Tensor,
+    probabilities: Tensor,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of q and kv in :func:`attend_rows`, from the gradient of out."""
+    if offsets is not None:
+        d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
+        for i, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            one, own = slice(i, i + 1), (slice(None), slice(begin, end))
+            d_q[one], d_kv[own] = attend_rows_backward(
+                grad[one], q[one], q_bias, kv[own], probabilities[..., begin:end]
+            )
+        return d_q, d_kv
     keys, values = kv.permute(2, 0, 3, 1, 4)
     d_out = grad.unflatten(2, kv.shape[3:]).transpose(1, 2)
     d_probabilities = d_out @ values.mT

@@ -26,10 +26,12 @@ _STEPS = {
     "attend_backward_": (
         "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv, Tensor? offsets=None) -> ()"
     ),
-    "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
+    "attend_rows": (
+        "(Tensor q, Tensor q_bias, Tensor kv, Tensor? offsets=None) -> (Tensor, Tensor)"
+    ),
     "attend_rows_backward": (
-        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities)"
-        " -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities,"
+        " Tensor? offsets=None) -> (Tensor, Tensor)"
     ),
 }
 
@@ -80,9 +82,12 @@ _BLOCKS = {
         "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half) -> Tensor"
     ),
     "last_block_rows": (
-        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"
+        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor? offsets)"
+        " -> Tensor[]"
     ),
-    "last_block_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
+    "last_block_rows_backward": (
+        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor? offsets) -> Tensor"
+    ),
     "products_by_onednn": "(Tensor like) -> bool",
     "embed_patches": (
         "(Tensor patches, Tensor weight, Tensor? bias, Tensor prefix, Tensor? table,"

@@ -69,3 +69,12 @@ def _engine_calls() -> Iterator[OpCall]:
         label = f"{rows}-{count}-{width}"
         yield OpCall(label, "attend_rows", (q, q_bias, kv))
         yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities))
+    offsets = torch.tensor([0, 7, 66, 68])
+    for rows, width in ((1, 64), (2, 33)):
+        q, grad = torch.randn(2, 3, rows, 3 * width)
+        q_bias, kv = torch.randn(3 * width), torch.randn(1, 68, 2, 3, width)
+        own = torch.randn(3, rows, 68).split(offsets.diff().tolist(), dim=2)
+        probabilities = torch.cat([scores.softmax(dim=-1) for scores in own], dim=2)[None]
+        label = f"ragged-{rows}-{width}"
+        yield OpCall(label, "attend_rows", (q, q_bias, kv, offsets))
+        yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities, offsets))

@@ -110,6 +110,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "csrc/cpu/engine_row_attention.cpp",
+        f"{BUDGET} attend_rows-ragged",
+        Mutant(
+            "rows-of-their-image",
+            "return offsets_[task / heads_ + 1] - begin(task);",
+            "return offsets_.back() - begin(task);",
+            "Queries attend to the tokens of later images.",
+        ),
+        Mutant(
+            "rows-place",
+            "* stride_ + begin(task) % stride_;",
+            "* stride_;",
+            "All images write their probabilities into those of the first one.",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_embedding.cpp",
         "tests/engine/test_embedding.py",
         Mutant(
@@ -191,6 +207,13 @@ MUTANTS = (
             "[](auto& to, const auto& from) { to = from; });\n  recorded(",
             "[](auto&, const auto&) {});\n  recorded(",
             "The gradient doesn't pass by the last block.",
+        ),
+        Mutant(
+            "last-block-ragged",
+            "T* own = rows + offsets[i] * width;",
+            "T* own = rows + i * count;",
+            "The class tokens are the first rows of all images.",
+            "tests/teacher/test_ragged.py::test_the_engine_gives_what_blocks_one_by_one_give",
         ),
     ),
     *of_file(
