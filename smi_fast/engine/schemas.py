@@ -35,16 +35,18 @@ _STEPS = {
     ),
 }
 
-# Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. The last
-# two are fused into a product, which no other kernels are.
+# Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
+# never concatenated there. The last two are fused into a product, which no other kernels are.
 _TRITON_STEPS = {
     **{
         name: _STEPS[name]
-        for name in (
-            *("add_normalize_", "normalize_backward_", "gelu_", "multiply_"),
-            *("attend_rows", "attend_rows_backward"),
-        )
+        for name in ("add_normalize_", "normalize_backward_", "gelu_", "multiply_")
     },
+    "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
+    "attend_rows_backward": (
+        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities)"
+        " -> (Tensor, Tensor)"
+    ),
     "linear_gelu_": (
         "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out) -> ()"
     ),
