@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from smi_fast.ops.reference import gather_attention, gather_attention_backward
+from smi_fast.ops.reference import gather_attention, gather_attention_backward, sum_dtype
 
 
 def add_normalize_(
@@ -76,6 +76,22 @@ def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
 def multiply_(x: Tensor, factors: Tensor) -> None:
     """x *= factors, element by element, of the same shape."""
     x *= factors
+
+
+def linear_gelu_(x: Tensor, weight: Tensor, bias: Tensor, derivative: Tensor, out: Tensor) -> None:
+    """:func:`gelu_` of the product x weightᵀ [rows, F], which isn't rounded before.
+
+    ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative.
+    """
+    y = x.to(bias.dtype) @ weight.to(bias.dtype).T
+    gelu_(y, bias, out)
+    derivative.copy_(y)
+
+
+def multiplied_product_(grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor) -> None:
+    """out = (grad weight) ∘ factors, for grad [rows, D] and weight [D, F], rounded once."""
+    computed = sum_dtype(grad.dtype)
+    out.copy_(grad.to(computed) @ weight.to(computed) * factors)
 
 
 def swiglu_(x: Tensor, bias: Tensor, out: Tensor) -> None:

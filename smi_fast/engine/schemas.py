@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from smi_fast.engine import reference
+from smi_fast.ops.schemas import TRITON, triton_kernel
 
 # The steps of a block, see smi_fast.engine.reference. They write into contiguous tensors.
 _STEPS = {
@@ -33,6 +34,24 @@ _STEPS = {
         "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities,"
         " Tensor? offsets=None) -> (Tensor, Tensor)"
     ),
+}
+
+# Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
+# never concatenated there. The last two are fused into a product, which no other kernels are.
+_TRITON_STEPS = {
+    **{
+        name: _STEPS[name]
+        for name in ("add_normalize_", "normalize_backward_", "gelu_", "multiply_")
+    },
+    "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
+    "attend_rows_backward": (
+        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities)"
+        " -> (Tensor, Tensor)"
+    ),
+    "linear_gelu_": (
+        "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out) -> ()"
+    ),
+    "multiplied_product_": "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out) -> ()",
 }
 
 # Whole blocks, or the first rows of the last block, without rotary positions and with them; whether
@@ -87,6 +106,9 @@ for _name, _schema in (_STEPS | _BLOCKS).items():
     _library.define(_name + _schema)
 for _name in _STEPS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name, _schema in _TRITON_STEPS.items():
+    _library.define(_name + TRITON + _schema)
+    _library.impl(_name + TRITON, triton_kernel(_name), "CUDA")
 
 
 def _writes_into_its_arguments(*_: object) -> None:
