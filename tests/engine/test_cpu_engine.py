@@ -274,7 +274,7 @@ def test_blocks_of_eva(name: str, computed: bool, pool: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"class_token": True, "global_pool": "token"}])
 def test_blocks_of_aimv2(options: dict) -> None:
     """RMSNorm with an eps of its own, SwiGLU in two layers, and no bias, in float64."""
-    teacher = make_teacher("aimv2_large_patch14_224", **options).double()
+    teacher = make_teacher("aimv2_huge_patch14_224", **options).double()
     assert {teacher.blocks[0].norm1.eps, teacher.blocks[0].norm2.eps} == {1e-5}
     ours, plain = (SparseViT(teacher, backend=backend) for backend in ("cpp", "reference"))
     assert all(foldable(block) for block in teacher.blocks)
