@@ -48,10 +48,17 @@ class Engine(Protocol):
         """
 
     def last_block_rows(
-        self, tokens: Tensor, rows: int, rotations: Rotations = None
+        self,
+        tokens: Tensor,
+        rows: int,
+        rotations: Rotations = None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the last block, and their attention probabilities
         [B, H, R, N], which have no gradient.
+
+        With ``offsets``, as in :meth:`run_ragged`, tokens [1, N, D] and probabilities [1, H, R, N]
+        concatenate all images.
         """
 
 

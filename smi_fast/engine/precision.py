@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 FLOAT32 = "float32"
+TF32 = "tf32"
 BFLOAT16 = "bfloat16"
 PRECISIONS = (FLOAT32, BFLOAT16)
 
@@ -28,3 +32,23 @@ def described(precision: str, weights: torch.dtype) -> str:
 def stored_type(precision: str) -> torch.dtype | None:
     """The data type of what products read and write; None for that of the weights."""
     return torch.bfloat16 if precision == BFLOAT16 else None
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Products on a GPU have this precision, and sums of float32, whatever the process has allowed.
+
+    The settings are torch's own, of the whole process, and are restored.
+    """
+    settings = torch.backends.cuda.matmul
+    float32 = settings.fp32_precision
+    # Torch changes both parts of this setting at once; older versions have no second part.
+    reduction = settings.allow_bf16_reduced_precision_reduction
+    split = getattr(settings, "allow_bf16_reduced_precision_reduction_split_k", True)
+    try:
+        settings.fp32_precision = "tf32" if precision == TF32 else "ieee"
+        settings.allow_bf16_reduced_precision_reduction = False
+        yield
+    finally:
+        settings.fp32_precision = float32
+        settings.allow_bf16_reduced_precision_reduction = reduction if split else (reduction, False)

@@ -23,6 +23,10 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd))
         yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
         yield OpCall(label, "normalize_backward_", (added, grad, x, rstd, empty))
+        if width != 64:
+            rms = f"{label}-rms"
+            yield OpCall(rms, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd, False))
+            yield OpCall(rms, "normalize_backward_", (added, grad, x, rstd, empty, False))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
         yield OpCall(label, "multiply_", (added, grad))
     for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):
@@ -69,3 +73,12 @@ def _engine_calls() -> Iterator[OpCall]:
         label = f"{rows}-{count}-{width}"
         yield OpCall(label, "attend_rows", (q, q_bias, kv))
         yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities))
+    offsets = torch.tensor([0, 7, 66, 68])
+    for rows, width in ((1, 64), (2, 33)):
+        q, grad = torch.randn(2, 3, rows, 3 * width)
+        q_bias, kv = torch.randn(3 * width), torch.randn(1, 68, 2, 3, width)
+        own = torch.randn(3, rows, 68).split(offsets.diff().tolist(), dim=2)
+        probabilities = torch.cat([scores.softmax(dim=-1) for scores in own], dim=2)[None]
+        label = f"ragged-{rows}-{width}"
+        yield OpCall(label, "attend_rows", (q, q_bias, kv, offsets))
+        yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities, offsets))

@@ -52,18 +52,6 @@ def test_total_variation_of_kept_patches_counts_pairs_one_by_one() -> None:
     assert l2.item() == pytest.approx(expected_l2, rel=1e-12)
 
 
-def test_a_repeated_patch_counts_once() -> None:
-    images = torch.randn(2, 2, 6, 8, dtype=F64, requires_grad=True)
-    kept = random_kept(2, 4, 12)
-    once, repeated = (
-        ops.total_variation(images, active, patch_size=2)
-        for active in (kept[:, :3], kept[:, [0, 0, 1, 2, 1]])
-    )
-    torch.testing.assert_close(repeated, once, rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(sum(parts), images)[0] for parts in (once, repeated)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
-
-
 def test_total_variation_with_every_patch_kept_is_that_of_the_image() -> None:
     images, every = torch.randn(2, 3, 8, 12, dtype=F64), torch.arange(6).expand(2, -1)
     kept = ops.total_variation(images, every, patch_size=4)

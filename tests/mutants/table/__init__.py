@@ -16,6 +16,7 @@ from tests.mutants.table import (
     schedules,
     teacher,
     triton,
+    triton_steps,
     turnover,
 )
 
@@ -24,6 +25,7 @@ MUTANTS = (
     *cpp.MUTANTS,
     *cuda.MUTANTS,
     *triton.MUTANTS,
+    *triton_steps.MUTANTS,
     *engine.MUTANTS,
     *precision.MUTANTS,
     *teacher.MUTANTS,

@@ -146,17 +146,16 @@ MUTANTS = (
         "csrc/cpu/total_variation.cpp",
         f"{BUDGET} total_variation",
         Mutant(
-            "cpp-variation-repeated",
-            "if (!is_active) cells_[",
-            "cells_[",
-            "A repeated patch counts twice.",
-            "tests/ops/test_total_variation.py::test_a_repeated_patch_counts_once",
-        ),
-        Mutant(
             "cpp-variation-norm",
             "norm > 0 ? *grad_l2.const_data_ptr<T>() / norm : 0",
             "*grad_l2.const_data_ptr<T>() / norm",
             "A constant image has a NaN as its gradient.",
+        ),
+        Mutant(
+            "cpp-variation-repeated",
+            "if (!is_active) cells_.push_back(values[i]);",
+            "cells_.push_back(values[i]);",
+            "A patch that repeats, as where a batch is ragged, counts more than once.",
         ),
         Mutant(
             "cpp-variation-signs",

@@ -133,12 +133,6 @@ MUTANTS = (
         "smi_fast/objectives/pixels.py",
         f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
         Mutant(
-            "ragged-variation",
-            'inputs.backend if inputs.lengths is None else "reference"',
-            "inputs.backend",
-            "Total variation counts a repeated patch more than once.",
-        ),
-        Mutant(
             "ragged-norm",
             "inputs.active if inputs.lengths is None else inputs.kept",
             "inputs.active",
