@@ -4,7 +4,7 @@
 - Attention, GELU and SwiGLU read the output of one GEMM and write the input of the next.
 - The residual add is fused into the next norm.
 - Only tokens have a gradient; backward needs six arrays of each block.
-- Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
+- Buffers are allocated once for the most rows of a pass. The GEMMs are torch's.
 - In bfloat16, so are the weights, rounded once after folding, and what products read and write. The
   residual stream, biases, softmax, GELU and every sum are float32.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
+from smi_fast.engine.buffers import Buffers
 from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
@@ -191,7 +192,7 @@ class FoldedRun:
     ) -> None:
         self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
         self.rotary = rotary
-        self.free: _Buffers | None = None
+        self.free: Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.centred = self.blocks[0].centred
@@ -226,7 +227,7 @@ class FoldedRun:
         """Buffers for one pass: those of the last pass when they are free and large enough."""
         buffers, self.free = self.free, None
         if buffers is None or not buffers.hold(batch * tokens, saves):
-            buffers = _Buffers(self.blocks, batch * tokens, saves)
+            buffers = Buffers(self.blocks, batch * tokens, saves)
         if buffers.shape != (batch, tokens):
             self.packed, self.packed_rows = [], 0
             buffers.fit(batch, tokens)
@@ -255,59 +256,10 @@ class FoldedRun:
         ]
 
 
-class _Buffers:
-    """The memory of one pass over blocks, forward and backward.
-
-    It is kept from pass to pass: memory that went back to the system would be faulted in again. A
-    pass of fewer rows takes the first ones, as when images leave a batch.
-
-    Args:
-        blocks: of the pass.
-        rows: the most rows of a pass.
-        saves: whether a backward pass follows.
-
-    Attributes:
-        shape: (batch, tokens) of the pass that it was last fitted to.
-        passes: number of passes of this shape.
-    """
-
-    def __init__(self, blocks: list[FoldedBlock], rows: int, saves: bool) -> None:
-        self._rows, self._saves, first = rows, saves, blocks[0]
-        width, self._heads = len(first.q_bias), first.heads
-        self.shape: tuple[int, int] | None = None
-        new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
-
-        def two_norms() -> list[Tensor]:
-            """Outputs of a block's two norms: normalized [rows, D] and rstd [rows], twice."""
-            outputs = (new(rows, len(first.proj_bias)) for _ in range(2))
-            return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
-
-        shared = two_norms()
-        self._normalized = [*shared]
-        for _ in blocks[1:]:
-            self._normalized += two_norms() if saves else shared
-        self._attended = new(rows, width)
-        self._hidden = new(rows, first.fc2.shape[1])
-        self._d_qkv = new(rows, 3 * width)
-
-    def hold(self, rows: int, saves: bool) -> bool:
-        """Whether a pass of so many rows finds its memory here."""
-        return rows <= self._rows and saves == self._saves
-
-    def fit(self, batch: int, tokens: int) -> None:
-        """Give the passes from here on the rows that they need."""
-        self.shape, self.passes = (batch, tokens), 0
-        rows, width = batch * tokens, self._attended.shape[1]
-        self.normalized = [tensor[:rows] for tensor in self._normalized]
-        shape = batch, tokens, self._heads, width // self._heads
-        self.attended = self._attended[:rows].view(shape)
-        self.hidden, self.d_qkv = self._hidden[:rows], self._d_qkv[:rows]
-
-
 class _BufferLease:
     """Gives buffers back to their run when the autograd graph that holds this is freed."""
 
-    def __init__(self, run: FoldedRun, buffers: _Buffers) -> None:
+    def __init__(self, run: FoldedRun, buffers: Buffers) -> None:
         self.run, self.buffers = run, buffers
 
     def __del__(self) -> None:
