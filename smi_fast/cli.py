@@ -123,7 +123,7 @@ def _engines(device: torch.device) -> str:
     ]
     if not found:
         return "op by op"
-    return f"{found[0]}'s engine; without LayerNorm, or exact GELU or SwiGLU, op by op"
+    return f"{found[0]}'s engine; without LayerNorm or RMSNorm, or exact GELU or SwiGLU, op by op"
 
 
 def _describe(device: torch.device) -> str:

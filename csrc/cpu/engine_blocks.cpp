@@ -33,7 +33,7 @@ struct Rotary {
   const Tensor* of(size_t block) const { return rotations ? &rotations->at(block) : nullptr; }
 };
 
-// Weights of one block, and the buffers of its two LayerNorms. The bias of qkv is that of q alone,
+// Weights of one block, and the buffers of its two norms. The bias of qkv is that of q alone,
 // or with rotary positions those of q and k.
 struct Block {
   Linear qkv, proj, fc1, fc2;
@@ -48,7 +48,7 @@ std::vector<Block> blocks_of(const std::vector<Tensor>& weights, const std::vect
   const size_t count = weights.size() / kWeights;
   STD_TORCH_CHECK(weights.size() == count * kWeights && normalized.size() == count * kNormalized &&
                       (packed.empty() || packed.size() == count * kPacked),
-                  "expected ", kWeights, " weights, ", kNormalized, " LayerNorm buffers, and ",
+                  "expected ", kWeights, " weights, ", kNormalized, " buffers of norms, and ",
                   kPacked, " packed weights or none, for each block");
   std::vector<Block> blocks;
   for (size_t i = 0; i < count; ++i) {
@@ -111,18 +111,19 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
 
 // Runs the blocks on the residual stream x [rows, D] in place; with offsets, the rows of image b
 // are those from offsets[b] up to offsets[b + 1]. What products read and write has the type of the
-// weights; x, rstd and the biases have the one that this is computed in. A third eps of each block
-// is that of a LayerNorm in front of fc2. With `saves`, returns what backward needs of each block:
+// weights; x, rstd and the biases have the one that this is computed in. Norms are LayerNorm, or
+// RMSNorm unless `centred`; a third eps of each block is that of a norm in front of fc2. With
+// `saves`, returns what backward needs of each block:
 // - qkv [B, N, 3, H, D/H];
 // - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
-// - normalized [rows, F] and rstd [rows] of the third LayerNorm, if there is one.
+// - normalized [rows, F] and rstd [rows] of the third norm, if there is one.
 // The last tensor returned is the output of the last fc2. It is not yet added to x, and neither is
 // its bias.
 std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
                         const std::vector<Tensor>& packed, int64_t packed_rows,
                         const std::vector<Tensor>& normalized, const std::vector<double>& eps,
                         const Tensor& attended, const Tensor& hidden, bool saves,
-                        const Rotary& rotary, const std::optional<Tensor>& offsets) {
+                        const Rotary& rotary, const std::optional<Tensor>& offsets, bool centred) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   STD_TORCH_CHECK(!blocks.empty() && eps.size() % blocks.size() == 0,
                   "expected at least one block, and two or three eps for each");
@@ -137,12 +138,12 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
   for (size_t i = 0; i < blocks.size(); ++i) {
     const Block& block = blocks[i];
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, bias, own_eps[0],
-             *block.to_attention, *block.attention_rstd);
+             *block.to_attention, *block.attention_rstd, centred);
     const Tensor qkv = torch::stable::view(block.qkv.forward(*block.to_attention), qkv_shape);
     attend_block(block, qkv, rotary.of(i), rotary.half, offsets, attended);
     added = block.proj.forward(attended_rows);
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, std::optional(*block.proj_bias),
-             own_eps[1], *block.to_mlp, *block.mlp_rstd);
+             own_eps[1], *block.to_mlp, *block.mlp_rstd, centred);
     const Tensor derivative = block.fc1.forward(*block.to_mlp);
     if (is_gated(block)) {
       recorded("smi_fast::swiglu_", swiglu_, derivative, *block.fc1_bias, hidden);
@@ -151,7 +152,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
     }
     if (saves) saved.insert(saved.end(), {qkv, derivative});
     if (eps_count == 3) {
-      const auto [normalized_hidden, rstd] = normalize_hidden(hidden, own_eps[2]);
+      const auto [normalized_hidden, rstd] = normalize_hidden(hidden, own_eps[2], centred);
       if (saves) saved.insert(saved.end(), {normalized_hidden, rstd});
       added = block.fc2.forward(normalized_hidden);
     } else {
@@ -169,7 +170,8 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
 void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& packed, int64_t packed_rows,
                   const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
-                  const Tensor& d_qkv, const Rotary& rotary, const std::optional<Tensor>& offsets) {
+                  const Tensor& d_qkv, const Rotary& rotary, const std::optional<Tensor>& offsets,
+                  bool centred) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   const ScalarType type = d_qkv.scalar_type();
   const bool copies = gradient.scalar_type() != type;
@@ -183,15 +185,15 @@ void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
     const Tensor &qkv = saved[count * i], &derivative = saved[count * i + 1];
     Tensor d_hidden = block.fc2.backward(operand);
     if (count == 4) {
-      d_hidden = normalize_hidden_backward(d_hidden, saved[4 * i + 2], saved[4 * i + 3]);
+      d_hidden = normalize_hidden_backward(d_hidden, saved[4 * i + 2], saved[4 * i + 3], centred);
     }
     const Tensor d_fc1 = activate_backward(block, d_hidden, derivative);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd, copy);
+             block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd, copy, centred);
     attend_block_backward(block, block.proj.backward(operand), qkv, rotary.of(i), rotary.half,
                           offsets, d_qkv);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd, copy);
+             block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd, copy, centred);
   }
 }
 
@@ -199,16 +201,17 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& packed, int64_t packed_rows,
                                 const std::vector<Tensor>& normalized,
                                 const std::vector<double>& eps, Tensor attended, Tensor hidden,
-                                bool saves, const std::optional<Tensor>& offsets) {
-  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {},
-             offsets);
+                                bool saves, const std::optional<Tensor>& offsets, bool centred) {
+  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {}, offsets,
+             centred);
 }
 
 void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
                           const std::vector<Tensor>& packed, int64_t packed_rows,
                           const std::vector<Tensor>& normalized, const std::vector<Tensor>& saved,
-                          Tensor d_qkv, const std::optional<Tensor>& offsets) {
-  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {}, offsets);
+                          Tensor d_qkv, const std::optional<Tensor>& offsets, bool centred) {
+  run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {}, offsets,
+               centred);
 }
 
 // The same with rotary positions, of each block.
@@ -217,18 +220,19 @@ std::vector<Tensor> run_rotary_blocks_(Tensor x, const std::vector<Tensor>& weig
                                        const std::vector<Tensor>& normalized,
                                        const std::vector<double>& eps, Tensor attended,
                                        Tensor hidden, bool saves,
-                                       const std::vector<Tensor>& rotations, bool half) {
+                                       const std::vector<Tensor>& rotations, bool half,
+                                       bool centred) {
   return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves,
-             {&rotations, half}, std::nullopt);
+             {&rotations, half}, std::nullopt, centred);
 }
 
 void run_rotary_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
                                  const std::vector<Tensor>& packed, int64_t packed_rows,
                                  const std::vector<Tensor>& normalized,
                                  const std::vector<Tensor>& saved, Tensor d_qkv,
-                                 const std::vector<Tensor>& rotations, bool half) {
+                                 const std::vector<Tensor>& rotations, bool half, bool centred) {
   run_backward(gradient, weights, packed, packed_rows, normalized, saved, d_qkv, {&rotations, half},
-               std::nullopt);
+               std::nullopt, centred);
 }
 
 }  // namespace

@@ -92,15 +92,18 @@ struct Weights {
 // order:
 // - the first R rows [B, R, D] after the block;
 // - their attention probabilities [B, H, R, N], or [1, H, R, N] of concatenated images;
-// - for backward: normalized and rstd of the LayerNorm before attention, q, kv, normalized and rstd
-//   of the LayerNorm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of
-//   a LayerNorm in front of fc2, which a third eps asks for.
+// - for backward: normalized and rstd of the norm before attention, q, kv, normalized and rstd of
+// the
+//   norm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of a norm in
+//   front of fc2, which a third eps asks for.
+// Norms are LayerNorm, or RMSNorm unless `centred`.
 // A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
 // Only what products read and write has the type of the weights; attention is short enough to
 // read it converted.
 std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& weights,
                         const std::vector<double>& eps, int64_t heads, int64_t rows,
-                        const Tensor* rotation, bool half, const std::optional<Tensor>& given) {
+                        const Tensor* rotation, bool half, const std::optional<Tensor>& given,
+                        bool centred) {
   const Weights w(weights);
   const Tensor tokens = as_contiguous(tokens_any);
   const Offsets offsets = offsets_of(tokens, given);
@@ -117,7 +120,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   const Tensor normalized = new_empty(x, {all, width}, stored);
   const Tensor rstd = new_empty(x, {all});
   recorded("smi_fast::add_normalize_", add_normalize_, x, nothing, nothing, eps.at(0), normalized,
-           rstd);
+           rstd, centred);
   const Tensor q = view(converted(linear(first_of(normalized, offsets, rows), w.to_q), type),
                         {images, rows, attention});
   const Tensor kv = view(converted(linear(normalized, w.to_kv), type),
@@ -131,7 +134,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   const Tensor to_mlp = new_empty(y, {images * rows, width}, stored);
   const Tensor mlp_rstd = new_empty(y, {images * rows});
   recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
-           std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd);
+           std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd, centred);
   const Tensor derivative = linear(to_mlp, w.fc1);
   const Tensor hidden = new_empty(derivative, {images * rows, w.fc2.size(1)});
   if (w.gated()) {
@@ -140,7 +143,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
     recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
   }
   std::optional<std::tuple<Tensor, Tensor>> normed;
-  if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2]);
+  if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2], centred);
   add(y, linear(normed ? std::get<0>(*normed) : hidden, w.fc2));
   add(y, w.fc2_bias);
   std::vector<Tensor> result{view(y, {images, rows, width}),
@@ -171,7 +174,7 @@ Tensor activate_backward(const Weights& w, const Tensor& d_hidden, const Tensor&
 // is the result of run() without its first tensor.
 Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& saved, const Tensor* rotation, bool half,
-                    const std::optional<Tensor>& given) {
+                    const std::optional<Tensor>& given, bool centred) {
   const Weights w(weights);
   const Tensor &probabilities = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
   const Tensor &q = saved.at(3), &kv = saved.at(4), &to_mlp = saved.at(5);
@@ -182,10 +185,10 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
   Tensor d_hidden = linear_backward(gradient, w.fc2);
-  if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9]);
+  if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9], centred);
   const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-           linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt);
+           linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt, centred);
   const Tensor d_attended =
       view(converted(linear_backward(gradient, w.proj), q.scalar_type()), q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
@@ -200,33 +203,34 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
   const Tensor result = new_zeros(gradient, normalized.sizes());
   for_each_of_first(result, gradient, offsets, [](auto& to, const auto& from) { to = from; });
   recorded("smi_fast::normalize_backward_", normalize_backward_, result, d_normalized, normalized,
-           rstd, std::nullopt);
+           rstd, std::nullopt, centred);
   return view(result, {kv.size(0), kv.size(1), width});
 }
 
 std::vector<Tensor> last_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
                                     const std::vector<double>& eps, int64_t heads, int64_t rows,
-                                    const std::optional<Tensor>& offsets) {
-  return run(tokens, weights, eps, heads, rows, nullptr, false, offsets);
+                                    const std::optional<Tensor>& offsets, bool centred) {
+  return run(tokens, weights, eps, heads, rows, nullptr, false, offsets, centred);
 }
 
 Tensor last_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& saved,
-                                const std::optional<Tensor>& offsets) {
-  return run_backward(grad, weights, saved, nullptr, false, offsets);
+                                const std::optional<Tensor>& offsets, bool centred) {
+  return run_backward(grad, weights, saved, nullptr, false, offsets, centred);
 }
 
 // The same with rotary positions.
 std::vector<Tensor> last_rotary_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
                                            const std::vector<double>& eps, int64_t heads,
-                                           int64_t rows, const Tensor& rotation, bool half) {
-  return run(tokens, weights, eps, heads, rows, &rotation, half, std::nullopt);
+                                           int64_t rows, const Tensor& rotation, bool half,
+                                           bool centred) {
+  return run(tokens, weights, eps, heads, rows, &rotation, half, std::nullopt, centred);
 }
 
 Tensor last_rotary_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
                                        const std::vector<Tensor>& saved, const Tensor& rotation,
-                                       bool half) {
-  return run_backward(grad, weights, saved, &rotation, half, std::nullopt);
+                                       bool half, bool centred) {
+  return run_backward(grad, weights, saved, &rotation, half, std::nullopt, centred);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ void with_types_of(const Tensor& x, const Tensor& y, const Run& run) {
 }  // namespace
 
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
-                    double eps, Tensor normalized, Tensor rstd) {
+                    double eps, Tensor normalized, Tensor rstd, bool centred) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   STD_TORCH_CHECK(added.has_value() == bias.has_value(),
                   "expected added and bias together, or neither");
@@ -42,13 +42,13 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
     T* scale = data_of<T>(rstd, rows);                                   // [rows]
     for_each_task(rows, width, [&](int64_t i) {
       scale[i] = kernel(row + i * width, more ? more + i * width : nullptr, offset, width, eps,
-                        to + i * width);
+                        centred, to + i * width);
     });
   });
 }
 
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
-                         const Tensor& rstd, const std::optional<Tensor>& copy) {
+                         const Tensor& rstd, const std::optional<Tensor>& copy, bool centred) {
   const int64_t width = gradient.size(-1), rows = gradient.numel() / width;
   with_types_of(gradient, grad, [&](auto zero, auto stored) {
     using X = decltype(zero);
@@ -62,24 +62,25 @@ void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& norm
     S* sum = copy ? data_of<S>(*copy, rows * width) : nullptr;  // [rows, D]
     for_each_task(rows, width, [&](int64_t i) {
       const int64_t at = i * width;
-      kernel(row + at, d + at, output + at, scale[i], width, sum ? sum + at : nullptr);
+      kernel(row + at, d + at, output + at, scale[i], width, centred, sum ? sum + at : nullptr);
     });
   });
 }
 
-std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps) {
+std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps, bool centred) {
   const Tensor normalized = torch::stable::empty_like(hidden);
   const Tensor rstd =
       torch::stable::new_empty(hidden, {hidden.size(0)}, computed_type(hidden.scalar_type()));
   recorded("smi_fast::add_normalize_", add_normalize_, hidden, std::nullopt, std::nullopt, eps,
-           normalized, rstd);
+           normalized, rstd, centred);
   return {normalized, rstd};
 }
 
-Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd) {
+Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd,
+                                 bool centred) {
   const Tensor gradient = torch::stable::new_zeros(grad, grad.sizes());
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd,
-           std::nullopt);
+           std::nullopt, centred);
   return gradient;
 }
 

@@ -10,8 +10,10 @@ inline T sum_of(const Vec<T>& vector) {
 }
 
 // x += added + bias, unless they are null. Writes normalized = (x − mean) · rstd and returns rstd.
+// The mean counts as 0 unless the norm is centred.
 template <typename X, typename S, typename T = Computed<S>>
-T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, S* normalized) {
+T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, bool centred,
+                S* normalized) {
   using V = Vec<T>;
   V sums{}, squares{};
   for (int64_t i = 0; i < width; i += lanes<T>()) {
@@ -23,11 +25,11 @@ T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, 
     }
     sums += sum;
   }
-  const T mean = sum_of<T>(sums) / static_cast<T>(width);
+  const T mean = centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};
   for (int64_t i = 0; i < width; i += lanes<T>()) {
     const int64_t n = elements_at<T>(i, width);
-    const V centred = keep_n<T>(load_n(x + i, n) - mean, n);
-    squares += centred * centred;
+    const V apart = keep_n<T>(load_n(x + i, n) - mean, n);
+    squares += apart * apart;
   }
   const double variance = sum_of<T>(squares) / static_cast<double>(width);
   // An overflow must show: 1/sqrt(inf) would turn it into finite zeros.
@@ -41,10 +43,11 @@ T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, 
 }
 
 // Adds the gradient of x in add_normalize(), where d is the gradient of normalized n:
-// gradient += rstd · (d − mean(d) − n · mean(d ∘ n)). Unless it is null, `copy` gets the sum.
+// gradient += rstd · (d − mean(d) − n · mean(d ∘ n)), without mean(d) unless the norm is centred.
+// Unless it is null, `copy` gets the sum.
 template <typename X, typename S, typename T = Computed<S>>
 void normalize_backward(X* gradient, const S* d, const S* normalized, T rstd, int64_t width,
-                        S* copy) {
+                        bool centred, S* copy) {
   using V = Vec<T>;
   V sums{}, products{};
   for (int64_t i = 0; i < width; i += lanes<T>()) {
@@ -53,7 +56,7 @@ void normalize_backward(X* gradient, const S* d, const S* normalized, T rstd, in
     sums += own;
     products += own * load_n(normalized + i, n);
   }
-  const T mean = sum_of<T>(sums) / static_cast<T>(width);
+  const T mean = centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};
   const T slope = sum_of<T>(products) / static_cast<T>(width);
   for (int64_t i = 0; i < width; i += lanes<T>()) {
     const int64_t n = elements_at<T>(i, width);

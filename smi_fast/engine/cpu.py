@@ -1,8 +1,8 @@
 """The CPU engine: frozen blocks at little more than the cost of their GEMMs.
 
-- LayerNorm's affine part and LayerScale are folded into the weights.
+- The affine part of LayerNorm or RMSNorm, and LayerScale, are folded into the weights.
 - Attention, GELU and SwiGLU read the output of one GEMM and write the input of the next.
-- The residual add is fused into the next LayerNorm.
+- The residual add is fused into the next norm.
 - Only tokens have a gradient; backward needs six arrays of each block.
 - Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
 - In bfloat16, so are the weights, rounded once after folding, and what products read and write. The
@@ -25,7 +25,7 @@ from smi_fast.engine.folding import (
     FoldedBlock,
     foldable,
     has_eva_steps,
-    has_mlp_norm,
+    kind,
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
@@ -89,7 +89,10 @@ class CpuEngine:
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
         if self._unfoldable is not None:
-            return f"blocks.{self._unfoldable} has more than LayerNorm, GELU, SwiGLU and LayerScale"
+            return (
+                f"blocks.{self._unfoldable} has more than LayerNorm or RMSNorm, GELU or SwiGLU, "
+                "and LayerScale"
+            )
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
             return "the C++ kernels are of an older version, without the steps of Eva: build anew"
@@ -166,12 +169,9 @@ class CpuEngine:
 
 
 def _first_unfoldable(blocks: list[Any]) -> int | None:
-    """The first block that can't be folded, or can't run with the first one.
-
-    The MLPs of one run all have a norm of their own, or none.
-    """
+    """The first block that can't be folded, or can't run with the first one."""
     for index, block in enumerate(blocks):
-        if not foldable(block) or has_mlp_norm(block.mlp) != has_mlp_norm(blocks[0].mlp):
+        if not foldable(block) or kind(block) != kind(blocks[0]):
             return index
     return None
 
@@ -196,6 +196,7 @@ class FoldedRun:
         self.free: _Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
+        self.centred = self.blocks[0].centred
         self.weights = [
             tensor
             for block in self.blocks
@@ -267,15 +268,15 @@ class _Buffers:
         width, heads = len(first.q_bias), first.heads
         new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
 
-        def two_layer_norms() -> list[Tensor]:
-            """Outputs of a block's two LayerNorms: normalized [rows, D] and rstd [rows], twice."""
+        def two_norms() -> list[Tensor]:
+            """Outputs of a block's two norms: normalized [rows, D] and rstd [rows], twice."""
             outputs = (new(rows, len(first.proj_bias)) for _ in range(2))
             return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
 
-        shared = two_layer_norms()
+        shared = two_norms()
         self.normalized = [*shared]
         for _ in blocks[1:]:
-            self.normalized += two_layer_norms() if saves else shared
+            self.normalized += two_norms() if saves else shared
         self.attended = new(batch, tokens, heads, width // heads)
         self.hidden = new(rows, first.fc2.shape[1])
         self.d_qkv = new(rows, 3 * width)
@@ -311,7 +312,7 @@ class _RunBlocks(torch.autograd.Function):
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
         run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
-        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout)
+        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, run.centred)
         x += added
         x += run.blocks[-1].fc2_bias
         ctx.run, ctx.lease, ctx.layout = run, lease, layout
@@ -322,9 +323,10 @@ class _RunBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         result, buffers = grad.clone(memory_format=torch.contiguous_format), ctx.lease.buffers
+        run, x = ctx.run, result.flatten(0, 1)
         memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
-        backward = _run_rotary_blocks_backward if ctx.run.rotary else _run_blocks_backward
-        backward(result.flatten(0, 1), *ctx.run.weights_for_gemm, *memory, *ctx.layout)
+        backward = _run_rotary_blocks_backward if run.rotary else _run_blocks_backward
+        backward(x, *run.weights_for_gemm, *memory, *ctx.layout, run.centred)
         return result, None, None, None
 
 
@@ -350,7 +352,7 @@ class LastBlock:
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
-        self.rotary = rotary
+        self.rotary, self.centred = rotary, folded.centred
 
     def __call__(
         self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
@@ -372,7 +374,7 @@ class _RunLastBlock(torch.autograd.Function):
         ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         run = _last_rotary_block_rows if block.rotary else _last_block_rows
-        result, *saved = run(tokens, block.weights, *block.options, *layout)
+        result, *saved = run(tokens, block.weights, *block.options, *layout, block.centred)
         ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(saved[0])
@@ -384,6 +386,6 @@ class _RunLastBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        rotary = ctx.block.rotary
-        run = _last_rotary_block_rows_backward if rotary else _last_block_rows_backward
-        return run(grad, ctx.block.weights, ctx.saved_tensors, *ctx.layout), None, None
+        block, saved = ctx.block, ctx.saved_tensors
+        run = _last_rotary_block_rows_backward if block.rotary else _last_block_rows_backward
+        return run(grad, block.weights, saved, *ctx.layout, block.centred), None, None

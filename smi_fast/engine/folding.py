@@ -1,4 +1,4 @@
-"""Fold LayerNorm's affine part and LayerScale into the weights of a frozen block."""
+"""Fold the affine part of norms, and LayerScale, into the weights of a frozen block."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
+from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# LayerNorm's affine part is folded only from these, since a subclass may compute something else.
+# A norm's affine part is folded only from these, since a subclass may compute something else.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _IDLE = (nn.Dropout, nn.Identity)
 _IDLE_OR_SCALE = (nn.Identity, LayerScale)
@@ -21,7 +21,8 @@ MATRICES = ("qkv", "proj", "fc1", "fc2")
 
 
 def foldable(block: Any) -> bool:
-    """Whether a block has only linear layers, LayerNorm, GELU or SwiGLU, and maybe LayerScale.
+    """Whether a block has only linear layers, LayerNorm or RMSNorm, GELU or SwiGLU, and maybe
+    LayerScale.
 
     It may be one of Eva, whose queries and keys are rotated. Subclasses don't count as these,
     because their own forward would be ignored.
@@ -31,11 +32,12 @@ def foldable(block: Any) -> bool:
     attention = block.attn
     if getattr(attention, "gate", None) is not None:
         return False
-    norms, layers = (block.norm1, block.norm2), (*_qkv_layers(attention), attention.proj)
+    norms = [block.norm1, block.norm2, *([block.mlp.norm] if has_mlp_norm(block.mlp) else [])]
+    layers = (*_qkv_layers(attention), attention.proj)
     plain = (attention.q_norm, attention.k_norm, attention.norm)
     scales = () if type(block) is EvaBlock else (block.ls1, block.ls2)
     return (
-        all(_is_layer_norm(norm) for norm in norms)
+        (all(map(_is_layer_norm, norms)) or all(map(_is_rms_norm, norms)))
         and all(type(module) is nn.Identity for module in plain)
         and type(attention.proj_drop) in _IDLE
         and all(is_plain(layer, nn.Linear) for layer in layers)
@@ -44,9 +46,19 @@ def foldable(block: Any) -> bool:
     )
 
 
+def kind(block: Any) -> tuple[bool, bool]:
+    """What the blocks of one run have in common: whether their norms are LayerNorm, and whether
+    their MLPs have a norm.
+    """
+    return _is_layer_norm(block.norm1), has_mlp_norm(block.mlp)
+
+
 def has_eva_steps(block: Any) -> bool:
-    """Whether a block may have what Eva has: rotary positions, SwiGLU, or a norm in the MLP."""
-    return type(block) is EvaBlock or type(block.mlp) is not Mlp or has_mlp_norm(block.mlp)
+    """Whether a block may have more steps than that of a plain ViT: rotary positions, SwiGLU, a
+    norm in the MLP, or RMSNorm.
+    """
+    plain = type(block) is Block and type(block.mlp) is Mlp and kind(block) == (True, False)
+    return not plain
 
 
 def has_mlp_norm(mlp: Any) -> bool:
@@ -58,6 +70,10 @@ def _is_layer_norm(norm: Any) -> bool:
     return type(norm) in _LAYER_NORMS and norm.bias is not None
 
 
+def _is_rms_norm(norm: Any) -> bool:
+    return type(norm) is RmsNorm and norm.weight is not None
+
+
 def _foldable_mlp(mlp: Any) -> bool:
     if type(mlp) is Mlp:
         known = type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
@@ -67,7 +83,6 @@ def _foldable_mlp(mlp: Any) -> bool:
         known = type(mlp) is SwiGLU and type(mlp.act) is nn.SiLU
     return (
         known
-        and (not has_mlp_norm(mlp) or _is_layer_norm(mlp.norm))
         and all(type(module) in _IDLE for module in (mlp.drop1, mlp.drop2))
         and all(is_plain(layer, nn.Linear) for layer in (*_fc1_layers(mlp), mlp.fc2))
     )
@@ -110,9 +125,10 @@ class FoldedBlock:
         fc1_bias: [F] or [2F].
         fc2: [D, F].
         fc2_bias: [D].
-        eps: of the two LayerNorms, and of a third one in front of fc2, if there is one.
+        eps: of the two norms, and of a third one in front of fc2, if there is one.
         heads: number of attention heads.
         half: whether rotary positions pair the channels of two halves, or neighbours.
+        centred: whether the norms are LayerNorm, or RMSNorm.
     """
 
     qkv: Tensor
@@ -127,6 +143,7 @@ class FoldedBlock:
     eps: tuple[float, ...]
     heads: int
     half: bool
+    centred: bool
 
     @classmethod
     @torch.no_grad()
@@ -156,6 +173,7 @@ class FoldedBlock:
             tuple(eps),
             attention.num_heads,
             bool(getattr(attention, "rotate_half", False)),
+            _is_layer_norm(block.norm1),
         )
 
     def stored_as(self, dtype: torch.dtype | None) -> FoldedBlock:
@@ -200,9 +218,12 @@ def _scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
     return first, second
 
 
-def _after_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def _after_norm(
+    weight: Tensor, bias: Tensor, norm: nn.LayerNorm | RmsNorm
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer that follows the norm, with the norm's affine part folded in."""
-    return weight * norm.weight, bias + weight @ norm.bias
+    scaled = weight * norm.weight
+    return scaled, bias if isinstance(norm, RmsNorm) else bias + weight @ norm.bias
 
 
 def _after_constant(linear: nn.Linear, missing: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,30 +25,39 @@ def add_normalize_(
     eps: float,
     normalized: Tensor,
     rstd: Tensor,
+    centred: bool = True,
 ) -> None:
     """Add a residual, x += added + bias, and normalize x [rows, D] as LayerNorm without weights.
 
     It writes normalized [rows, D] and rstd [rows], the reciprocal standard deviation. ``added``
-    [rows, D] and ``bias`` [D] may be None: x then stays as it is.
+    [rows, D] and ``bias`` [D] may be None: x then stays as it is. Where ``centred`` is false it is
+    RMSNorm: the mean counts as 0, here and in rstd.
     """
     if added is not None and bias is not None:
         x += added + bias
-    centred = x - x.mean(dim=1, keepdim=True)
-    rstd.copy_((centred.square().mean(dim=1) + eps).rsqrt())
-    normalized.copy_(centred * rstd[:, None])
+    apart = x - x.mean(dim=1, keepdim=True) if centred else x
+    rstd.copy_((apart.square().mean(dim=1) + eps).rsqrt())
+    normalized.copy_(apart * rstd[:, None])
 
 
 def normalize_backward_(
-    gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor, copy: Tensor | None
+    gradient: Tensor,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
 ) -> None:
     """Add to gradient [rows, D] the gradient of x in :func:`add_normalize_`.
 
     With dn = grad, the gradient of n = normalized:
-    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)). Unless it is None, copy [rows, D] gets the sum.
+    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)), without mean(dn) unless ``centred``. Unless it is
+    None, copy [rows, D] gets the sum.
     """
     d, n = grad.to(rstd.dtype), normalized.to(rstd.dtype)
     slope = (d * n).mean(dim=1, keepdim=True)
-    gradient += rstd[:, None] * (d - d.mean(dim=1, keepdim=True) - n * slope)
+    mean = d.mean(dim=1, keepdim=True) if centred else 0
+    gradient += rstd[:, None] * (d - mean - n * slope)
     if copy is not None:
         copy.copy_(gradient)
 

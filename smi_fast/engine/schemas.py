@@ -11,10 +11,11 @@ from smi_fast.ops.schemas import TRITON, triton_kernel
 _STEPS = {
     "add_normalize_": (
         "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
-        " Tensor(c!) rstd) -> ()"
+        " Tensor(c!) rstd, bool centred=True) -> ()"
     ),
     "normalize_backward_": (
-        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd, Tensor(b!)? copy) -> ()"
+        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd, Tensor(b!)? copy,"
+        " bool centred=True) -> ()"
     ),
     "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
     "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",
@@ -60,35 +61,37 @@ _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
-        " Tensor? offsets) -> Tensor[]"
+        " Tensor? offsets, bool centred) -> Tensor[]"
     ),
     "run_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
-        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor? offsets) -> ()"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor? offsets, bool centred)"
+        " -> ()"
     ),
     "run_rotary_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
-        " Tensor[] rotations, bool half) -> Tensor[]"
+        " Tensor[] rotations, bool half, bool centred) -> Tensor[]"
     ),
     "run_rotary_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
-        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor[] rotations, bool half)"
-        " -> ()"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor[] rotations, bool half,"
+        " bool centred) -> ()"
     ),
     "last_rotary_block_rows": (
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor rotation,"
-        " bool half) -> Tensor[]"
+        " bool half, bool centred) -> Tensor[]"
     ),
     "last_rotary_block_rows_backward": (
-        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half) -> Tensor"
+        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half, bool centred)"
+        " -> Tensor"
     ),
     "last_block_rows": (
-        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor? offsets)"
-        " -> Tensor[]"
+        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor? offsets,"
+        " bool centred) -> Tensor[]"
     ),
     "last_block_rows_backward": (
-        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor? offsets) -> Tensor"
+        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor? offsets, bool centred) -> Tensor"
     ),
     "products_by_onednn": "(Tensor like) -> bool",
     "embed_patches": (

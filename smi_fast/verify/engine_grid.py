@@ -23,6 +23,10 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd))
         yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
         yield OpCall(label, "normalize_backward_", (added, grad, x, rstd, empty))
+        if width != 64:
+            rms = f"{label}-rms"
+            yield OpCall(rms, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd, False))
+            yield OpCall(rms, "normalize_backward_", (added, grad, x, rstd, empty, False))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
         yield OpCall(label, "multiply_", (added, grad))
     for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):

@@ -217,10 +217,13 @@ def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
         ({"act_layer": "gelu_tanh"}, False),
         ({"act_layer": partial(nn.GELU, approximate="tanh")}, False),
         ({"mlp_layer": timm.layers.SwiGLU}, False),
-        ({"norm_layer": "rmsnorm"}, False),
+        ({"norm_layer": "rmsnorm"}, True),
+        ({"norm_layer": partial(timm.layers.RmsNorm, affine=False)}, False),
+        ({"norm_layer": "rmsnormfp32"}, False),
+        ({"norm_layer": "simplenorm"}, False),
         ({"scale_attn_norm": True}, False),
         ({"scale_mlp_norm": True}, True),
-        ({"scale_mlp_norm": True, "norm_layer": "rmsnorm"}, False),
+        ({"scale_mlp_norm": True, "norm_layer": "rmsnorm"}, True),
     ],
 )
 def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None:
@@ -266,6 +269,29 @@ def test_blocks_of_eva(name: str, computed: bool, pool: str) -> None:
     torch.testing.assert_close(*importance, rtol=1e-9, atol=1e-12)
     found, expected = (with_gradient(model, images, kept) for model in (ours, plain))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": True, "global_pool": "token"}])
+def test_blocks_of_aimv2(options: dict) -> None:
+    """RMSNorm with an eps of its own, SwiGLU in two layers, and no bias, in float64."""
+    teacher = make_teacher("aimv2_huge_patch14_224", **options).double()
+    assert {teacher.blocks[0].norm1.eps, teacher.blocks[0].norm2.eps} == {1e-5}
+    ours, plain = (SparseViT(teacher, backend=backend) for backend in ("cpp", "reference"))
+    assert all(foldable(block) for block in teacher.blocks)
+    images, kept = random_images(teacher).double(), random_kept(2, 7, ours.num_patches)
+    found, expected = (with_gradient(model, images, kept) for model in (ours, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for got, timms in zip(with_gradient(ours, images), with_gradient(teacher, images), strict=True):
+        assert relative_error(got, timms) < 1e-12
+
+
+@pytest.mark.parametrize("rms", ["norm1", "norm2", "both"])
+def test_norms_of_one_kind_run_together(teacher: VisionTransformer, rms: str) -> None:
+    for name in ("norm1", "norm2") if rms == "both" else (rms,):
+        setattr(teacher.blocks[1], name, timm.layers.RmsNorm(192))
+    assert foldable(teacher.blocks[1]) == (rms == "both")
+    reason = CpuEngine(teacher.blocks).why_not(torch.device("cpu"), torch.float32)
+    assert reason is not None and reason.startswith("blocks.1 has more than LayerNorm or RMSNorm")
 
 
 def test_swiglu_without_rotary_positions(teacher: VisionTransformer) -> None:

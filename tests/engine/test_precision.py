@@ -122,6 +122,7 @@ def test_first_rows_are_those_of_the_rounded_block(
         ("eva02_base_patch14_224", {"depth": 2, "img_size": 84}),  # a norm inside of the MLP
         ("vit_small_patch16_dinov3", {}),
         ("vit_small_patch16_rope_mixed_224", {}),
+        ("aimv2_huge_patch14_224", {}),
     ],
 )
 def test_logits_and_gradients_of_teachers(name: str, options: dict) -> None:

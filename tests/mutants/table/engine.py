@@ -25,6 +25,18 @@ MUTANTS = (
             "LayerNorm has the gradient of a subtraction of the mean.",
         ),
         Mutant(
+            "steps-rms-mean",
+            "centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};\n  for",
+            "sum_of<T>(sums) / static_cast<T>(width);\n  for",
+            "RMSNorm subtracts the mean.",
+        ),
+        Mutant(
+            "steps-rms-gradient",
+            "centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};\n  const T slope",
+            "sum_of<T>(sums) / static_cast<T>(width);\n  const T slope",
+            "RMSNorm has the gradient of LayerNorm.",
+        ),
+        Mutant(
             "steps-gelu-sign",
             "return x < 0.0f ? tail : 1.0f - tail;",
             "return 1.0f - tail;",
@@ -220,6 +232,13 @@ MUTANTS = (
         "smi_fast/engine/folding.py",
         BLOCKS,
         Mutant(
+            "folding-kinds-of-norms",
+            "(all(map(_is_layer_norm, norms)) or all(map(_is_rms_norm, norms)))",
+            "all(_is_layer_norm(norm) or _is_rms_norm(norm) for norm in norms)",
+            "The second norm of a block is computed as the first.",
+            f"{ENGINE}::test_norms_of_one_kind_run_together",
+        ),
+        Mutant(
             "folding-key-bias",
             "torch.cat([self.q_bias, self.k_bias]) if rotary",
             "torch.cat([self.q_bias, 0 * self.k_bias]) if rotary",
@@ -281,6 +300,13 @@ MUTANTS = (
             "",
             "Weights that are replaced are not noticed.",
             "tests/teacher/test_weights.py::test_changes_are_noticed",
+        ),
+        Mutant(
+            "engine-kinds",
+            "if not foldable(block) or kind(block) != kind(blocks[0]):",
+            "if not foldable(block):",
+            "The norms of all blocks are computed as those of the first.",
+            f"{ENGINE}::test_norms_of_one_kind_run_together",
         ),
         Mutant(
             "engine-overlap",
