@@ -68,7 +68,10 @@ def inversion() -> dict[str, float]:
 
     guard.install()
     _set_up()
-    for name in (*_SCHEMAS, *_TRITON_STEPS):  # tensors of the CPU, whose kernels the interpreter runs
+    for name in (
+        *_SCHEMAS,
+        *_TRITON_STEPS,
+    ):  # tensors of the CPU, whose kernels the interpreter runs
         _library.impl(name + TRITON, triton_kernel(name), "CPU")
     launches = guard.MEMORY.launches
     launches.clear()
