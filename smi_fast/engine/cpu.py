@@ -28,7 +28,7 @@ from smi_fast.engine.folding import (
     kind,
 )
 from smi_fast.engine.memory import keep_freed_memory
-from smi_fast.engine.precision import FLOAT32, stored_type
+from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -96,6 +96,8 @@ class CpuEngine:
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
             return "the C++ kernels are of an older version, without the steps of Eva: build anew"
+        if reason is None and self._precision not in ON_CPU:
+            return f"{self._precision} is of the tensor cores of a GPU, got {device}"
         if reason is None and self._precision != FLOAT32 and dtype != torch.float32:
             return f"{self._precision} is of a teacher in float32, got {dtype}"
         return reason

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import smi_fast.engine.cpu
 from smi_fast import SparseInverter, SparseViT, StopSchedule
-from smi_fast.engine import candidates, choose
+from smi_fast.engine import choose
 from smi_fast.engine.cpu import CpuEngine, FoldedRun, LastBlock
 from smi_fast.engine.folding import foldable
 from smi_fast.ops import native
@@ -232,7 +232,7 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
     model = make_teacher("vit_tiny_patch16_224", img_size=32, depth=2, **options)
     assert all(foldable(block) == computed for block in model.blocks)
     images, sparse = random_images(model), SparseViT(model, backend="cpp")
-    (candidate,) = candidates(sparse.vit.blocks)
+    candidate = CpuEngine(sparse.vit.blocks)
     chosen = choose([candidate], sparse.device, sparse.dtype, "cpp")
     assert chosen is (candidate if computed else None)
     for ours, theirs in zip(
@@ -263,7 +263,7 @@ def test_blocks_of_eva(name: str, computed: bool, pool: str) -> None:
     teacher = make_teacher(name, depth=3, global_pool=pool, **sizes).double()
     ours, plain = (SparseViT(teacher, backend=backend) for backend in ("cpp", "reference"))
     assert all(foldable(block) == computed for block in teacher.blocks)
-    (candidate,) = candidates(ours.vit.blocks)
+    candidate = CpuEngine(ours.vit.blocks)
     chosen = choose([candidate], ours.device, ours.dtype, "cpp")
     assert chosen is (candidate if computed else None)
     images, kept = random_images(teacher).double(), random_kept(2, 7, ours.num_patches)
@@ -296,7 +296,8 @@ def test_each_gelu(act: object, pool: str) -> None:
     options = {"img_size": 64, "depth": 3, "act_layer": act, "global_pool": pool}
     teacher = make_teacher("vit_tiny_patch16_224", **options).double()
     ours, images = SparseViT(teacher, backend="cpp"), random_images(teacher).double()
-    assert choose(candidates(ours.vit.blocks), ours.device, ours.dtype, "cpp") is not None
+    candidate = CpuEngine(ours.vit.blocks)
+    assert choose([candidate], ours.device, ours.dtype, "cpp") is candidate
     found, expected = with_gradient(ours, images), with_gradient(teacher, images)
     for got, timms in zip(found, expected, strict=True):
         assert relative_error(got, timms) < 1e-12
