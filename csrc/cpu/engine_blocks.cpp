@@ -112,8 +112,8 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
 // Runs the blocks on the residual stream x [rows, D] in place; with offsets, the rows of image b
 // are those from offsets[b] up to offsets[b + 1]. What products read and write has the type of the
 // weights; x, rstd and the biases have the one that this is computed in. Norms are LayerNorm, or
-// RMSNorm unless `centred`; a third eps of each block is that of a norm in front of fc2. GELU may be
-// approximated, see gelu_(). With `saves`, returns what backward needs of each block:
+// RMSNorm unless `centred`; a third eps of each block is that of a norm in front of fc2. GELU may
+// be approximated, see gelu_(). With `saves`, returns what backward needs of each block:
 // - qkv [B, N, 3, H, D/H];
 // - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
 // - normalized [rows, F] and rstd [rows] of the third norm, if there is one.
@@ -204,8 +204,8 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
                                 const std::vector<double>& eps, Tensor attended, Tensor hidden,
                                 bool saves, const std::optional<Tensor>& offsets, bool centred,
                                 const std::string& approximate) {
-  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {},
-             offsets, centred, approximate);
+  return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {}, offsets,
+             centred, approximate);
 }
 
 void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,

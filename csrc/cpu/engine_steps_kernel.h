@@ -105,8 +105,8 @@ void gelu(S* x, const T* bias, int64_t width, S* out) {
   }
 }
 
-// out = y σ(v) with y = x + bias and v = slope · y (1 + cubic · y²): GELU approximated by a sigmoid.
-// x becomes its derivative at y, σ(v) + y σ(v) (1 − σ(v)) v′.
+// out = y σ(v) with y = x + bias and v = slope · y (1 + cubic · y²): GELU approximated by a
+// sigmoid. x becomes its derivative at y, σ(v) + y σ(v) (1 − σ(v)) v′.
 template <typename S, typename T = Computed<S>>
 void sigmoid_gelu(S* x, const T* bias, int64_t width, T slope, T cubic, S* out) {
   using V = Vec<T>;
