@@ -127,7 +127,7 @@ def _engines(device: torch.device) -> str:
     ]
     if not found:
         return "op by op"
-    steps = "LayerNorm or RMSNorm, or exact GELU or SwiGLU"
+    steps = "LayerNorm or RMSNorm, or GELU or SwiGLU"
     if found[0] != "cpp":
         steps = "LayerNorm or exact GELU, and with rotary positions"
     return f"{found[0]}'s engine; without {steps}, op by op"

@@ -196,7 +196,7 @@ class FoldedRun:
         self.free: _Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
-        self.centred = self.blocks[0].centred
+        self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
         self.weights = [
             tensor
             for block in self.blocks
@@ -312,7 +312,8 @@ class _RunBlocks(torch.autograd.Function):
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
         run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
-        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, run.centred)
+        kinds = run.centred, run.approximate
+        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, *kinds)
         x += added
         x += run.blocks[-1].fc2_bias
         ctx.run, ctx.lease, ctx.layout = run, lease, layout
@@ -352,7 +353,7 @@ class LastBlock:
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
-        self.rotary, self.centred = rotary, folded.centred
+        self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
 
     def __call__(
         self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
@@ -374,7 +375,8 @@ class _RunLastBlock(torch.autograd.Function):
         ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         run = _last_rotary_block_rows if block.rotary else _last_block_rows
-        result, *saved = run(tokens, block.weights, *block.options, *layout, block.centred)
+        kinds = block.centred, block.approximate
+        result, *saved = run(tokens, block.weights, *block.options, *layout, *kinds)
         ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(saved[0])
