@@ -39,6 +39,7 @@ def _add_normalize(
     eps,
     ROWS,
     D: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -49,8 +50,10 @@ def _add_normalize(
         constant = tl.load(bias + column, mask=column < D, other=0.0)
         values += tl.load(added + at, mask=exists, other=0.0).to(tl.float32) + constant[None, :]
         tl.store(x + at, values, mask=exists)
-    mean = tl.sum(values, 1) / D
-    centred = tl.where(exists, values - mean[:, None], 0.0)
+    centred = values
+    if CENTRED:
+        mean = tl.sum(values, 1) / D
+        centred = tl.where(exists, values - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / D
     # A variance that overflows would make a row of zeros, which looks like a result.
     scale = tl.where(variance < float("inf"), tl.rsqrt(variance + eps), float("nan"))
@@ -67,6 +70,7 @@ def _normalize_backward(
     copy,  # [ROWS, D], or None
     ROWS,
     D: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -74,11 +78,13 @@ def _normalize_backward(
     d = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
     n = tl.load(normalized + at, mask=exists, other=0.0).to(tl.float32)
     scale = tl.load(rstd + row, mask=row < ROWS, other=0.0)
-    # dx = rstd (d − mean(d) − n mean(d ∘ n))
-    mean = tl.sum(d, 1) / D
+    # dx = rstd (d − mean(d) − n mean(d ∘ n)), without mean(d) in RMSNorm.
     slope = tl.sum(d * n, 1) / D
-    total = tl.load(gradient + at, mask=exists, other=0.0)
-    total += scale[:, None] * (d - mean[:, None] - n * slope[:, None])
+    change = d - n * slope[:, None]
+    if CENTRED:
+        mean = tl.sum(d, 1) / D
+        change -= mean[:, None]
+    total = tl.load(gradient + at, mask=exists, other=0.0) + scale[:, None] * change
     tl.store(gradient + at, total, mask=exists)
     if copy is not None:
         tl.store(copy + at, total, mask=exists)
@@ -126,13 +132,14 @@ def _multiply(
     tl.store(x + at, product, mask=exists)
 
 
-def _whole_rows(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+def _whole_rows(x: Tensor, centred: bool) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the constants of a kernel whose programs have whole rows of x [rows, D]."""
     rows, width = x.shape
     padded = triton.next_power_of_2(width)
     block_rows = max(1, TILE // padded)
     constants = {
         "D": width,
+        "CENTRED": centred,
         "BLOCK_ROWS": block_rows,
         "BLOCK_D": padded,
         "num_warps": min(16, max(4, padded // 256)),
@@ -147,19 +154,25 @@ def add_normalize_(
     eps: float,
     normalized: Tensor,
     rstd: Tensor,
+    centred: bool = True,
 ) -> None:
     """See :func:`smi_fast.engine.reference.add_normalize_`; D is at most a few thousand."""
     if added is None or bias is None:
         added = bias = None
-    grid, constants = _whole_rows(x)
+    grid, constants = _whole_rows(x, centred)
     launch(_add_normalize, grid, x, x, added, bias, normalized, rstd, eps, len(x), **constants)
 
 
 def normalize_backward_(
-    gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor, copy: Tensor | None
+    gradient: Tensor,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
 ) -> None:
     """See :func:`smi_fast.engine.reference.normalize_backward_`."""
-    grid, constants = _whole_rows(gradient)
+    grid, constants = _whole_rows(gradient, centred)
     tensors = gradient, grad, normalized, rstd, copy
     launch(_normalize_backward, grid, gradient, *tensors, len(gradient), **constants)
 

@@ -95,6 +95,10 @@ def info() -> None:
         print(f"    {'blocks of a teacher':<20} {_engines(device)}")
         if device.type == "cpu":
             print(f"    {'in bfloat16':<20} {gain.in_words()}")
+        else:
+            print(
+                f"    {'in float32':<20} tensor cores stand idle, in tf32 and bfloat16 they don't"
+            )
 
 
 def _choice(op: str, device: torch.device) -> str:
@@ -123,7 +127,10 @@ def _engines(device: torch.device) -> str:
     ]
     if not found:
         return "op by op"
-    return f"{found[0]}'s engine; without LayerNorm or RMSNorm, or exact GELU or SwiGLU, op by op"
+    steps = "LayerNorm or RMSNorm, or GELU or SwiGLU"
+    if found[0] != "cpp":
+        steps = "LayerNorm or exact GELU, and with rotary positions"
+    return f"{found[0]}'s engine; without {steps}, op by op"
 
 
 def _describe(device: torch.device) -> str:

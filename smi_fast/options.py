@@ -30,7 +30,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU
 Backend = Annotated[str, typer.Option(help="Implementation of the ops, see smi-fast info.")]
 Precision = Annotated[
     str,
-    typer.Option(help="Of the teacher's products: float32, or bfloat16 on the CPU, see info."),
+    typer.Option(help="Of the teacher's products: float32, bfloat16, or tf32 on a GPU, see info."),
 ]
 MaxBatch = Annotated[
     int | None,

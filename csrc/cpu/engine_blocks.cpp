@@ -112,8 +112,8 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
 // Runs the blocks on the residual stream x [rows, D] in place; with offsets, the rows of image b
 // are those from offsets[b] up to offsets[b + 1]. What products read and write has the type of the
 // weights; x, rstd and the biases have the one that this is computed in. Norms are LayerNorm, or
-// RMSNorm unless `centred`; a third eps of each block is that of a norm in front of fc2. With
-// `saves`, returns what backward needs of each block:
+// RMSNorm unless `centred`; a third eps of each block is that of a norm in front of fc2. GELU may
+// be approximated, see gelu_(). With `saves`, returns what backward needs of each block:
 // - qkv [B, N, 3, H, D/H];
 // - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
 // - normalized [rows, F] and rstd [rows] of the third norm, if there is one.
@@ -123,7 +123,8 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
                         const std::vector<Tensor>& packed, int64_t packed_rows,
                         const std::vector<Tensor>& normalized, const std::vector<double>& eps,
                         const Tensor& attended, const Tensor& hidden, bool saves,
-                        const Rotary& rotary, const std::optional<Tensor>& offsets, bool centred) {
+                        const Rotary& rotary, const std::optional<Tensor>& offsets, bool centred,
+                        const std::string& approximate) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   STD_TORCH_CHECK(!blocks.empty() && eps.size() % blocks.size() == 0,
                   "expected at least one block, and two or three eps for each");
@@ -148,7 +149,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
     if (is_gated(block)) {
       recorded("smi_fast::swiglu_", swiglu_, derivative, *block.fc1_bias, hidden);
     } else {
-      recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden);
+      recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden, approximate);
     }
     if (saves) saved.insert(saved.end(), {qkv, derivative});
     if (eps_count == 3) {
@@ -201,9 +202,10 @@ std::vector<Tensor> run_blocks_(Tensor x, const std::vector<Tensor>& weights,
                                 const std::vector<Tensor>& packed, int64_t packed_rows,
                                 const std::vector<Tensor>& normalized,
                                 const std::vector<double>& eps, Tensor attended, Tensor hidden,
-                                bool saves, const std::optional<Tensor>& offsets, bool centred) {
+                                bool saves, const std::optional<Tensor>& offsets, bool centred,
+                                const std::string& approximate) {
   return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves, {}, offsets,
-             centred);
+             centred, approximate);
 }
 
 void run_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,
@@ -221,9 +223,9 @@ std::vector<Tensor> run_rotary_blocks_(Tensor x, const std::vector<Tensor>& weig
                                        const std::vector<double>& eps, Tensor attended,
                                        Tensor hidden, bool saves,
                                        const std::vector<Tensor>& rotations, bool half,
-                                       bool centred) {
+                                       bool centred, const std::string& approximate) {
   return run(x, weights, packed, packed_rows, normalized, eps, attended, hidden, saves,
-             {&rotations, half}, std::nullopt, centred);
+             {&rotations, half}, std::nullopt, centred, approximate);
 }
 
 void run_rotary_blocks_backward_(Tensor gradient, const std::vector<Tensor>& weights,

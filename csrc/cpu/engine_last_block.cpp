@@ -96,14 +96,14 @@ struct Weights {
 // the
 //   norm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of a norm in
 //   front of fc2, which a third eps asks for.
-// Norms are LayerNorm, or RMSNorm unless `centred`.
+// Norms are LayerNorm, or RMSNorm unless `centred`. GELU may be approximated, see gelu_().
 // A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
 // Only what products read and write has the type of the weights; attention is short enough to
 // read it converted.
 std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& weights,
                         const std::vector<double>& eps, int64_t heads, int64_t rows,
                         const Tensor* rotation, bool half, const std::optional<Tensor>& given,
-                        bool centred) {
+                        bool centred, const std::string& approximate) {
   const Weights w(weights);
   const Tensor tokens = as_contiguous(tokens_any);
   const Offsets offsets = offsets_of(tokens, given);
@@ -140,7 +140,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   if (w.gated()) {
     recorded("smi_fast::swiglu_", swiglu_, derivative, w.fc1_bias, hidden);
   } else {
-    recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
+    recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden, approximate);
   }
   std::optional<std::tuple<Tensor, Tensor>> normed;
   if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2], centred);
@@ -209,8 +209,9 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
 
 std::vector<Tensor> last_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
                                     const std::vector<double>& eps, int64_t heads, int64_t rows,
-                                    const std::optional<Tensor>& offsets, bool centred) {
-  return run(tokens, weights, eps, heads, rows, nullptr, false, offsets, centred);
+                                    const std::optional<Tensor>& offsets, bool centred,
+                                    const std::string& approximate) {
+  return run(tokens, weights, eps, heads, rows, nullptr, false, offsets, centred, approximate);
 }
 
 Tensor last_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
@@ -223,8 +224,9 @@ Tensor last_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& w
 std::vector<Tensor> last_rotary_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
                                            const std::vector<double>& eps, int64_t heads,
                                            int64_t rows, const Tensor& rotation, bool half,
-                                           bool centred) {
-  return run(tokens, weights, eps, heads, rows, &rotation, half, std::nullopt, centred);
+                                           bool centred, const std::string& approximate) {
+  return run(tokens, weights, eps, heads, rows, &rotation, half, std::nullopt, centred,
+             approximate);
 }
 
 Tensor last_rotary_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,

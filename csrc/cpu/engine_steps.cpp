@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "engine_steps_api.h"
 
@@ -13,6 +15,8 @@
 namespace smi_fast {
 namespace {
 
+constexpr double kRoot2OverPi = 0.7978845608028654;
+
 // Calls `run` with zeros of the element types of x and y. x may have the type that y is computed
 // in.
 template <typename Run>
@@ -21,6 +25,15 @@ void with_types_of(const Tensor& x, const Tensor& y, const Run& run) {
     if (x.scalar_type() == y.scalar_type()) return run(stored, stored);
     run(Computed<decltype(stored)>{}, stored);
   });
+}
+
+// Slope and cubic coefficient of sigmoid_gelu(). GELU by tanh is one, too:
+// (1 + tanh u) / 2 = σ(2u), with u = √(2/π) (y + 0.044715 y³).
+std::pair<double, double> sigmoid_of(const std::string& approximate) {
+  if (approximate == "tanh") return {2 * kRoot2OverPi, 0.044715};
+  STD_TORCH_CHECK(approximate == "sigmoid", "expected approximate none, tanh or sigmoid, got ",
+                  approximate);
+  return {1.702, 0};
 }
 
 }  // namespace
@@ -84,17 +97,25 @@ Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, c
   return gradient;
 }
 
-void gelu_(Tensor x, const Tensor& bias, Tensor out) {
+void gelu_(Tensor x, const Tensor& bias, Tensor out, const std::string& approximate) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   with_stored_type_of(x, [&](auto zero) {
     using S = decltype(zero);
     using T = Computed<S>;
-    const auto kernel = SMI_BEST_STORING(S, gelu<S>);
     S* row = data_of<S>(x, rows * width);       // [rows, D]
     const T* offset = data_of<T>(bias, width);  // [D]
     S* to = data_of<S>(out, rows * width);      // [rows, D]
+    if (approximate == "none") {
+      const auto kernel = SMI_BEST_STORING(S, gelu<S>);
+      for_each_task(rows, 8 * width,
+                    [&](int64_t i) { kernel(row + i * width, offset, width, to + i * width); });
+      return;
+    }
+    const auto kernel = SMI_BEST_STORING(S, sigmoid_gelu<S>);
+    const auto [slope, cubic] = sigmoid_of(approximate);
+    const T a = static_cast<T>(slope), b = static_cast<T>(cubic);
     for_each_task(rows, 8 * width,
-                  [&](int64_t i) { kernel(row + i * width, offset, width, to + i * width); });
+                  [&](int64_t i) { kernel(row + i * width, offset, width, a, b, to + i * width); });
   });
 }
 

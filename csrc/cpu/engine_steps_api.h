@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <string>
 #include <utility>
 
 #include "common.h"
@@ -25,7 +26,8 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
 // `copy`, if there is one, gets the sum that `gradient` becomes, in the type of grad.
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
                          const Tensor& rstd, const std::optional<Tensor>& copy, bool centred);
-void gelu_(Tensor x, const Tensor& bias, Tensor out);
+// `approximate` is "none", "tanh", or "sigmoid" for quick GELU.
+void gelu_(Tensor x, const Tensor& bias, Tensor out, const std::string& approximate);
 void multiply_(Tensor x, const Tensor& factors);
 void rotate_(Tensor x, const Tensor& bias, const Tensor& rotation, bool half);
 void rotate_backward_(Tensor gradient, int64_t parts, const Tensor& rotation, bool half);

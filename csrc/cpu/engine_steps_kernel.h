@@ -105,6 +105,24 @@ void gelu(S* x, const T* bias, int64_t width, S* out) {
   }
 }
 
+// out = y σ(v) with y = x + bias and v = slope · y (1 + cubic · y²): GELU approximated by a
+// sigmoid. x becomes its derivative at y, σ(v) + y σ(v) (1 − σ(v)) v′.
+template <typename S, typename T = Computed<S>>
+void sigmoid_gelu(S* x, const T* bias, int64_t width, T slope, T cubic, S* out) {
+  using V = Vec<T>;
+  const V zero{}, one = zero + T{1};
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V y = load_n(x + i, n) + load_n(bias + i, n);
+    const V bent = cubic * y * y, v = slope * y * (one + bent);
+    const V e = exp_of_negative<T>(v < zero ? v : -v);
+    const V larger = one / (one + e);  // σ(|v|)
+    const V s = v < zero ? e * larger : larger;
+    store_n(out + i, y * s, n);
+    store_n(x + i, s + y * e * larger * larger * slope * (one + T{3} * bent), n);
+  }
+}
+
 template <typename S>
 void multiply(S* x, const S* factors, int64_t count) {
   using T = Computed<S>;

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smi_fast.engine.cpu import CpuEngine, Rotations
 from smi_fast.engine.embedding import Embedding
+from smi_fast.engine.gpu import GpuEngine
 from smi_fast.engine.precision import FLOAT32
 from smi_fast.ops import backends
 
@@ -62,9 +63,17 @@ class Engine(Protocol):
         """
 
 
-def candidates(blocks: nn.Sequential, precision: str = FLOAT32) -> tuple[Engine, ...]:
-    """Every engine there is, for these frozen blocks in a precision of :mod:`.precision`."""
-    return (CpuEngine(blocks, precision),)
+def candidates(
+    blocks: nn.Sequential, precision: str = FLOAT32, backend: str = backends.AUTO
+) -> tuple[Engine, ...]:
+    """Every engine there is, for these frozen blocks in a precision of :mod:`.precision`.
+
+    Args:
+        blocks: all blocks of a teacher.
+        precision: of their products.
+        backend: of attention, where an engine takes it from an op.
+    """
+    return CpuEngine(blocks, precision), GpuEngine(blocks, precision, backend)
 
 
 def choose(
@@ -107,4 +116,5 @@ def choose(
             reasons.append(f"{engine.backend}: {reason}")
     if precision == FLOAT32:
         return None
-    raise backends.BackendUnavailable(f"no engine runs in {precision} here: {'; '.join(reasons)}")
+    found = "; ".join(dict.fromkeys(reasons))
+    raise backends.BackendUnavailable(f"no engine runs in {precision} here: {found}")

@@ -29,7 +29,7 @@ from smi_fast.engine.folding import (
     kind,
 )
 from smi_fast.engine.memory import keep_freed_memory
-from smi_fast.engine.precision import FLOAT32, stored_type
+from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -97,6 +97,8 @@ class CpuEngine:
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
             return "the C++ kernels are of an older version, without the steps of Eva: build anew"
+        if reason is None and self._precision not in ON_CPU:
+            return f"{self._precision} is of the tensor cores of a GPU, got {device}"
         if reason is None and self._precision != FLOAT32 and dtype != torch.float32:
             return f"{self._precision} is of a teacher in float32, got {dtype}"
         return reason
@@ -195,7 +197,7 @@ class FoldedRun:
         self.free: Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
-        self.centred = self.blocks[0].centred
+        self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
         self.weights = [
             tensor
             for block in self.blocks
@@ -286,7 +288,8 @@ class _RunBlocks(torch.autograd.Function):
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
         run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
-        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, run.centred)
+        kinds = run.centred, run.approximate
+        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, *kinds)
         x += added
         x += run.blocks[-1].fc2_bias
         ctx.run, ctx.lease, ctx.layout = run, lease, layout
@@ -326,7 +329,7 @@ class LastBlock:
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
-        self.rotary, self.centred = rotary, folded.centred
+        self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
 
     def __call__(
         self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
@@ -348,7 +351,8 @@ class _RunLastBlock(torch.autograd.Function):
         ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         run = _last_rotary_block_rows if block.rotary else _last_block_rows
-        result, *saved = run(tokens, block.weights, *block.options, *layout, block.centred)
+        kinds = block.centred, block.approximate
+        result, *saved = run(tokens, block.weights, *block.options, *layout, *kinds)
         ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(saved[0])

@@ -6,7 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
+from timm.layers import (
+    GELU,
+    GELUTanh,
+    GluMlp,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    QuickGELU,
+    RmsNorm,
+    SwiGLU,
+)
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -16,6 +26,8 @@ from torch.nn.utils import parametrize
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 _IDLE = (nn.Dropout, nn.Identity)
 _IDLE_OR_SCALE = (nn.Identity, LayerScale)
+# How timm's own GELUs are approximated, in the terms of the engine's step.
+_GELUS = {GELU: "none", GELUTanh: "tanh", QuickGELU: "sigmoid"}
 # The attributes of a FoldedBlock that products read.
 MATRICES = ("qkv", "proj", "fc1", "fc2")
 
@@ -46,19 +58,19 @@ def foldable(block: Any) -> bool:
     )
 
 
-def kind(block: Any) -> tuple[bool, bool]:
-    """What the blocks of one run have in common: whether their norms are LayerNorm, and whether
-    their MLPs have a norm.
+def kind(block: Any) -> tuple[bool, bool, str]:
+    """What the blocks of one run have in common: whether their norms are LayerNorm, whether their
+    MLPs have a norm, and how their GELUs are approximated.
     """
-    return _is_layer_norm(block.norm1), has_mlp_norm(block.mlp)
+    return _is_layer_norm(block.norm1), has_mlp_norm(block.mlp), _approximation(block.mlp)
 
 
 def has_eva_steps(block: Any) -> bool:
     """Whether a block may have more steps than that of a plain ViT: rotary positions, SwiGLU, a
-    norm in the MLP, or RMSNorm.
+    norm in the MLP, RMSNorm, or an approximated GELU.
     """
-    plain = type(block) is Block and type(block.mlp) is Mlp and kind(block) == (True, False)
-    return not plain
+    plain = type(block) is Block and type(block.mlp) is Mlp
+    return not plain or kind(block) != (True, False, "none")
 
 
 def has_mlp_norm(mlp: Any) -> bool:
@@ -74,9 +86,16 @@ def _is_rms_norm(norm: Any) -> bool:
     return type(norm) is RmsNorm and norm.weight is not None
 
 
+def _approximation(mlp: Any) -> str:
+    """How GELU is approximated: "none" (also without a GELU), "tanh", or "sigmoid"."""
+    if type(mlp.act) is nn.GELU:
+        return str(mlp.act.approximate)
+    return _GELUS.get(type(mlp.act), "none")
+
+
 def _foldable_mlp(mlp: Any) -> bool:
     if type(mlp) is Mlp:
-        known = type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+        known = type(mlp.act) in (nn.GELU, *_GELUS)
     elif type(mlp) is GluMlp:
         known = type(mlp.act) is nn.SiLU and not mlp.gate_last and mlp.chunk_dim == -1
     else:
@@ -129,6 +148,7 @@ class FoldedBlock:
         heads: number of attention heads.
         half: whether rotary positions pair the channels of two halves, or neighbours.
         centred: whether the norms are LayerNorm, or RMSNorm.
+        approximate: how GELU is approximated: "none", "tanh", or "sigmoid" for quick GELU.
     """
 
     qkv: Tensor
@@ -144,6 +164,7 @@ class FoldedBlock:
     heads: int
     half: bool
     centred: bool
+    approximate: str
 
     @classmethod
     @torch.no_grad()
@@ -174,6 +195,7 @@ class FoldedBlock:
             attention.num_heads,
             bool(getattr(attention, "rotate_half", False)),
             _is_layer_norm(block.norm1),
+            _approximation(mlp),
         )
 
     def stored_as(self, dtype: torch.dtype | None) -> FoldedBlock:

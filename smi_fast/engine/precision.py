@@ -10,7 +10,9 @@ import torch
 FLOAT32 = "float32"
 TF32 = "tf32"
 BFLOAT16 = "bfloat16"
-PRECISIONS = (FLOAT32, BFLOAT16)
+PRECISIONS = (FLOAT32, TF32, BFLOAT16)
+# TF32 is a format of the tensor cores of GPUs alone.
+ON_CPU = (FLOAT32, BFLOAT16)
 
 
 def check_precision(name: str) -> str:
@@ -20,7 +22,9 @@ def check_precision(name: str) -> str:
         ValueError: for any other name, listing the ones there are.
     """
     if name not in PRECISIONS:
-        raise ValueError(f"expected precision {' or '.join(PRECISIONS)}, got {name!r}")
+        raise ValueError(
+            f"expected precision {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {name!r}"
+        )
     return name
 
 
@@ -41,14 +45,13 @@ def products_in(precision: str) -> Iterator[None]:
     The settings are torch's own, of the whole process, and are restored.
     """
     settings = torch.backends.cuda.matmul
-    float32 = settings.fp32_precision
-    # Torch changes both parts of this setting at once; older versions have no second part.
-    reduction = settings.allow_bf16_reduced_precision_reduction
-    split = getattr(settings, "allow_bf16_reduced_precision_reduction_split_k", True)
+    float32, reduces = settings.fp32_precision, settings.allow_bf16_reduced_precision_reduction
     try:
         settings.fp32_precision = "tf32" if precision == TF32 else "ieee"
-        settings.allow_bf16_reduced_precision_reduction = False
+        if reduces:
+            settings.allow_bf16_reduced_precision_reduction = False
         yield
     finally:
         settings.fp32_precision = float32
-        settings.allow_bf16_reduced_precision_reduction = reduction if split else (reduction, False)
+        if reduces:
+            settings.allow_bf16_reduced_precision_reduction = True

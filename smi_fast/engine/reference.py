@@ -17,6 +17,9 @@ from torch import Tensor
 
 from smi_fast.ops.reference import gather_attention, gather_attention_backward, sum_dtype
 
+# Slope and cubic coefficient of v in the approximations of gelu_().
+_SIGMOIDS = {"sigmoid": (1.702, 0.0), "tanh": (math.sqrt(8 / math.pi), 0.044715)}
+
 
 def add_normalize_(
     x: Tensor,
@@ -62,12 +65,20 @@ def normalize_backward_(
         copy.copy_(gradient)
 
 
-def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> None:
     """out = gelu(x + bias) for x [rows, F]; then x becomes the derivative there.
 
-    The derivative of gelu at y is Φ(y) + y φ(y).
+    The derivative of gelu at y is Φ(y) + y φ(y). Approximations have s = sigmoid(v) in the place of
+    Φ(y): "sigmoid", quick GELU, with v = 1.702 y; and "tanh", as torch's, with
+    v = 2 √(2/π) (y + 0.044715 y³). The derivative is then s + y s (1 - s) dv/dy.
     """
     y = x + bias
+    if approximate != "none":
+        slope, cubic = _SIGMOIDS[approximate]
+        s = (slope * (y + cubic * y**3)).sigmoid()
+        out.copy_(y * s)
+        x.copy_(s + y * s * (1 - s) * slope * (1 + 3 * cubic * y.square()))
+        return
     cdf = torch.special.ndtr(y)
     out.copy_(y * cdf)
     x.copy_(cdf + y * torch.exp(-y.square() / 2) / math.sqrt(2 * math.pi))

@@ -17,7 +17,7 @@ _STEPS = {
         "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd, Tensor(b!)? copy,"
         " bool centred=True) -> ()"
     ),
-    "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
+    "gelu_": '(Tensor(a!) x, Tensor bias, Tensor(b!) out, str approximate="none") -> ()',
     "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",
     "swiglu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
     "swiglu_backward_": "(Tensor grad, Tensor factors, Tensor(a!) d_x) -> ()",
@@ -61,7 +61,7 @@ _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
-        " Tensor? offsets, bool centred) -> Tensor[]"
+        " Tensor? offsets, bool centred, str approximate) -> Tensor[]"
     ),
     "run_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
@@ -71,7 +71,7 @@ _BLOCKS = {
     "run_rotary_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
-        " Tensor[] rotations, bool half, bool centred) -> Tensor[]"
+        " Tensor[] rotations, bool half, bool centred, str approximate) -> Tensor[]"
     ),
     "run_rotary_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
@@ -80,7 +80,7 @@ _BLOCKS = {
     ),
     "last_rotary_block_rows": (
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor rotation,"
-        " bool half, bool centred) -> Tensor[]"
+        " bool half, bool centred, str approximate) -> Tensor[]"
     ),
     "last_rotary_block_rows_backward": (
         "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half, bool centred)"
@@ -88,7 +88,7 @@ _BLOCKS = {
     ),
     "last_block_rows": (
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor? offsets,"
-        " bool centred) -> Tensor[]"
+        " bool centred, str approximate) -> Tensor[]"
     ),
     "last_block_rows_backward": (
         "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor? offsets, bool centred) -> Tensor"

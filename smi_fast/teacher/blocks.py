@@ -90,7 +90,7 @@ class Blocks:
         self._blocks: Any = blocks
         self._prefix, self._rows_read = prefix, rows_read
         self._backend, self._precision = backend, precision
-        self._engines = engine.candidates(blocks, precision)
+        self._engines = engine.candidates(blocks, precision, backend)
         self.narrow: dict[int, float] = {}
 
     def refresh(self) -> None:

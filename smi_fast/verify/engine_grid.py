@@ -24,10 +24,12 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
         yield OpCall(label, "normalize_backward_", (added, grad, x, rstd, empty))
         if width != 64:
-            rms = f"{label}-rms"
+            rms = f"rms-{label}"
             yield OpCall(rms, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd, False))
             yield OpCall(rms, "normalize_backward_", (added, grad, x, rstd, empty, False))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
+        for approximate in ("tanh", "sigmoid"):
+            yield OpCall(f"{approximate}-{label}", "gelu_", (3 * x, bias, empty, approximate))
         yield OpCall(label, "multiply_", (added, grad))
     for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):
         x, bias = torch.randn(rows, 2 * width), torch.randn(2 * width)
@@ -53,6 +55,9 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "rotate_backward_", (x, changed, rotation, half))
     far = torch.tensor([[-200.0, -15.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 15.0, 200.0]])
     yield OpCall("far", "gelu_", (far, torch.zeros(9), torch.empty_like(far)))
+    for approximate in ("tanh", "sigmoid"):
+        arguments = (far, torch.zeros(9), torch.empty_like(far), approximate)
+        yield OpCall(f"{approximate}-far", "gelu_", arguments)
     for count, width in ((1, 64), (2, 8), (47, 64), (66, 72), (197, 32), (0, 8)):
         qkv, q_bias = torch.randn(2, count, 3, 2, width), torch.randn(2 * width)
         out, grad = torch.randn(2, 2 * count, 2 * width).unflatten(1, (2, count))

@@ -61,6 +61,20 @@ MUTANTS = (
             "GELU of a negative number is that of the positive one.",
             f"{BUDGET} gelu",
         ),
+        Mutant(
+            "steps-gelu-slope",
+            "slope * (one + T{3} * bent)",
+            "slope * (one + bent)",
+            "GELU by tanh has a wrong derivative.",
+            f"{BUDGET} gelu",
+        ),
+        Mutant(
+            "steps-gelu-sigmoid",
+            "const V s = v < zero ? e * larger : larger;",
+            "const V s = larger;",
+            "Quick GELU of a negative number is minus that of the positive one.",
+            f"{BUDGET} gelu",
+        ),
     ),
     *of_file(
         "csrc/cpu/simd.h",
@@ -297,10 +311,24 @@ MUTANTS = (
         ),
         Mutant(
             "folding-gelu",
-            'and mlp.act.approximate == "none"',
-            'and mlp.act.approximate in ("none", "tanh")',
+            "return str(mlp.act.approximate)",
+            'return "none"',
             "GELU by tanh is computed as GELU.",
-            f"{ENGINE}::test_other_blocks_are_left_to_the_ops",
+            f"{ENGINE}::test_each_gelu",
+        ),
+        Mutant(
+            "folding-quick-gelu",
+            'QuickGELU: "sigmoid"',
+            'QuickGELU: "tanh"',
+            "Quick GELU is computed by tanh.",
+            f"{ENGINE}::test_each_gelu",
+        ),
+        Mutant(
+            "folding-gelus",
+            "has_mlp_norm(block.mlp), _approximation(block.mlp)",
+            'has_mlp_norm(block.mlp), "none"',
+            "The GELU of all blocks is that of the first.",
+            f"{ENGINE}::test_another_gelu_is_left_to_the_ops",
         ),
     ),
     *of_file(

@@ -24,15 +24,21 @@ MUTANTS = (
         ),
         Mutant(
             "triton-steps-residual",
-            "        tl.store(x + at, values, mask=exists)\n    mean",
-            "    mean",
+            "        tl.store(x + at, values, mask=exists)\n    centred",
+            "    centred",
             "The residual stream lacks what a block adds.",
         ),
         Mutant(
             "triton-steps-slope",
-            "d - mean[:, None] - n * slope[:, None]",
-            "d - mean[:, None]",
+            "change = d - n * slope[:, None]",
+            "change = d",
             "LayerNorm has the gradient of a subtraction of the mean.",
+        ),
+        Mutant(
+            "triton-steps-rms",
+            "    if CENTRED:\n        mean = tl.sum(d, 1) / D",
+            "    if True:\n        mean = tl.sum(d, 1) / D",
+            "RMSNorm has the gradient of LayerNorm.",
         ),
         Mutant(
             "triton-steps-copy",
