@@ -23,9 +23,9 @@ from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
     FoldedBlock,
+    Kind,
     foldable,
     has_eva_steps,
-    kind,
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
@@ -171,7 +171,7 @@ class CpuEngine:
 def _first_unfoldable(blocks: list[Any]) -> int | None:
     """The first block that can't be folded, or can't run with the first one."""
     for index, block in enumerate(blocks):
-        if not foldable(block) or kind(block) != kind(blocks[0]):
+        if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):
             return index
     return None
 
@@ -196,13 +196,8 @@ class FoldedRun:
         self.free: _Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
-        self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
-        self.weights = [
-            tensor
-            for block in self.blocks
-            for matrix, bias in zip(_matrices(block), _biases(block, rotary), strict=True)
-            for tensor in (matrix, matrix.T, bias)
-        ]
+        self.kind = self.blocks[0].kind
+        self.weights = [tensor for block in self.blocks for tensor in _weights(block, rotary)]
         self.packed: list[Tensor] = []
         self.packed_rows = 0
 
@@ -296,6 +291,13 @@ def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
     return tuple(getattr(block, name) for name in MATRICES)
 
 
+def _weights(block: FoldedBlock, rotary: bool) -> list[Tensor]:
+    """Each matrix, its transpose and its bias; then the bias of v, where it is apart."""
+    pairs = zip(_matrices(block), _biases(block, rotary), strict=True)
+    found = [tensor for matrix, bias in pairs for tensor in (matrix, matrix.T, bias)]
+    return found if block.v_bias is None else [*found, block.v_bias]
+
+
 def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
     return block.query_bias(rotary), block.proj_bias, block.fc1_bias, block.fc2_bias
 
@@ -312,7 +314,7 @@ class _RunBlocks(torch.autograd.Function):
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
         run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
-        kinds = run.centred, run.approximate
+        kinds = run.kind.centred, run.kind.approximate
         *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, *kinds)
         x += added
         x += run.blocks[-1].fc2_bias
@@ -327,7 +329,7 @@ class _RunBlocks(torch.autograd.Function):
         run, x = ctx.run, result.flatten(0, 1)
         memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
         backward = _run_rotary_blocks_backward if run.rotary else _run_blocks_backward
-        backward(x, *run.weights_for_gemm, *memory, *ctx.layout, run.centred)
+        backward(x, *run.weights_for_gemm, *memory, *ctx.layout, run.kind.centred)
         return result, None, None, None
 
 
@@ -352,8 +354,9 @@ class LastBlock:
         to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
+        self.weights += [] if folded.v_bias is None else [folded.v_bias]
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
-        self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
+        self.rotary, self.kind = rotary, folded.kind
 
     def __call__(
         self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
@@ -375,7 +378,7 @@ class _RunLastBlock(torch.autograd.Function):
         ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         run = _last_rotary_block_rows if block.rotary else _last_block_rows
-        kinds = block.centred, block.approximate
+        kinds = block.kind.centred, block.kind.approximate
         result, *saved = run(tokens, block.weights, *block.options, *layout, *kinds)
         ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
@@ -390,4 +393,4 @@ class _RunLastBlock(torch.autograd.Function):
             return None, None, None
         block, saved = ctx.block, ctx.saved_tensors
         run = _last_rotary_block_rows_backward if block.rotary else _last_block_rows_backward
-        return run(grad, block.weights, saved, *ctx.layout, block.centred), None, None
+        return run(grad, block.weights, saved, *ctx.layout, block.kind.centred), None, None

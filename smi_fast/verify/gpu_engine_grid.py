@@ -21,9 +21,9 @@ GPU_STEPS = (
     "multiplied_product_",
 )
 
-# How labels begin of what no Triton kernel computes: concatenated images, RMSNorm, and GELU
-# approximated by tanh or a sigmoid.
-_OF_CPP_ALONE = ("ragged", "rms", "tanh", "sigmoid")
+# How labels begin of what no Triton kernel computes: concatenated images, norms inside of
+# attention, RMSNorm, and GELU approximated by tanh or a sigmoid.
+_OF_CPP_ALONE = ("ragged", "inner", "rms", "tanh", "sigmoid")
 
 
 def gpu_engine_calls() -> list[OpCall]:
