@@ -110,8 +110,7 @@ class GpuEngine:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew."""
-        empty: dict[str, object] = {"_runs": {}, "_last": {}}
-        return {**vars(self), **empty}
+        return {**vars(self), "_runs": {}, "_last": {}}
 
     def _follow_weights(self) -> None:
         if self._watch.changed():

@@ -135,16 +135,6 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/engine/weights.py",
-        f"{ENGINE}::test_it_follows_its_teacher_and_copies_of_it",
-        Mutant(
-            "gpu-weights-versions",
-            "        state += [weight._version for weight in weights]\n",
-            "",
-            "Weights that change in place are not noticed.",
-        ),
-    ),
-    *of_file(
         "smi_fast/engine/gpu.py",
         f"{CHOOSE}::test_the_engine_of_gpus_says_what_it_does_not_run",
         Mutant(
@@ -152,6 +142,13 @@ MUTANTS = (
             "if not foldable(block) or has_eva_steps(block)",
             "if not foldable(block)",
             "The steps of Eva are left out.",
+        ),
+        Mutant(
+            "gpu-follows",
+            "        if self._watch.changed():\n",
+            "        if False:\n",
+            "Weights that change are not noticed.",
+            f"{ENGINE}::test_it_follows_its_teacher_and_copies_of_it",
         ),
         Mutant(
             "gpu-types",
