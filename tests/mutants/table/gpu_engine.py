@@ -33,14 +33,14 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-eps",
-            "steps.add_normalize_(x, added, bias, block.eps[1],",
-            "steps.add_normalize_(x, added, bias, block.eps[0],",
+            "steps.add_normalize_(x, added, bias, mlp_eps,",
+            "steps.add_normalize_(x, added, bias, eps,",
             "The second norm has the eps of the first.",
         ),
         Mutant(
             "gpu-run-copy",
-            "saved.to_mlp, saved.rstd[1], copy)",
-            "saved.to_mlp, saved.rstd[1], None)",
+            "saved.to_mlp, mlp_rstd, copy, centred)",
+            "saved.to_mlp, mlp_rstd, None, centred)",
             "The gradient of attention lacks that of the MLP.",
             f"{ENGINE}::test_bfloat16_is_within_its_budget",
         ),
@@ -139,8 +139,8 @@ MUTANTS = (
         f"{CHOOSE}::test_the_engine_of_gpus_says_what_it_does_not_run",
         Mutant(
             "gpu-eva",
-            "if not foldable(block) or has_eva_steps(block)",
-            "if not foldable(block)",
+            "return plain and foldable(block) and",
+            "return foldable(block) and",
             "The steps of Eva are left out.",
         ),
         Mutant(
