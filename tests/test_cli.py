@@ -137,6 +137,15 @@ def test_rebirth_takes_several_images_out_of_a_trajectory(smi: Smi, tmp_path: Pa
     assert code == 2 and "made with importance = " in err
 
 
+def test_finished_images_leave_their_places(smi: Smi, tmp_path: Path) -> None:
+    arguments = ("--iterations", 30, "--schedule", "once", "--batch-size", 8, "--max-batch", 3)
+    code, _, err = smi.invert(tmp_path / "pool", *arguments, "--finish", 1e-9)
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "pool/metadata.jsonl").open()]
+    # Three iterations in front of the stop, and twenty in which the teacher is sure.
+    assert {record["iterations"] for record in records} == {23}
+
+
 def test_existing_pool_is_kept_unless_told(smi: Smi, tmp_path: Path) -> None:
     smi.invert(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -4,7 +4,7 @@
 - Attention, GELU and SwiGLU read the output of one GEMM and write the input of the next.
 - The residual add is fused into the next norm.
 - Only tokens have a gradient; backward needs six arrays of each block.
-- Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
+- Buffers are allocated once for the most rows of a pass. The GEMMs are torch's.
 - In bfloat16, so are the weights, rounded once after folding, and what products read and write. The
   residual stream, biases, softmax, GELU and every sum are float32.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
+from smi_fast.engine.buffers import Buffers
 from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
@@ -178,7 +179,7 @@ class FoldedRun:
     ) -> None:
         self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
         self.rotary = rotary
-        self.free: _Buffers | None = None
+        self.free: Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
@@ -210,11 +211,13 @@ class FoldedRun:
         return self.weights, self.packed, self.packed_rows
 
     def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
-        """Buffers for one pass: those of the last pass when they are free and fit."""
+        """Buffers for one pass: those of the last pass when they are free and large enough."""
         buffers, self.free = self.free, None
-        if buffers is None or buffers.key != (batch, tokens, saves):
+        if buffers is None or not buffers.hold(batch * tokens, saves):
+            buffers = Buffers(self.blocks, batch * tokens, saves)
+        if buffers.shape != (batch, tokens):
             self.packed, self.packed_rows = [], 0
-            buffers = _Buffers(self.blocks, batch, tokens, saves)
+            buffers.fit(batch, tokens)
         buffers.passes += 1
         if buffers.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
             self._pack(batch * tokens)
@@ -240,37 +243,10 @@ class FoldedRun:
         ]
 
 
-class _Buffers:
-    """The memory of one pass over blocks, forward and backward.
-
-    It is kept from pass to pass: memory that went back to the system would be faulted in again.
-    """
-
-    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
-        self.key = (batch, tokens, saves)
-        self.passes = 0
-        rows, first = batch * tokens, blocks[0]
-        width, heads = len(first.q_bias), first.heads
-        new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
-
-        def two_norms() -> list[Tensor]:
-            """Outputs of a block's two norms: normalized [rows, D] and rstd [rows], twice."""
-            outputs = (new(rows, len(first.proj_bias)) for _ in range(2))
-            return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
-
-        shared = two_norms()
-        self.normalized = [*shared]
-        for _ in blocks[1:]:
-            self.normalized += two_norms() if saves else shared
-        self.attended = new(batch, tokens, heads, width // heads)
-        self.hidden = new(rows, first.fc2.shape[1])
-        self.d_qkv = new(rows, 3 * width)
-
-
 class _BufferLease:
     """Gives buffers back to their run when the autograd graph that holds this is freed."""
 
-    def __init__(self, run: FoldedRun, buffers: _Buffers) -> None:
+    def __init__(self, run: FoldedRun, buffers: Buffers) -> None:
         self.run, self.buffers = run, buffers
 
     def __del__(self) -> None:

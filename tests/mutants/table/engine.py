@@ -9,6 +9,24 @@ FIRST_ROWS = f"{ENGINE}::test_first_rows_are_those_of_the_block"
 
 MUTANTS = (
     *of_file(
+        "smi_fast/engine/buffers.py",
+        ENGINE,
+        Mutant(
+            "engine-buffers",
+            "return rows <= self._rows and saves == self._saves",
+            "return rows <= self._rows",
+            "A pass with gradient saves into buffers that blocks share.",
+            f"{ENGINE}::test_memory_is_planned_once",
+        ),
+        Mutant(
+            "engine-fewer-rows",
+            "return rows <= self._rows and",
+            "return rows == self._rows and",
+            "Images that leave a batch let all memory be planned anew.",
+            f"{ENGINE}::test_fewer_rows_take_the_memory_of_more",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_steps_kernel.h",
         f"{BUDGET} normalize",
         Mutant(
@@ -339,13 +357,6 @@ MUTANTS = (
             "buffers = self.free",
             "Two passes that overlap write into the same buffers.",
             f"{ENGINE}::test_passes_may_overlap",
-        ),
-        Mutant(
-            "engine-buffers",
-            "buffers.key != (batch, tokens, saves)",
-            "buffers.key[:2] != (batch, tokens)",
-            "A pass with gradient saves into buffers that blocks share.",
-            f"{ENGINE}::test_memory_is_planned_once",
         ),
         Mutant(
             "engine-last-rows",
