@@ -30,6 +30,7 @@ from smi_fast.engine.folding import (
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
+from smi_fast.engine.weights import WeightWatch
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -76,14 +77,7 @@ class CpuEngine:
         self._stored = stored_type(precision)
         self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
-        self._names = [
-            (module, name)
-            for module in blocks.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._watch = WeightWatch(blocks)
         self._runs: dict[tuple[int, int, bool], FoldedRun] = {}
         self._last: dict[tuple[int, bool], LastBlock] = {}
 
@@ -147,26 +141,17 @@ class CpuEngine:
 
     def refresh(self) -> None:
         """Forget what was folded."""
-        self._state, self._held, self._runs, self._last = [], [], {}, {}
+        self._watch.forget()
+        self._runs, self._last = {}, {}
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew: packed weights are in MKL's own format."""
-        empty: dict[str, object] = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
-        return {**vars(self), **empty}
+        return {**vars(self), "_runs": {}, "_last": {}}
 
     def _follow_weights(self) -> None:
         """Forget what was folded from other weights: the owner of the teacher may change them."""
-        found = (module._parameters[name] for module, name in self._names)
-        weights = [weight for weight in found if weight is not None]
-        # A flat list of numbers is cheap to compare, and this runs in every pass.
-        state: list[object] = [weights[0].dtype]
-        state += [weight.data_ptr() for weight in weights]
-        state += [weight._version for weight in weights]
-        if self._state != state:
-            self.refresh()
-            self._state = state
-            # These views keep the memory of replaced weights, so that no other gets its address.
-            self._held = [weight.detach() for weight in weights]
+        if self._watch.changed():
+            self._runs, self._last = {}, {}
 
 
 def _first_unfoldable(blocks: list[Any]) -> int | None:

@@ -21,18 +21,14 @@ GPU_STEPS = (
     "multiplied_product_",
 )
 
-# How labels begin of what no Triton kernel computes: concatenated images, RMSNorm, and GELU
-# approximated by tanh or a sigmoid.
-_OF_CPP_ALONE = ("ragged", "rms", "tanh", "sigmoid")
-
 
 def gpu_engine_calls() -> list[OpCall]:
-    """The calls that the C++ kernels are checked on too, but for those of C++ alone, and more."""
+    """The calls that the C++ kernels are checked on too, but for concatenated images, and more."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         more = list(_more_calls())
     shared = (call for call in engine_calls() if call.op in GPU_STEPS)
-    return [*(call for call in shared if not call.label.startswith(_OF_CPP_ALONE)), *more]
+    return [*(call for call in shared if not call.label.startswith("ragged")), *more]
 
 
 def _more_calls() -> Iterator[OpCall]:
@@ -53,7 +49,10 @@ def _more_calls() -> Iterator[OpCall]:
         weight, bias = torch.randn(width, inner) / inner**0.5, torch.randn(width)
         factors, out = torch.randn(2, rows, width)
         label = f"{rows}x{inner}x{width}"
-        yield OpCall(label, "linear_gelu_", (x, weight, bias, torch.empty_like(out), out))
+        linear = x, weight, bias, torch.empty_like(out), out
+        yield OpCall(label, "linear_gelu_", linear)
+        for approximate in ("tanh", "sigmoid"):
+            yield OpCall(f"{approximate}-{label}", "linear_gelu_", (*linear, approximate))
         yield OpCall(label, "multiplied_product_", (grad, weight.T.contiguous(), factors, out))
         yield OpCall(f"{label}-transposed", "multiplied_product_", (grad, weight.T, factors, out))
     # Scores above 88, whose exponential overflows float32 unless the largest is subtracted.

@@ -332,7 +332,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/engine/cpu.py",
+        "smi_fast/engine/weights.py",
         f"{ENGINE}::test_engine_follows_its_teacher",
         Mutant(
             "engine-versions",
@@ -347,13 +347,10 @@ MUTANTS = (
             "Weights that are replaced are not noticed.",
             "tests/teacher/test_weights.py::test_changes_are_noticed",
         ),
-        Mutant(
-            "engine-kinds",
-            "if not foldable(block) or kind(block) != kind(blocks[0]):",
-            "if not foldable(block):",
-            "The norms of all blocks are computed as those of the first.",
-            f"{ENGINE}::test_norms_of_one_kind_run_together",
-        ),
+    ),
+    *of_file(
+        "smi_fast/engine/cpu.py",
+        f"{ENGINE}::test_engine_follows_its_teacher",
         Mutant(
             "engine-overlap",
             "buffers, self.free = self.free, None",
