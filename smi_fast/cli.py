@@ -129,7 +129,7 @@ def _engines(device: torch.device) -> str:
         return "op by op"
     steps = "LayerNorm or RMSNorm, or GELU or SwiGLU"
     if found[0] != "cpp":
-        steps = "LayerNorm or exact GELU, and with rotary positions"
+        steps = "LayerNorm or RMSNorm, or GELU, and with rotary positions"
     return f"{found[0]}'s engine; without {steps}, op by op"
 
 
@@ -235,6 +235,8 @@ def invert(
         int,
         typer.Option(min=1, help="Number of images, or of trajectories, inverted together."),
     ] = 40,
+    max_batch: options.MaxBatch = None,
+    finish: options.Finish = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of noise, jitter and soft targets, below 2**64.")
     ] = 0,
@@ -271,6 +273,7 @@ def invert(
     With --nnodes, all machines must see the folder, or --out is a URL.
     """
     from smi_fast.batch_maker import check_strip
+    from smi_fast.early_finish import EarlyFinish
     from smi_fast.fill import Interrupted, Stopped, fill, rehearse
     from smi_fast.group import Group
     from smi_fast.inversion import SparseInverter
@@ -303,11 +306,17 @@ def invert(
         stops = _schedule(schedule, published, factor)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        chosen = {"importance": importance, "backend": backend, "precision": precision}
+        chosen = {
+            "importance": importance,
+            "max_batch": max_batch,
+            "finish": None if finish is None else EarlyFinish(finish),
+            "backend": backend,
+            "precision": precision,
+        }
         inverter = SparseInverter(model, **published.options(schedule=stops, **chosen))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
-        check_strip(strip, iterations)
+        check_strip(strip, inverter)
         independent = None if judge is None else load_judge(judge)
         if independent is not None:
             check_judge(independent, names)

@@ -4,7 +4,7 @@
 - Attention, GELU and SwiGLU read the output of one GEMM and write the input of the next.
 - The residual add is fused into the next norm.
 - Only tokens have a gradient; backward needs six arrays of each block.
-- Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
+- Buffers are allocated once for the most rows of a pass. The GEMMs are torch's.
 - In bfloat16, so are the weights, rounded once after folding, and what products read and write. The
   residual stream, biases, softmax, GELU and every sum are float32.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
+from smi_fast.engine.buffers import Buffers
 from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
@@ -29,6 +30,7 @@ from smi_fast.engine.folding import (
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
+from smi_fast.engine.weights import WeightWatch
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -75,14 +77,7 @@ class CpuEngine:
         self._stored = stored_type(precision)
         self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
-        self._names = [
-            (module, name)
-            for module in blocks.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._watch = WeightWatch(blocks)
         self._runs: dict[tuple[int, int, bool], FoldedRun] = {}
         self._last: dict[tuple[int, bool], LastBlock] = {}
 
@@ -146,26 +141,17 @@ class CpuEngine:
 
     def refresh(self) -> None:
         """Forget what was folded."""
-        self._state, self._held, self._runs, self._last = [], [], {}, {}
+        self._watch.forget()
+        self._runs, self._last = {}, {}
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew: packed weights are in MKL's own format."""
-        empty: dict[str, object] = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
-        return {**vars(self), **empty}
+        return {**vars(self), "_runs": {}, "_last": {}}
 
     def _follow_weights(self) -> None:
         """Forget what was folded from other weights: the owner of the teacher may change them."""
-        found = (module._parameters[name] for module, name in self._names)
-        weights = [weight for weight in found if weight is not None]
-        # A flat list of numbers is cheap to compare, and this runs in every pass.
-        state: list[object] = [weights[0].dtype]
-        state += [weight.data_ptr() for weight in weights]
-        state += [weight._version for weight in weights]
-        if self._state != state:
-            self.refresh()
-            self._state = state
-            # These views keep the memory of replaced weights, so that no other gets its address.
-            self._held = [weight.detach() for weight in weights]
+        if self._watch.changed():
+            self._runs, self._last = {}, {}
 
 
 def _first_unfoldable(blocks: list[Any]) -> int | None:
@@ -193,10 +179,10 @@ class FoldedRun:
     ) -> None:
         self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
         self.rotary = rotary
-        self.free: _Buffers | None = None
+        self.free: Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
-        self.kind = self.blocks[0].kind
+        self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
         self.weights = [tensor for block in self.blocks for tensor in _weights(block, rotary)]
         self.packed: list[Tensor] = []
         self.packed_rows = 0
@@ -220,11 +206,13 @@ class FoldedRun:
         return self.weights, self.packed, self.packed_rows
 
     def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
-        """Buffers for one pass: those of the last pass when they are free and fit."""
+        """Buffers for one pass: those of the last pass when they are free and large enough."""
         buffers, self.free = self.free, None
-        if buffers is None or buffers.key != (batch, tokens, saves):
+        if buffers is None or not buffers.hold(batch * tokens, saves):
+            buffers = Buffers(self.blocks, batch * tokens, saves)
+        if buffers.shape != (batch, tokens):
             self.packed, self.packed_rows = [], 0
-            buffers = _Buffers(self.blocks, batch, tokens, saves)
+            buffers.fit(batch, tokens)
         buffers.passes += 1
         if buffers.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
             self._pack(batch * tokens)
@@ -250,37 +238,10 @@ class FoldedRun:
         ]
 
 
-class _Buffers:
-    """The memory of one pass over blocks, forward and backward.
-
-    It is kept from pass to pass: memory that went back to the system would be faulted in again.
-    """
-
-    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
-        self.key = (batch, tokens, saves)
-        self.passes = 0
-        rows, first = batch * tokens, blocks[0]
-        width, heads = len(first.q_bias), first.heads
-        new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
-
-        def two_norms() -> list[Tensor]:
-            """Outputs of a block's two norms: normalized [rows, D] and rstd [rows], twice."""
-            outputs = (new(rows, len(first.proj_bias)) for _ in range(2))
-            return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
-
-        shared = two_norms()
-        self.normalized = [*shared]
-        for _ in blocks[1:]:
-            self.normalized += two_norms() if saves else shared
-        self.attended = new(batch, tokens, heads, width // heads)
-        self.hidden = new(rows, first.fc2.shape[1])
-        self.d_qkv = new(rows, 3 * width)
-
-
 class _BufferLease:
     """Gives buffers back to their run when the autograd graph that holds this is freed."""
 
-    def __init__(self, run: FoldedRun, buffers: _Buffers) -> None:
+    def __init__(self, run: FoldedRun, buffers: Buffers) -> None:
         self.run, self.buffers = run, buffers
 
     def __del__(self) -> None:
@@ -314,7 +275,7 @@ class _RunBlocks(torch.autograd.Function):
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
         run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
-        kinds = run.kind.centred, run.kind.approximate
+        kinds = run.centred, run.approximate
         *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, *kinds)
         x += added
         x += run.blocks[-1].fc2_bias
@@ -329,7 +290,7 @@ class _RunBlocks(torch.autograd.Function):
         run, x = ctx.run, result.flatten(0, 1)
         memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
         backward = _run_rotary_blocks_backward if run.rotary else _run_blocks_backward
-        backward(x, *run.weights_for_gemm, *memory, *ctx.layout, run.kind.centred)
+        backward(x, *run.weights_for_gemm, *memory, *ctx.layout, run.centred)
         return result, None, None, None
 
 
@@ -356,7 +317,7 @@ class LastBlock:
         self.weights += [folded.k_bias] if rotary else []
         self.weights += [] if folded.v_bias is None else [folded.v_bias]
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
-        self.rotary, self.kind = rotary, folded.kind
+        self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
 
     def __call__(
         self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
@@ -378,7 +339,7 @@ class _RunLastBlock(torch.autograd.Function):
         ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         run = _last_rotary_block_rows if block.rotary else _last_block_rows
-        kinds = block.kind.centred, block.kind.approximate
+        kinds = block.centred, block.approximate
         result, *saved = run(tokens, block.weights, *block.options, *layout, *kinds)
         ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
@@ -393,4 +354,4 @@ class _RunLastBlock(torch.autograd.Function):
             return None, None, None
         block, saved = ctx.block, ctx.saved_tensors
         run = _last_rotary_block_rows_backward if block.rotary else _last_block_rows_backward
-        return run(grad, block.weights, saved, *ctx.layout, block.kind.centred), None, None
+        return run(grad, block.weights, saved, *ctx.layout, block.centred), None, None

@@ -161,7 +161,8 @@ class FoldedBlock:
         eps: of the two norms, then of those in front of proj and of fc2, where there are any.
         heads: number of attention heads.
         half: whether rotary positions pair the channels of two halves, or neighbours.
-        kind: what it has in common with the other blocks of a run.
+        centred: whether the norms are LayerNorm, or RMSNorm.
+        approximate: how GELU is approximated, see :class:`Kind`.
     """
 
     qkv: Tensor
@@ -177,7 +178,8 @@ class FoldedBlock:
     eps: tuple[float, ...]
     heads: int
     half: bool
-    kind: Kind
+    centred: bool
+    approximate: str
 
     @classmethod
     @torch.no_grad()
@@ -215,7 +217,8 @@ class FoldedBlock:
             tuple(eps),
             attention.num_heads,
             bool(getattr(attention, "rotate_half", False)),
-            kind,
+            kind.centred,
+            kind.approximate,
         )
 
     def stored_as(self, dtype: torch.dtype | None) -> FoldedBlock:

@@ -89,13 +89,20 @@ def multiply_(x: Tensor, factors: Tensor) -> None:
     x *= factors
 
 
-def linear_gelu_(x: Tensor, weight: Tensor, bias: Tensor, derivative: Tensor, out: Tensor) -> None:
+def linear_gelu_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    derivative: Tensor,
+    out: Tensor,
+    approximate: str = "none",
+) -> None:
     """:func:`gelu_` of the product x weightᵀ [rows, F], which isn't rounded before.
 
     ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative.
     """
     y = x.to(bias.dtype) @ weight.to(bias.dtype).T
-    gelu_(y, bias, out)
+    gelu_(y, bias, out, approximate)
     derivative.copy_(y)
 
 

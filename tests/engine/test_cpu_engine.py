@@ -197,6 +197,18 @@ def test_memory_is_planned_once(engine: FoldedRun) -> None:
     assert len(set(addresses())) == 1, "without a gradient nothing is kept for backward"
 
 
+def test_fewer_rows_take_the_memory_of_more(engine: FoldedRun) -> None:
+    x = tokens()
+    fewer = x[:1, :-2].detach().clone().requires_grad_()
+    alone = gradients(engine(fewer), fewer)
+    gradients(engine(x), x)
+    assert engine.free is not None
+    first = engine.free.normalized[0].data_ptr()
+    torch.testing.assert_close(gradients(engine(fewer), fewer), alone, rtol=1e-6, atol=1e-7)
+    assert engine.free.normalized[0].data_ptr() == first
+    assert engine.free.attended.shape[:2] == fewer.shape[:2]
+
+
 def test_passes_may_overlap(engine: FoldedRun) -> None:
     """Backward of one pass after another one's forward, and twice through one pass."""
     a, b = tokens(), tokens()

@@ -18,6 +18,7 @@ from tests.mutants.table import (
     teacher,
     triton,
     triton_steps,
+    turnover,
 )
 
 MUTANTS = (
@@ -34,6 +35,7 @@ MUTANTS = (
     *schedules.MUTANTS,
     *parametrizations.MUTANTS,
     *inversion.MUTANTS,
+    *turnover.MUTANTS,
     *objectives.MUTANTS,
     *pool.MUTANTS,
     *remote.MUTANTS,

@@ -9,6 +9,24 @@ FIRST_ROWS = f"{ENGINE}::test_first_rows_are_those_of_the_block"
 
 MUTANTS = (
     *of_file(
+        "smi_fast/engine/buffers.py",
+        ENGINE,
+        Mutant(
+            "engine-buffers",
+            "return rows <= self._rows and saves == self._saves",
+            "return rows <= self._rows",
+            "A pass with gradient saves into buffers that blocks share.",
+            f"{ENGINE}::test_memory_is_planned_once",
+        ),
+        Mutant(
+            "engine-fewer-rows",
+            "return rows <= self._rows and",
+            "return rows == self._rows and",
+            "Images that leave a batch let all memory be planned anew.",
+            f"{ENGINE}::test_fewer_rows_take_the_memory_of_more",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_steps_kernel.h",
         f"{BUDGET} normalize",
         Mutant(
@@ -342,7 +360,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/engine/cpu.py",
+        "smi_fast/engine/weights.py",
         f"{ENGINE}::test_engine_follows_its_teacher",
         Mutant(
             "engine-versions",
@@ -357,6 +375,10 @@ MUTANTS = (
             "Weights that are replaced are not noticed.",
             "tests/teacher/test_weights.py::test_changes_are_noticed",
         ),
+    ),
+    *of_file(
+        "smi_fast/engine/cpu.py",
+        f"{ENGINE}::test_engine_follows_its_teacher",
         Mutant(
             "engine-kinds",
             "if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):",
@@ -370,13 +392,6 @@ MUTANTS = (
             "buffers = self.free",
             "Two passes that overlap write into the same buffers.",
             f"{ENGINE}::test_passes_may_overlap",
-        ),
-        Mutant(
-            "engine-buffers",
-            "buffers.key != (batch, tokens, saves)",
-            "buffers.key[:2] != (batch, tokens)",
-            "A pass with gradient saves into buffers that blocks share.",
-            f"{ENGINE}::test_memory_is_planned_once",
         ),
         Mutant(
             "engine-last-rows",

@@ -33,14 +33,14 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-eps",
-            "steps.add_normalize_(x, added, bias, block.eps[1],",
-            "steps.add_normalize_(x, added, bias, block.eps[0],",
+            "steps.add_normalize_(x, added, bias, mlp_eps,",
+            "steps.add_normalize_(x, added, bias, eps,",
             "The second norm has the eps of the first.",
         ),
         Mutant(
             "gpu-run-copy",
-            "saved.to_mlp, saved.rstd[1], copy)",
-            "saved.to_mlp, saved.rstd[1], None)",
+            "saved.to_mlp, mlp_rstd, copy, centred)",
+            "saved.to_mlp, mlp_rstd, None, centred)",
             "The gradient of attention lacks that of the MLP.",
             f"{ENGINE}::test_bfloat16_is_within_its_budget",
         ),
@@ -135,23 +135,20 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/engine/weights.py",
-        f"{ENGINE}::test_it_follows_its_teacher_and_copies_of_it",
-        Mutant(
-            "gpu-weights-versions",
-            "        state += [weight._version for weight in weights]\n",
-            "",
-            "Weights that change in place are not noticed.",
-        ),
-    ),
-    *of_file(
         "smi_fast/engine/gpu.py",
         f"{CHOOSE}::test_the_engine_of_gpus_says_what_it_does_not_run",
         Mutant(
             "gpu-eva",
-            "if not foldable(block) or has_eva_steps(block)",
-            "if not foldable(block)",
+            "return plain and foldable(block) and",
+            "return foldable(block) and",
             "The steps of Eva are left out.",
+        ),
+        Mutant(
+            "gpu-follows",
+            "        if self._watch.changed():\n",
+            "        if False:\n",
+            "Weights that change are not noticed.",
+            f"{ENGINE}::test_it_follows_its_teacher_and_copies_of_it",
         ),
         Mutant(
             "gpu-types",
