@@ -45,15 +45,17 @@ class PlannedRun:
     def acquire(self, tokens: Tensor, saves: bool) -> _Lease:
         """Buffers for one pass: those of the last pass when they are free and fit.
 
-        A CUDA graph has buffers of its own, in its memory: it is replayed on them at any time.
+        A CUDA graph has buffers of its own, in its memory, because it is replayed at any time. They
+        replace those of the passes before it.
         """
-        batch, count, _ = tokens.shape
-        if _is_captured(tokens.device):
-            return _Lease(None, _Buffers(self.blocks, batch, count, saves))
+        key = tokens.shape[0], tokens.shape[1], saves
         buffers, self.free = self.free, None
-        if buffers is None or buffers.key != (batch, count, saves):
-            buffers = _Buffers(self.blocks, batch, count, saves)
-        return _Lease(self, buffers)
+        captured = _is_captured(tokens.device)
+        if captured or buffers is None or buffers.key != key:
+            del buffers
+            with torch.inference_mode(False):  # else no other pass could write into them
+                buffers = _Buffers(self.blocks, key)
+        return _Lease(None if captured else self, buffers)
 
     def attention_for(self, tokens: Tensor, saves: bool) -> Any:
         """The functions of the backend that computes attention among tokens [B, N, D]."""
@@ -126,6 +128,10 @@ class _Saved(NamedTuple):
 class _Buffers:
     """The memory of one pass over blocks, forward and backward.
 
+    Args:
+        blocks: that run.
+        key: B, N, and whether there will be a backward pass.
+
     Attributes:
         saved: of each block; without a gradient all share one.
         of_rows: [B·N, D], what a product adds to the tokens, or to the gradient.
@@ -134,9 +140,9 @@ class _Buffers:
         operand: [B·N, D], the gradient in the data type of products; None where it has that type.
     """
 
-    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
-        self.key = (batch, tokens, saves)
-        first = blocks[0]
+    def __init__(self, blocks: list[FoldedBlock], key: tuple[int, int, bool]) -> None:
+        self.key, first = key, blocks[0]
+        batch, tokens, saves = key
         rows, width, heads = batch * tokens, len(first.q_bias), first.heads
         new, channels, hidden = first.qkv.new_empty, len(first.proj_bias), first.fc2.shape[1]
         self.saved = [

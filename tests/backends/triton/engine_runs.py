@@ -205,17 +205,20 @@ def memory() -> None:
     with pytest.raises(RuntimeError, match="a second time"):
         of_a.backward(torch.ones_like(of_a))
     del of_a, of_b
-    with torch.no_grad():
-        engine.run(a, 0, 3)
-    assert len(set(addresses())) == 1, "without a gradient nothing is kept for backward"
+    with torch.inference_mode():
+        expected_rows = engine.last_block_rows(engine.run(a, 0, 3), 1)
     kept = addresses()
+    assert len(set(kept)) == 1, "without a gradient nothing is kept for backward"
+    with torch.no_grad():
+        rows = engine.last_block_rows(engine.run(a, 0, 3), 1)
+    assert all(map(torch.equal, rows, expected_rows)) and addresses() == kept
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_run, "_is_captured", lambda device: True)
         captured = engine.run(a, 0, 3)
-        assert addresses() == kept, "a graph has buffers of its own"
         assert torch.equal(_gradient(captured, a), expected[0])
     del captured
-    assert addresses() == kept, "and nobody else gets them"
+    assert engine._runs[0, 3].free is None, "buffers of a graph are its own"
+    assert torch.equal(_gradient(engine.run(a, 0, 3), a), expected[0])
 
 
 def followed_weights() -> None:

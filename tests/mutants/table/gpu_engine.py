@@ -53,16 +53,23 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-shared",
-            "buffers.key != (batch, count, saves)",
-            "buffers.key[:2] != (batch, count)",
+            "buffers.key != key",
+            "buffers.key[:2] != key[:2]",
             "A pass with gradient saves into buffers that blocks share.",
             MEMORY,
         ),
         Mutant(
             "gpu-run-captured",
-            "        if _is_captured(tokens.device):\n",
-            "        if False:\n",
+            "_Lease(None if captured else self, buffers)",
+            "_Lease(self, buffers)",
             "Passes write into the buffers of a CUDA graph.",
+            MEMORY,
+        ),
+        Mutant(
+            "gpu-run-inference",
+            "torch.inference_mode(False)",
+            "torch.no_grad()",
+            "After a pass in inference mode no other can run.",
             MEMORY,
         ),
         Mutant(
