@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from .engine_steps import gelu_with_derivative
+from .engine_steps import gelu_constants, gelu_with_derivative
 
 # Large tiles read less from memory, but only enough of them keep every multiprocessor busy.
 LARGE, SMALL = 128, 64
@@ -70,6 +70,8 @@ def _linear_gelu(
     ROWS,
     K: tl.constexpr,
     F: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CUBIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,7 +80,7 @@ def _linear_gelu(
     row, column, at, exists = _tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
     y = _product(x, weight, row, column, 1, K, ROWS, K, F, BLOCK_ROWS, BLOCK_F, BLOCK_K, PRECISION)
     y += tl.load(bias + column, mask=column < F, other=0.0)[None, :]
-    value, slope = gelu_with_derivative(y)
+    value, slope = gelu_with_derivative(y, SLOPE, CUBIC)
     tl.store(out + at, value, mask=exists)
     tl.store(derivative + at, slope, mask=exists)
 
@@ -125,10 +127,18 @@ def _tiles(a: Tensor, columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
     return (triton.cdiv(rows, side), triton.cdiv(columns, side)), constants
 
 
-def linear_gelu_(x: Tensor, weight: Tensor, bias: Tensor, derivative: Tensor, out: Tensor) -> None:
+def linear_gelu_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    derivative: Tensor,
+    out: Tensor,
+    approximate: str = "none",
+) -> None:
     """See :func:`smi_fast.engine.reference.linear_gelu_`."""
     grid, constants = _tiles(x, len(weight))
-    launch(_linear_gelu, grid, x, x, weight, bias, derivative, out, len(x), **constants)
+    tensors = x, weight, bias, derivative, out
+    launch(_linear_gelu, grid, x, *tensors, len(x), **gelu_constants(approximate), **constants)
 
 
 def multiplied_product_(grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor) -> None:

@@ -16,6 +16,8 @@ from ._launch import launch
 # Elements of a program of four warps, 16 for each thread. Several rows share a load of the bias.
 TILE = 2048
 COLUMNS = 128
+# Slope and cubic coefficient of v, where a sigmoid of v approximates Φ in GELU; else a slope of 0.
+GELUS = {"none": (0.0, 0.0), "tanh": (1.5957691216057308, 0.044715), "sigmoid": (1.702, 0.0)}
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
 
@@ -91,10 +93,15 @@ def _normalize_backward(
 
 
 @triton.jit
-def gelu_with_derivative(y):
-    """gelu(y) = y Φ(y), and its derivative Φ(y) + y φ(y)."""
-    cdf = 0.5 + 0.5 * tl.erf(y * SQRT_HALF)
-    return y * cdf, cdf + y * (DENSITY_AT_ZERO * tl.exp(-0.5 * y * y))
+def gelu_with_derivative(y, SLOPE: tl.constexpr, CUBIC: tl.constexpr):
+    """gelu(y) = y Φ(y), and its derivative Φ(y) + y φ(y); or with a sigmoid in the place of Φ."""
+    if SLOPE == 0.0:
+        cdf = 0.5 + 0.5 * tl.erf(y * SQRT_HALF)
+        density = DENSITY_AT_ZERO * tl.exp(-0.5 * y * y)
+    else:
+        cdf = 1.0 / (1.0 + tl.exp(-SLOPE * (y + CUBIC * y * y * y)))
+        density = cdf * (1.0 - cdf) * (SLOPE * (1.0 + 3.0 * CUBIC * y * y))
+    return y * cdf, cdf + y * density
 
 
 @triton.jit
@@ -104,6 +111,8 @@ def _gelu(
     out,  # [ROWS, F]
     ROWS,
     F: tl.constexpr,
+    SLOPE: tl.constexpr,
+    CUBIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -113,7 +122,7 @@ def _gelu(
     at = row[:, None] * F + column[None, :]
     constant = tl.load(bias + column, mask=column < F, other=0.0)
     y = tl.load(x + at, mask=exists, other=0.0).to(tl.float32) + constant[None, :]
-    value, derivative = gelu_with_derivative(y)
+    value, derivative = gelu_with_derivative(y, SLOPE, CUBIC)
     tl.store(out + at, value, mask=exists)
     tl.store(x + at, derivative, mask=exists)
 
@@ -130,6 +139,11 @@ def _multiply(
     product = tl.load(x + at, mask=exists).to(tl.float32)
     product *= tl.load(factors + at, mask=exists).to(tl.float32)
     tl.store(x + at, product, mask=exists)
+
+
+def gelu_constants(approximate: str) -> dict[str, float]:
+    """The constants of :func:`gelu_with_derivative` for a key of :data:`GELUS`."""
+    return dict(zip(("SLOPE", "CUBIC"), GELUS[approximate], strict=True))
 
 
 def _whole_rows(x: Tensor, centred: bool) -> tuple[tuple[int], dict[str, Any]]:
@@ -177,13 +191,13 @@ def normalize_backward_(
     launch(_normalize_backward, grid, gradient, *tensors, len(gradient), **constants)
 
 
-def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> None:
     """See :func:`smi_fast.engine.reference.gelu_`."""
     rows, width = x.shape
     block_rows = TILE // COLUMNS
     grid = triton.cdiv(rows, block_rows), triton.cdiv(width, COLUMNS)
-    constants = {"F": width, "BLOCK_ROWS": block_rows, "BLOCK_F": COLUMNS}
-    launch(_gelu, grid, x, x, bias, out, rows, **constants, num_warps=4)
+    tile = {"BLOCK_ROWS": block_rows, "BLOCK_F": COLUMNS, "num_warps": 4}
+    launch(_gelu, grid, x, x, bias, out, rows, F=width, **gelu_constants(approximate), **tile)
 
 
 def multiply_(x: Tensor, factors: Tensor) -> None:

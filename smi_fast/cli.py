@@ -129,7 +129,7 @@ def _engines(device: torch.device) -> str:
         return "op by op"
     steps = "LayerNorm or RMSNorm, or GELU or SwiGLU"
     if found[0] != "cpp":
-        steps = "LayerNorm or exact GELU, and with rotary positions"
+        steps = "LayerNorm or RMSNorm, or GELU, and with rotary positions"
     return f"{found[0]}'s engine; without {steps}, op by op"
 
 

@@ -297,7 +297,7 @@ def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.Mon
         assert f"    {op:<20} triton{f': {why}' if name == 'triton' else ''}\n" in on_gpu
     assert "    blocks of a teacher  cpp's engine; without LayerNorm or RMSNorm, or" in on_cpu
     assert (
-        "    blocks of a teacher  triton's engine; without LayerNorm or exact GELU, and" in on_gpu
+        "    blocks of a teacher  triton's engine; without LayerNorm or RMSNorm, or GELU," in on_gpu
     )
     assert "    in float32           tensor cores stand idle, in tf32 and bfloat16 they " in on_gpu
     monkeypatch.setattr(backends, "DEFAULT", "cpp")

@@ -24,12 +24,13 @@ from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
     FoldedBlock,
+    Kind,
     foldable,
     has_eva_steps,
-    kind,
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
+from smi_fast.engine.weights import WeightWatch
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -76,14 +77,7 @@ class CpuEngine:
         self._stored = stored_type(precision)
         self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
-        self._names = [
-            (module, name)
-            for module in blocks.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._watch = WeightWatch(blocks)
         self._runs: dict[tuple[int, int, bool], FoldedRun] = {}
         self._last: dict[tuple[int, bool], LastBlock] = {}
 
@@ -147,32 +141,23 @@ class CpuEngine:
 
     def refresh(self) -> None:
         """Forget what was folded."""
-        self._state, self._held, self._runs, self._last = [], [], {}, {}
+        self._watch.forget()
+        self._runs, self._last = {}, {}
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew: packed weights are in MKL's own format."""
-        empty: dict[str, object] = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
-        return {**vars(self), **empty}
+        return {**vars(self), "_runs": {}, "_last": {}}
 
     def _follow_weights(self) -> None:
         """Forget what was folded from other weights: the owner of the teacher may change them."""
-        found = (module._parameters[name] for module, name in self._names)
-        weights = [weight for weight in found if weight is not None]
-        # A flat list of numbers is cheap to compare, and this runs in every pass.
-        state: list[object] = [weights[0].dtype]
-        state += [weight.data_ptr() for weight in weights]
-        state += [weight._version for weight in weights]
-        if self._state != state:
-            self.refresh()
-            self._state = state
-            # These views keep the memory of replaced weights, so that no other gets its address.
-            self._held = [weight.detach() for weight in weights]
+        if self._watch.changed():
+            self._runs, self._last = {}, {}
 
 
 def _first_unfoldable(blocks: list[Any]) -> int | None:
     """The first block that can't be folded, or can't run with the first one."""
     for index, block in enumerate(blocks):
-        if not foldable(block) or kind(block) != kind(blocks[0]):
+        if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):
             return index
     return None
 
@@ -198,12 +183,7 @@ class FoldedRun:
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
-        self.weights = [
-            tensor
-            for block in self.blocks
-            for matrix, bias in zip(_matrices(block), _biases(block, rotary), strict=True)
-            for tensor in (matrix, matrix.T, bias)
-        ]
+        self.weights = [tensor for block in self.blocks for tensor in _weights(block, rotary)]
         self._by_onednn = bool(torch.ops.smi_fast.products_by_onednn(self.weights[0]))
         self._passes = 0
         self.packed: list[Tensor] = []
@@ -274,6 +254,13 @@ def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
     return tuple(getattr(block, name) for name in MATRICES)
 
 
+def _weights(block: FoldedBlock, rotary: bool) -> list[Tensor]:
+    """Each matrix, its transpose and its bias; then the bias of v, where it is apart."""
+    pairs = zip(_matrices(block), _biases(block, rotary), strict=True)
+    found = [tensor for matrix, bias in pairs for tensor in (matrix, matrix.T, bias)]
+    return found if block.v_bias is None else [*found, block.v_bias]
+
+
 def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
     return block.query_bias(rotary), block.proj_bias, block.fc1_bias, block.fc2_bias
 
@@ -330,6 +317,7 @@ class LastBlock:
         to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
+        self.weights += [] if folded.v_bias is None else [folded.v_bias]
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
         self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
 

@@ -1,7 +1,7 @@
 """The engine of GPUs: frozen blocks as products of torch, and one kernel between two of them.
 
-- LayerNorm's affine part and LayerScale are folded into the weights, as on the CPU.
-- The residual add is fused into the next LayerNorm. On tensor cores GELU and its derivative are
+- The affine part of norms and LayerScale are folded into the weights, as on the CPU.
+- The residual add is fused into the next norm. On tensor cores GELU and its derivative are
   fused into the products of the MLP, so that a block takes 14 kernels, forward and backward. In
   float32, where a product takes many times as long, all are cuBLAS's, and a block takes 16.
 - Only tokens have a gradient.
@@ -16,13 +16,16 @@ Nothing here has run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi_fast.engine.embedding import Embedding, with_positions
-from smi_fast.engine.folding import foldable, has_eva_steps
+from smi_fast.engine.folding import Kind, foldable
 from smi_fast.engine.gpu_last_rows import LastRows
 from smi_fast.engine.gpu_run import PlannedRun
 from smi_fast.engine.gpu_steps import BACKEND
@@ -50,9 +53,7 @@ class GpuEngine:
     ) -> None:
         self._blocks = list(blocks)
         self._precision, self._attention = precision, attention
-        others = (
-            i for i, block in enumerate(blocks) if not foldable(block) or has_eva_steps(block)
-        )
+        others = (i for i, block in enumerate(blocks) if not _is_computed(block))
         self._other = next(others, None)
         self._watch = WeightWatch(blocks)
         self._runs: dict[tuple[int, int], PlannedRun] = {}
@@ -61,7 +62,7 @@ class GpuEngine:
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
         if self._other is not None:
-            return f"blocks.{self._other} has more than LayerNorm, GELU and LayerScale"
+            return f"blocks.{self._other} has more than LayerNorm or RMSNorm, GELU, and LayerScale"
         reason = backends.by_name(BACKEND).why_not("gather_attention", device, dtype)
         if reason is None and dtype != torch.float32:
             return f"the engine takes a teacher in float32, got {dtype}"
@@ -110,9 +111,16 @@ class GpuEngine:
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew."""
-        empty: dict[str, object] = {"_runs": {}, "_last": {}}
-        return {**vars(self), **empty}
+        return {**vars(self), "_runs": {}, "_last": {}}
 
     def _follow_weights(self) -> None:
         if self._watch.changed():
             self._runs, self._last = {}, {}
+
+
+def _is_computed(block: Any) -> bool:
+    """Whether the steps here are all that a block has; one of Eva or with inner norms has more."""
+    if type(block) is not Block or type(block.mlp) is not Mlp or not foldable(block):
+        return False
+    kind = Kind.of(block)
+    return not (kind.attention_norm or kind.mlp_norm)

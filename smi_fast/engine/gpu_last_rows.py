@@ -40,7 +40,8 @@ class LastRows:
         batch, count, _ = tokens.shape
         x, new = tokens.contiguous().flatten(0, 1), block.qkv.new_empty
         normalized, rstd = new(x.shape), x.new_empty(len(x))
-        steps.add_normalize_(x, None, None, block.eps[0], normalized, rstd)
+        centred = block.centred
+        steps.add_normalize_(x, None, None, block.eps[0], normalized, rstd, centred)
         first = normalized.unflatten(0, (batch, count))[:, :rows].flatten(0, 1)
         q = torch.mm(first, self.to_q.T).unflatten(0, (batch, rows))
         kv = torch.mm(normalized, self.to_kv.T).view(batch, count, 2, block.heads, -1)
@@ -50,7 +51,8 @@ class LastRows:
         y = result.flatten(0, 1)
         to_mlp, mlp_rstd = new(y.shape), y.new_empty(len(y))
         added = torch.mm(attended.flatten(0, 1), block.proj.T)
-        steps.add_normalize_(y, added, block.proj_bias, block.eps[1], to_mlp, mlp_rstd)
+        bias, eps = block.proj_bias, block.eps[1]
+        steps.add_normalize_(y, added, bias, eps, to_mlp, mlp_rstd, centred)
         derivative, hidden = new(2, len(y), block.fc2.shape[1])
         self.steps.activate(block, to_mlp, derivative, hidden)
         y += torch.mm(hidden, block.fc2.T)
@@ -67,7 +69,8 @@ class LastRows:
         d_fc1 = torch.empty_like(derivative)
         self.steps.activate_backward(block, operand, derivative, d_fc1)
         d_to_mlp = torch.mm(d_fc1, block.fc1)
-        steps.normalize_backward_(gradient, d_to_mlp, to_mlp, mlp_rstd, copy)
+        centred = block.centred
+        steps.normalize_backward_(gradient, d_to_mlp, to_mlp, mlp_rstd, copy, centred)
         d_attended = torch.mm(operand, block.proj).view(q.shape)
         d_q, d_kv = steps.attend_rows_backward(d_attended, q, block.q_bias, kv, probabilities)
 
@@ -76,7 +79,8 @@ class LastRows:
         of_images[:, :rows] += torch.mm(d_q.flatten(0, 1), self.to_q).unflatten(0, q.shape[:2])
         result = gradient.new_zeros(of_images.shape)
         result[:, :rows] = gradient.unflatten(0, q.shape[:2])
-        steps.normalize_backward_(result.flatten(0, 1), d_normalized, normalized, rstd, None)
+        x = result.flatten(0, 1)
+        steps.normalize_backward_(x, d_normalized, normalized, rstd, None, centred)
         return result
 
 

@@ -45,15 +45,17 @@ class PlannedRun:
     def acquire(self, tokens: Tensor, saves: bool) -> _Lease:
         """Buffers for one pass: those of the last pass when they are free and fit.
 
-        A CUDA graph has buffers of its own, in its memory: it is replayed on them at any time.
+        A CUDA graph has buffers of its own, in its memory, because it is replayed at any time. They
+        replace those of the passes before it.
         """
-        batch, count, _ = tokens.shape
-        if _is_captured(tokens.device):
-            return _Lease(None, _Buffers(self.blocks, batch, count, saves))
+        key = tokens.shape[0], tokens.shape[1], saves
         buffers, self.free = self.free, None
-        if buffers is None or buffers.key != (batch, count, saves):
-            buffers = _Buffers(self.blocks, batch, count, saves)
-        return _Lease(self, buffers)
+        captured = _is_captured(tokens.device)
+        if captured or buffers is None or buffers.key != key:
+            del buffers
+            with torch.inference_mode(False):  # else no other pass could write into them
+                buffers = _Buffers(self.blocks, key)
+        return _Lease(None if captured else self, buffers)
 
     def attention_for(self, tokens: Tensor, saves: bool) -> Any:
         """The functions of the backend that computes attention among tokens [B, N, D]."""
@@ -69,12 +71,13 @@ class PlannedRun:
         steps, added, bias = self.steps.functions, None, None
         for block, qkv_bias, saved in zip(self.blocks, self.qkv_biases, buffers.saved, strict=True):
             to_attention, to_mlp = saved.to_attention, saved.to_mlp
-            steps.add_normalize_(x, added, bias, block.eps[0], to_attention, saved.rstd[0])
+            (eps, mlp_eps), (rstd, mlp_rstd), centred = block.eps, saved.rstd, block.centred
+            steps.add_normalize_(x, added, bias, eps, to_attention, rstd, centred)
             torch.addmm(qkv_bias, to_attention, block.qkv.T, out=saved.qkv.flatten(2).flatten(0, 1))
             attended, _ = attention.gather_attention(saved.qkv, None, None, False)
             torch.mm(attended.flatten(0, 1), block.proj.T, out=buffers.of_rows)
             added, bias = buffers.of_rows, block.proj_bias
-            steps.add_normalize_(x, added, bias, block.eps[1], to_mlp, saved.rstd[1])
+            steps.add_normalize_(x, added, bias, mlp_eps, to_mlp, mlp_rstd, centred)
             self.steps.activate(block, to_mlp, saved.derivative, buffers.hidden)
             torch.mm(buffers.hidden, block.fc2.T, out=buffers.of_rows)
             bias = block.fc2_bias
@@ -87,16 +90,16 @@ class PlannedRun:
         copy = buffers.operand
         operand = gradient if copy is None else copy.copy_(gradient)
         for block, saved in zip(reversed(self.blocks), reversed(buffers.saved), strict=True):
+            (rstd, mlp_rstd), centred = saved.rstd, block.centred
             self.steps.activate_backward(block, operand, saved.derivative, buffers.hidden)
-            d_normalized = torch.mm(buffers.hidden, block.fc1, out=buffers.of_rows)
-            steps.normalize_backward_(gradient, d_normalized, saved.to_mlp, saved.rstd[1], copy)
+            d_rows = torch.mm(buffers.hidden, block.fc1, out=buffers.of_rows)
+            steps.normalize_backward_(gradient, d_rows, saved.to_mlp, mlp_rstd, copy, centred)
             torch.mm(operand, block.proj, out=buffers.d_attended.flatten(0, 1))
             d_qkv = attention.gather_attention_backward(buffers.d_attended, saved.qkv, None, None)
-            torch.mm(d_qkv.flatten(2).flatten(0, 1), block.qkv, out=d_normalized)
+            torch.mm(d_qkv.flatten(2).flatten(0, 1), block.qkv, out=d_rows)
             # Nothing reads a copy in front of the first block.
             last = None if block is self.blocks[0] else copy
-            to_attention, rstd = saved.to_attention, saved.rstd[0]
-            steps.normalize_backward_(gradient, d_normalized, to_attention, rstd, last)
+            steps.normalize_backward_(gradient, d_rows, saved.to_attention, rstd, last, centred)
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -108,7 +111,7 @@ class _Saved(NamedTuple):
     """What backward reads of one block.
 
     Attributes:
-        to_attention: [B·N, D], output of the first LayerNorm.
+        to_attention: [B·N, D], output of the first norm.
         to_mlp: [B·N, D], output of the second one.
         rstd: float32 [2, B·N], of both.
         qkv: [B, N, 3, H, d].
@@ -125,6 +128,10 @@ class _Saved(NamedTuple):
 class _Buffers:
     """The memory of one pass over blocks, forward and backward.
 
+    Args:
+        blocks: that run.
+        key: B, N, and whether there will be a backward pass.
+
     Attributes:
         saved: of each block; without a gradient all share one.
         of_rows: [B·N, D], what a product adds to the tokens, or to the gradient.
@@ -133,9 +140,9 @@ class _Buffers:
         operand: [B·N, D], the gradient in the data type of products; None where it has that type.
     """
 
-    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
-        self.key = (batch, tokens, saves)
-        first = blocks[0]
+    def __init__(self, blocks: list[FoldedBlock], key: tuple[int, int, bool]) -> None:
+        self.key, first = key, blocks[0]
+        batch, tokens, saves = key
         rows, width, heads = batch * tokens, len(first.q_bias), first.heads
         new, channels, hidden = first.qkv.new_empty, len(first.proj_bias), first.fc2.shape[1]
         self.saved = [

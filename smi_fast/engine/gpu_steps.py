@@ -42,10 +42,11 @@ class Steps:
     def activate(self, block: FoldedBlock, x: Tensor, derivative: Tensor, hidden: Tensor) -> None:
         """Write GELU of the MLP's first layer into hidden [rows, F], and its derivative."""
         if self.fused:
-            self.functions.linear_gelu_(x, block.fc1, block.fc1_bias, derivative, hidden)
+            written = derivative, hidden, block.approximate
+            self.functions.linear_gelu_(x, block.fc1, block.fc1_bias, *written)
         else:
             torch.mm(x, block.fc1.T, out=derivative)
-            self.functions.gelu_(derivative, block.fc1_bias, hidden)
+            self.functions.gelu_(derivative, block.fc1_bias, hidden, block.approximate)
 
     def activate_backward(
         self, block: FoldedBlock, grad: Tensor, derivative: Tensor, d_fc1: Tensor

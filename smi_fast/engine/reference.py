@@ -33,11 +33,11 @@ def add_normalize_(
     """Add a residual, x += added + bias, and normalize x [rows, D] as LayerNorm without weights.
 
     It writes normalized [rows, D] and rstd [rows], the reciprocal standard deviation. ``added``
-    [rows, D] and ``bias`` [D] may be None: x then stays as it is. Where ``centred`` is false it is
-    RMSNorm: the mean counts as 0, here and in rstd.
+    [rows, D] may be None, and with it ``bias`` [D]: x then stays as it is. Where ``centred`` is
+    false it is RMSNorm: the mean counts as 0, here and in rstd.
     """
-    if added is not None and bias is not None:
-        x += added + bias
+    if bias is not None:
+        x += bias if added is None else added + bias
     apart = x - x.mean(dim=1, keepdim=True) if centred else x
     rstd.copy_((apart.square().mean(dim=1) + eps).rsqrt())
     normalized.copy_(apart * rstd[:, None])
@@ -89,13 +89,20 @@ def multiply_(x: Tensor, factors: Tensor) -> None:
     x *= factors
 
 
-def linear_gelu_(x: Tensor, weight: Tensor, bias: Tensor, derivative: Tensor, out: Tensor) -> None:
+def linear_gelu_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    derivative: Tensor,
+    out: Tensor,
+    approximate: str = "none",
+) -> None:
     """:func:`gelu_` of the product x weightᵀ [rows, F], which isn't rounded before.
 
     ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative.
     """
     y = x.to(bias.dtype) @ weight.to(bias.dtype).T
-    gelu_(y, bias, out)
+    gelu_(y, bias, out, approximate)
     derivative.copy_(y)
 
 

@@ -49,7 +49,8 @@ _TRITON_STEPS = {
         " -> (Tensor, Tensor)"
     ),
     "linear_gelu_": (
-        "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out) -> ()"
+        "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out,"
+        ' str approximate="none") -> ()'
     ),
     "multiplied_product_": "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out) -> ()",
 }

@@ -21,9 +21,9 @@ GPU_STEPS = (
     "multiplied_product_",
 )
 
-# How labels begin of what no Triton kernel computes: concatenated images, RMSNorm, and GELU
-# approximated by tanh or a sigmoid.
-_OF_CPP_ALONE = ("ragged", "rms", "tanh", "sigmoid")
+# How labels begin of what no Triton kernel computes: concatenated images, and norms inside of
+# attention.
+_OF_CPP_ALONE = ("ragged", "inner")
 
 
 def gpu_engine_calls() -> list[OpCall]:
@@ -53,7 +53,10 @@ def _more_calls() -> Iterator[OpCall]:
         weight, bias = torch.randn(width, inner) / inner**0.5, torch.randn(width)
         factors, out = torch.randn(2, rows, width)
         label = f"{rows}x{inner}x{width}"
-        yield OpCall(label, "linear_gelu_", (x, weight, bias, torch.empty_like(out), out))
+        linear = x, weight, bias, torch.empty_like(out), out
+        yield OpCall(label, "linear_gelu_", linear)
+        for approximate in ("tanh", "sigmoid"):
+            yield OpCall(f"{approximate}-{label}", "linear_gelu_", (*linear, approximate))
         yield OpCall(label, "multiplied_product_", (grad, weight.T.contiguous(), factors, out))
         yield OpCall(f"{label}-transposed", "multiplied_product_", (grad, weight.T, factors, out))
     # Scores above 88, whose exponential overflows float32 unless the largest is subtracted.

@@ -155,6 +155,7 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield x, a, b, rstd, None if dtype == x.dtype else a
         if op == "gelu_":
             yield derivative, hidden_bias, hidden
+            yield derivative, hidden_bias, hidden, "tanh"
         if op == "multiply_":
             yield derivative, hidden
         if op == "attend_rows":

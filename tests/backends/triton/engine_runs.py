@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import GELUTanh, QuickGELU, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,12 @@ from tests.helpers.teachers import random_images, relative_error, tiny_vit, with
 BF16 = torch.bfloat16
 # Width of tokens and number of heads.
 SIZES = ((192, 3), (96, 2), (200, 5))
+# Norms and activations other than LayerNorm and exact GELU.
+KINDS = {
+    "rms": {"norm_layer": RmsNorm},
+    "tanh": {"act_layer": GELUTanh},
+    "quick": {"act_layer": QuickGELU, "norm_layer": RmsNorm},
+}
 SHAPES = ((2, 7), (1, 17), (3, 1), (2, 0), (0, 5))
 
 
@@ -50,11 +57,11 @@ def _interpret() -> None:
     runs._set_up(functions=kernels)
 
 
-def _blocks(width: int, heads: int, depth: int = 3) -> nn.Sequential:
+def _blocks(width: int, heads: int, depth: int = 3, **kinds: Any) -> nn.Sequential:
     """Frozen blocks whose every parameter is random; each norm has an eps of its own."""
     torch.manual_seed(width)
     blocks = nn.Sequential(
-        *(Block(width, heads, qkv_bias=True, init_values=0.3) for _ in range(depth))
+        *(Block(width, heads, qkv_bias=True, init_values=0.3, **kinds) for _ in range(depth))
     )
     with torch.no_grad():
         for parameter in blocks.parameters():
@@ -77,10 +84,10 @@ def _errors_of(y: Tensor, x: Tensor, plain: Tensor, z: Tensor) -> list[float]:
     return [relative_error(y, plain), relative_error(_gradient(y, x), _gradient(plain, z))]
 
 
-def whole_blocks(precision: str, width: int, heads: int) -> float:
+def whole_blocks(precision: str, width: int, heads: int, kind: str | None = None) -> float:
     """The greatest error of tokens after blocks, and of their gradient, against float64."""
     _interpret()
-    blocks, worst = _blocks(width, heads), 0.0
+    blocks, worst = _blocks(width, heads, **({} if kind is None else KINDS[kind])), 0.0
     engine, exact = GpuEngine(blocks, precision), copy.deepcopy(blocks).double()
     for batch, count in SHAPES:
         x = _tokens(batch, count, width)
@@ -94,10 +101,10 @@ def whole_blocks(precision: str, width: int, heads: int) -> float:
     return worst
 
 
-def first_rows(precision: str, width: int, heads: int) -> float:
+def first_rows(precision: str, width: int, heads: int, kind: str | None = None) -> float:
     """The same of the first rows after the last block, and of their probabilities."""
     _interpret()
-    blocks, worst = _blocks(width, heads), 0.0
+    blocks, worst = _blocks(width, heads, **({} if kind is None else KINDS[kind])), 0.0
     engine, last = GpuEngine(blocks, precision), copy.deepcopy(blocks[-1]).double()
     for batch, count, rows in ((2, 7, 1), (1, 1, 1), (3, 70, 2), (2, 5, 5)):
         x = _tokens(batch, count, width)
@@ -198,17 +205,20 @@ def memory() -> None:
     with pytest.raises(RuntimeError, match="a second time"):
         of_a.backward(torch.ones_like(of_a))
     del of_a, of_b
-    with torch.no_grad():
-        engine.run(a, 0, 3)
-    assert len(set(addresses())) == 1, "without a gradient nothing is kept for backward"
+    with torch.inference_mode():
+        expected_rows = engine.last_block_rows(engine.run(a, 0, 3), 1)
     kept = addresses()
+    assert len(set(kept)) == 1, "without a gradient nothing is kept for backward"
+    with torch.no_grad():
+        rows = engine.last_block_rows(engine.run(a, 0, 3), 1)
+    assert all(map(torch.equal, rows, expected_rows)) and addresses() == kept
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_run, "_is_captured", lambda device: True)
         captured = engine.run(a, 0, 3)
-        assert addresses() == kept, "a graph has buffers of its own"
         assert torch.equal(_gradient(captured, a), expected[0])
     del captured
-    assert addresses() == kept, "and nobody else gets them"
+    assert engine._runs[0, 3].free is None, "buffers of a graph are its own"
+    assert torch.equal(_gradient(engine.run(a, 0, 3), a), expected[0])
 
 
 def followed_weights() -> None:

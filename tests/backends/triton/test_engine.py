@@ -43,6 +43,13 @@ def test_first_rows_are_those_of_the_block(
     assert interpreted(engine_runs.first_rows, precision, *size) < CLOSE[precision]
 
 
+@pytest.mark.parametrize("kind", engine_runs.KINDS)
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_other_norms_and_activations(interpreted: Run, precision: str, kind: str) -> None:
+    for found in (engine_runs.whole_blocks, engine_runs.first_rows):
+        assert interpreted(found, precision, 96, 2, kind) < CLOSE[precision]
+
+
 def test_bfloat16_is_within_its_budget(interpreted: Run) -> None:
     for error, budget in interpreted(engine_runs.in_bfloat16):
         assert error <= budget

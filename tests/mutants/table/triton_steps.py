@@ -48,9 +48,16 @@ MUTANTS = (
         ),
         Mutant(
             "triton-steps-gelu",
-            "cdf + y * (DENSITY_AT_ZERO * tl.exp(-0.5 * y * y))",
-            "cdf + y * (DENSITY_AT_ZERO * tl.exp(-y * y))",
+            "DENSITY_AT_ZERO * tl.exp(-0.5 * y * y)",
+            "DENSITY_AT_ZERO * tl.exp(-y * y)",
             "The derivative of GELU has too narrow a density.",
+            f"{STEP} gelu",
+        ),
+        Mutant(
+            "triton-steps-cubic",
+            "(SLOPE * (1.0 + 3.0 * CUBIC * y * y))",
+            "SLOPE",
+            "The derivative of GELU by tanh is that of quick GELU.",
             f"{STEP} gelu",
         ),
         Mutant(
