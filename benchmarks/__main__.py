@@ -21,6 +21,7 @@ from benchmarks.quality import (
 )
 from benchmarks.schedules import speed as schedule_speed
 from benchmarks.schedules import study as schedules
+from benchmarks.schedules import uneven as uneven_batches
 from benchmarks.speed import (
     end_to_end,
     objectives,
@@ -54,6 +55,7 @@ MEASUREMENTS = {
     "pools": pools.main,
     "schedules": schedules.main,
     "schedule-speed": schedule_speed.main,
+    "uneven-batches": uneven_batches.main,
     "transfer": transfer.main,
     "quantise": quantise.main,
 }

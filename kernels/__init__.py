@@ -1,11 +1,15 @@
-"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.ops.reference`.
+"""The ops as Triton kernels, with the signatures of :mod:`smi_fast.ops.reference`, and steps of the
+engine, with those of :mod:`smi_fast.engine.reference`.
 
 This package is installed as ``smi_fast.kernels``. It imports triton, so ``smi_fast`` imports it
 only when a kernel is first called.
 """
 
 from .adam_clamp import adam_clamp_
+from .attend_rows import attend_rows, attend_rows_backward
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
+from .engine_products import linear_gelu_, multiplied_product_
+from .engine_steps import add_normalize_, gelu_, multiply_, normalize_backward_
 from .gather_attention import gather_attention, gather_attention_backward
 from .gather_patches import gather_patches, gather_patches_backward
 from .gather_sigmoid_patches import gather_sigmoid_patches, gather_sigmoid_patches_backward
@@ -13,6 +17,9 @@ from .total_variation import total_variation, total_variation_backward
 
 __all__ = [
     "adam_clamp_",
+    "add_normalize_",
+    "attend_rows",
+    "attend_rows_backward",
     "batch_norm_matching",
     "batch_norm_matching_backward",
     "gather_attention",
@@ -21,6 +28,11 @@ __all__ = [
     "gather_patches_backward",
     "gather_sigmoid_patches",
     "gather_sigmoid_patches_backward",
+    "gelu_",
+    "linear_gelu_",
+    "multiplied_product_",
+    "multiply_",
+    "normalize_backward_",
     "total_variation",
     "total_variation_backward",
 ]

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "calibrate": ("calibration",),
     "convert": ("from_huggingface", "from_open_clip", "from_torchvision"),
+    "early_finish": ("EarlyFinish",),
     "inversion": ("InversionResult", "NonFiniteLoss", "SparseInverter", "invert"),
     "jitter": ("Jitter",),
     "learning_rate": ("Cosine", "LearningRate", "PerPhase"),

@@ -9,6 +9,7 @@ from smi_fast.calibrate import calibration as calibration
 from smi_fast.convert import from_huggingface as from_huggingface
 from smi_fast.convert import from_open_clip as from_open_clip
 from smi_fast.convert import from_torchvision as from_torchvision
+from smi_fast.early_finish import EarlyFinish as EarlyFinish
 from smi_fast.inversion import InversionResult as InversionResult
 from smi_fast.inversion import NonFiniteLoss as NonFiniteLoss
 from smi_fast.inversion import SparseInverter as SparseInverter

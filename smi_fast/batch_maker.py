@@ -36,14 +36,20 @@ def batch_seed(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed, start]).generate_state(1, np.uint64)[0])
 
 
-def check_strip(strip: int, iterations: int) -> None:
+def check_strip(strip: int, inverter: SparseInverter) -> None:
     """Refuse a number of moments that a run doesn't have.
 
     Raises:
-        ValueError: it is below 0, or more than the iterations.
+        ValueError: it is below 0, or more than the iterations; or there are moments of images that
+            may be finished early.
     """
+    iterations = inverter.settings.iterations
     if not 0 <= strip <= iterations:
         raise ValueError(f"expected a strip of 0..{iterations} moments, got {strip}")
+    if strip and inverter.settings.finish is not None:
+        raise ValueError(
+            f"expected a strip of 0 moments with finish, whose images leave early, got {strip}"
+        )
 
 
 @contextmanager
@@ -98,7 +104,7 @@ class BatchMaker:
         progress: show the progress of each batch.
 
     Raises:
-        ValueError: more moments than iterations.
+        ValueError: more moments than iterations, or some with ``finish``.
     """
 
     def __init__(
@@ -112,7 +118,7 @@ class BatchMaker:
         common: Mapping[str, Any],
         progress: bool,
     ) -> None:
-        check_strip(strip, inverter.settings.iterations)
+        check_strip(strip, inverter)
         self._inverter, self._recipe, self._seed = inverter, recipe, seed
         self._judge, self._strip, self._common = judge, strip, common
         self._progress = progress
@@ -144,7 +150,7 @@ class BatchMaker:
         rows = torch.arange(len(batch)).repeat_interleave(counts)
         most = images_of_a_trajectory(self._inverter.schedule)
         if most == 1:
-            images, masks, ages = result.images, result.masks, [result.iterations] * len(batch)
+            images, masks, ages = result.images, result.masks, result.ages.tolist()
             logits, confidence = result.logits, result.confidence
         else:
             found = result.sparse_images()

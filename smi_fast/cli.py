@@ -95,6 +95,10 @@ def info() -> None:
         print(f"    {'blocks of a teacher':<20} {_engines(device)}")
         if device.type == "cpu":
             print(f"    {'in bfloat16':<20} {gain.in_words()}")
+        else:
+            print(
+                f"    {'in float32':<20} tensor cores stand idle, in tf32 and bfloat16 they don't"
+            )
 
 
 def _choice(op: str, device: torch.device) -> str:
@@ -123,7 +127,10 @@ def _engines(device: torch.device) -> str:
     ]
     if not found:
         return "op by op"
-    return f"{found[0]}'s engine; without LayerNorm, or exact GELU or SwiGLU, op by op"
+    steps = "LayerNorm or RMSNorm, or GELU or SwiGLU"
+    if found[0] != "cpp":
+        steps = "LayerNorm or RMSNorm, or GELU, and with rotary positions"
+    return f"{found[0]}'s engine; without {steps}, op by op"
 
 
 def _describe(device: torch.device) -> str:
@@ -228,6 +235,8 @@ def invert(
         int,
         typer.Option(min=1, help="Number of images, or of trajectories, inverted together."),
     ] = 40,
+    max_batch: options.MaxBatch = None,
+    finish: options.Finish = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of noise, jitter and soft targets, below 2**64.")
     ] = 0,
@@ -264,6 +273,7 @@ def invert(
     With --nnodes, all machines must see the folder, or --out is a URL.
     """
     from smi_fast.batch_maker import check_strip
+    from smi_fast.early_finish import EarlyFinish
     from smi_fast.fill import Interrupted, Stopped, fill, rehearse
     from smi_fast.group import Group
     from smi_fast.inversion import SparseInverter
@@ -296,11 +306,17 @@ def invert(
         stops = _schedule(schedule, published, factor)
         ranges = options.parse_classes(classes)
         model = load_teacher(teacher, checkpoint).to(where)
-        chosen = {"importance": importance, "backend": backend, "precision": precision}
+        chosen = {
+            "importance": importance,
+            "max_batch": max_batch,
+            "finish": None if finish is None else EarlyFinish(finish),
+            "backend": backend,
+            "precision": precision,
+        }
         inverter = SparseInverter(model, **published.options(schedule=stops, **chosen))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)
         names = label_names(model) or [str(i) for i in range(inverter.teacher.num_classes)]
-        check_strip(strip, iterations)
+        check_strip(strip, inverter)
         independent = None if judge is None else load_judge(judge)
         if independent is not None:
             check_judge(independent, names)

@@ -42,7 +42,7 @@ class ScoreInputs:
         taps: the tensors that the importance asked for, by name.
         gradients: the gradient of the loss for each of them, None where the loss doesn't depend on
             it; empty unless the importance ``differentiates``.
-        first: index in the batch of the first of these images; above 0 where a batch is split.
+        rows: which images of the whole batch these are.
     """
 
     view: Tensor
@@ -51,7 +51,7 @@ class ScoreInputs:
     teacher: SparseViT
     taps: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
-    first: int = 0
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
 
 
 class Importance(ABC):
@@ -230,8 +230,7 @@ class Random(Importance):
     def __call__(self, inputs: ScoreInputs) -> Tensor:
         if self._drawn is None:
             raise RuntimeError("begin() draws the order: call it before the first iteration")
-        rows = self._drawn[inputs.first : inputs.first + len(inputs.kept)]
-        return rows.gather(1, inputs.kept)
+        return self._drawn[inputs.rows].gather(1, inputs.kept)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,18 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU
 Backend = Annotated[str, typer.Option(help="Implementation of the ops, see smi-fast info.")]
 Precision = Annotated[
     str,
-    typer.Option(help="Of the teacher's products: float32, or bfloat16 on the CPU, see info."),
+    typer.Option(help="Of the teacher's products: float32, bfloat16, or tf32 on a GPU, see info."),
+]
+MaxBatch = Annotated[
+    int | None,
+    typer.Option(help="Most images of a batch that the teacher computes at once; by default all."),
+]
+Finish = Annotated[
+    float | None,
+    typer.Option(
+        help="Probability of its class, such as 0.9, that an image must have in 20 iterations "
+        "in a row to be finished early. With --max-batch others then take its place."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished pool.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing pool.")]

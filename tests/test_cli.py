@@ -137,6 +137,15 @@ def test_rebirth_takes_several_images_out_of_a_trajectory(smi: Smi, tmp_path: Pa
     assert code == 2 and "made with importance = " in err
 
 
+def test_finished_images_leave_their_places(smi: Smi, tmp_path: Path) -> None:
+    arguments = ("--iterations", 30, "--schedule", "once", "--batch-size", 8, "--max-batch", 3)
+    code, _, err = smi.invert(tmp_path / "pool", *arguments, "--finish", 1e-9)
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "pool/metadata.jsonl").open()]
+    # Three iterations in front of the stop, and twenty in which the teacher is sure.
+    assert {record["iterations"] for record in records} == {23}
+
+
 def test_existing_pool_is_kept_unless_told(smi: Smi, tmp_path: Path) -> None:
     smi.invert(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -286,8 +295,11 @@ def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.Mon
         assert f"    {op:<20} {chosen}\n" in on_cpu
         name, why = backends.ON_GPU[op]
         assert f"    {op:<20} triton{f': {why}' if name == 'triton' else ''}\n" in on_gpu
-    assert "    blocks of a teacher  cpp's engine; without LayerNorm, or exact GELU or" in on_cpu
-    assert "    blocks of a teacher  op by op\n" in on_gpu
+    assert "    blocks of a teacher  cpp's engine; without LayerNorm or RMSNorm, or" in on_cpu
+    assert (
+        "    blocks of a teacher  triton's engine; without LayerNorm or RMSNorm, or GELU," in on_gpu
+    )
+    assert "    in float32           tensor cores stand idle, in tf32 and bfloat16 they " in on_gpu
     monkeypatch.setattr(backends, "DEFAULT", "cpp")
     assert "  cpp takes\n    gather_patches       no backend can run" in smi("info")[1]
 

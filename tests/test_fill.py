@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smi_fast import (
     CrossEntropy,
+    EarlyFinish,
     InversionResult,
     MassSchedule,
     NonFiniteLoss,
@@ -213,6 +214,25 @@ def test_a_strip_has_at_most_a_moment_for_each_iteration(
     for strip in (-1, 11):
         with pytest.raises(ValueError, match=rf"a strip of 0..10 moments, got {strip}"):
             filled(tmp_path / str(strip), make(teacher), strip=strip)
+
+
+@quick
+def test_images_that_are_finished_early_have_their_iterations(
+    teacher: VisionTransformer, tmp_path: Path
+) -> None:
+    terms = (CrossEntropy(),)
+    finish = EarlyFinish(1e-9, iterations=2)
+    inverter = make(teacher, objectives=terms, finish=finish, max_batch=2)
+    pool = filled(tmp_path / "pool", inverter, batch_size=5, seed=1)
+    generator = torch.Generator().manual_seed(1 << 32)
+    result = inverter.invert(LABELS, generator=generator, progress=False)
+    assert result.ages.tolist() == [8] * 5
+    records = pool.records
+    assert [record["iterations"] for record in records] == [8] * 5
+    assert [record["label"] for record in records] == list(LABELS)
+    assert describe(inverter)["finish"] == "EarlyFinish(confidence=1e-09, iterations=2)"
+    with pytest.raises(ValueError, match="expected a strip of 0 moments with finish"):
+        filled(tmp_path / "strip", inverter, strip=2)
 
 
 @quick

@@ -25,25 +25,32 @@ Tensor linear_backward(const Tensor& gradient, const Tensor& weight) {
   return product(converted(gradient, weight.scalar_type()), weight);
 }
 
+// Where the rows of each image begin, and the last ones end; see offsets_of().
+using Offsets = std::vector<int64_t>;
+
+int64_t images_of(const Offsets& offsets) { return static_cast<int64_t>(offsets.size()) - 1; }
+
 // Calls run(x, y) for each element x of the first R rows of each image in a [B·N, D], where y is
 // the same element of b [B·R, D].
 template <typename Run>
-void for_each_of_first(const Tensor& a, const Tensor& b, int64_t batch, const Run& run) {
-  const int64_t apart = batch ? a.numel() / batch : 0, count = batch ? b.numel() / batch : 0;
+void for_each_of_first(const Tensor& a, const Tensor& b, const Offsets& offsets, const Run& run) {
+  const int64_t images = images_of(offsets), width = a.size(1);
+  const int64_t count = images ? b.numel() / images : 0;
   with_stored_type_of(a, [&](auto zero) {
     using T = decltype(zero);
-    T* all = a.mutable_data_ptr<T>();    // [B, N, D]
+    T* rows = a.mutable_data_ptr<T>();   // [B·N, D]
     T* first = b.mutable_data_ptr<T>();  // [B, R, D]
-    for (int64_t i = 0; i < batch; ++i, all += apart, first += count) {
-      for (int64_t j = 0; j < count; ++j) run(all[j], first[j]);
+    for (int64_t i = 0; i < images; ++i, first += count) {
+      T* own = rows + offsets[i] * width;
+      for (int64_t j = 0; j < count; ++j) run(own[j], first[j]);
     }
   });
 }
 
 // A copy [B·R, D] of the first R rows of each image in x [B·N, D].
-Tensor first_of(const Tensor& x, int64_t batch, int64_t rows) {
-  const Tensor first = new_empty(x, {batch * rows, x.size(1)});
-  for_each_of_first(x, first, batch, [](const auto& from, auto& to) { to = from; });
+Tensor first_of(const Tensor& x, const Offsets& offsets, int64_t rows) {
+  const Tensor first = new_empty(x, {images_of(offsets) * rows, x.size(1)});
+  for_each_of_first(x, first, offsets, [](const auto& from, auto& to) { to = from; });
   return first;
 }
 
@@ -64,8 +71,9 @@ void add(const Tensor& to, const Tensor& terms) {
 struct Weights {
   const Tensor &to_q, &to_kv, &proj, &fc1, &fc2, &q_bias, &proj_bias, &fc1_bias, &fc2_bias;
   const Tensor* k_bias;  // with rotary positions
+  const Tensor* v_bias;  // with a norm in front of proj
 
-  explicit Weights(const std::vector<Tensor>& w)
+  Weights(const std::vector<Tensor>& w, bool rotary)
       : to_q(w.at(0)),
         to_kv(w.at(1)),
         proj(w.at(2)),
@@ -75,62 +83,78 @@ struct Weights {
         proj_bias(w.at(6)),
         fc1_bias(w.at(7)),
         fc2_bias(w.at(8)),
-        k_bias(w.size() > 9 ? &w[9] : nullptr) {}
+        k_bias(rotary ? &w.at(9) : nullptr),
+        v_bias(w.size() > (rotary ? 10 : 9) ? &w.back() : nullptr) {}
 
   // Whether the MLP has SwiGLU in place of GELU.
   bool gated() const { return fc1.size(0) == 2 * fc2.size(1); }
 };
 
-// Returns, in this order:
+// For tokens [B, N, D], or [1, N, D] of several images that begin at given offsets, returns in this
+// order:
 // - the first R rows [B, R, D] after the block;
-// - their attention probabilities [B, H, R, N];
-// - for backward: normalized and rstd of the LayerNorm before attention, q, kv, normalized and rstd
-//   of the LayerNorm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of
-//   a LayerNorm in front of fc2, which a third eps asks for.
+// - their attention probabilities [B, H, R, N], or [1, H, R, N] of concatenated images;
+// - for backward: normalized and rstd of the norm before attention, q, kv, normalized and rstd of
+//   the norm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of a norm
+//   in front of proj and of one in front of fc2, which a v_bias and one more eps ask for.
+// Norms are LayerNorm, or RMSNorm unless `centred`. GELU may be approximated, see gelu_().
 // A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
 // Only what products read and write has the type of the weights; attention is short enough to
 // read it converted.
 std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& weights,
                         const std::vector<double>& eps, int64_t heads, int64_t rows,
-                        const Tensor* rotation, bool half) {
-  const Weights w(weights);
+                        const Tensor* rotation, bool half, const std::optional<Tensor>& given,
+                        bool centred, const std::string& approximate) {
+  const Weights w(weights, rotation != nullptr);
   const Tensor tokens = as_contiguous(tokens_any);
-  const int64_t batch = tokens.size(0), count = tokens.size(1), width = tokens.size(2);
+  const Offsets offsets = offsets_of(tokens, given);
+  const int64_t images = images_of(offsets), all = offsets.back(), width = tokens.size(2);
+  for (int64_t i = 0; i < images; ++i) {
+    STD_TORCH_CHECK(offsets[i + 1] - offsets[i] >= rows, "expected at least ", rows,
+                    " tokens in each image, got ", offsets[i + 1] - offsets[i]);
+  }
   const int64_t attention = w.q_bias.numel();
   const ScalarType stored = w.fc1.scalar_type(), type = tokens.scalar_type();
   const std::optional<Tensor> nothing;
-  const Tensor x = view(tokens, {batch * count, width});
+  const Tensor x = view(tokens, {all, width});
 
-  const Tensor normalized = new_empty(x, {batch * count, width}, stored);
-  const Tensor rstd = new_empty(x, {batch * count});
+  const Tensor normalized = new_empty(x, {all, width}, stored);
+  const Tensor rstd = new_empty(x, {all});
   recorded("smi_fast::add_normalize_", add_normalize_, x, nothing, nothing, eps.at(0), normalized,
-           rstd);
-  const Tensor q = view(converted(linear(first_of(normalized, batch, rows), w.to_q), type),
-                        {batch, rows, attention});
+           rstd, centred);
+  const Tensor q = view(converted(linear(first_of(normalized, offsets, rows), w.to_q), type),
+                        {images, rows, attention});
   const Tensor kv = view(converted(linear(normalized, w.to_kv), type),
-                         {batch, count, 2, heads, attention / heads});
+                         {tokens.size(0), tokens.size(1), 2, heads, attention / heads});
   if (rotation) recorded("smi_fast::rotate_", rotate_, kv, *w.k_bias, *rotation, half);
   const auto [attended, probabilities] =
-      recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv);
+      recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv, given);
 
-  const Tensor y = first_of(x, batch, rows);
-  const Tensor added = linear(view(attended, {batch * rows, attention}), w.proj);
-  const Tensor to_mlp = new_empty(y, {batch * rows, width}, stored);
-  const Tensor mlp_rstd = new_empty(y, {batch * rows});
+  std::vector<Tensor> inner;  // what norms inside of attention and of the MLP save
+  const auto normed = [&](const Tensor& own, const std::optional<Tensor>& bias, double own_eps) {
+    const auto [normal, scale] = normalize_inner(own, bias, own_eps, centred);
+    inner.insert(inner.end(), {normal, scale});
+    return normal;
+  };
+  const Tensor y = first_of(x, offsets, rows);
+  const Tensor attended_rows = view(attended, {images * rows, attention});
+  const Tensor added =
+      linear(w.v_bias ? normed(attended_rows, *w.v_bias, eps.at(2)) : attended_rows, w.proj);
+  const Tensor to_mlp = new_empty(y, {images * rows, width}, stored);
+  const Tensor mlp_rstd = new_empty(y, {images * rows});
   recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
-           std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd);
+           std::optional(w.proj_bias), eps.at(1), to_mlp, mlp_rstd, centred);
   const Tensor derivative = linear(to_mlp, w.fc1);
-  const Tensor hidden = new_empty(derivative, {batch * rows, w.fc2.size(1)});
+  const Tensor hidden = new_empty(derivative, {images * rows, w.fc2.size(1)});
   if (w.gated()) {
     recorded("smi_fast::swiglu_", swiglu_, derivative, w.fc1_bias, hidden);
   } else {
-    recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden);
+    recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden, approximate);
   }
-  std::optional<std::tuple<Tensor, Tensor>> normed;
-  if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2]);
-  add(y, linear(normed ? std::get<0>(*normed) : hidden, w.fc2));
+  const bool has_mlp_norm = eps.size() > (w.v_bias ? 3 : 2);
+  add(y, linear(has_mlp_norm ? normed(hidden, std::nullopt, eps.back()) : hidden, w.fc2));
   add(y, w.fc2_bias);
-  std::vector<Tensor> result{view(y, {batch, rows, width}),
+  std::vector<Tensor> result{view(y, {images, rows, width}),
                              probabilities,
                              normalized,
                              rstd,
@@ -139,7 +163,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
                              to_mlp,
                              mlp_rstd,
                              derivative};
-  if (normed) result.insert(result.end(), {std::get<0>(*normed), std::get<1>(*normed)});
+  result.insert(result.end(), inner.begin(), inner.end());
   return result;
 }
 
@@ -154,63 +178,73 @@ Tensor activate_backward(const Weights& w, const Tensor& d_hidden, const Tensor&
   return d_x;
 }
 
-// Gradient [B, N, D] of the tokens, given that of their first R rows after the block. `saved` is
-// the result of run() without its first tensor.
+// Gradient of the tokens, in their shape, given that of their first R rows after the block. `saved`
+// is the result of run() without its first tensor.
 Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
-                    const std::vector<Tensor>& saved, const Tensor* rotation, bool half) {
-  const Weights w(weights);
+                    const std::vector<Tensor>& saved, const Tensor* rotation, bool half,
+                    const std::optional<Tensor>& given, bool centred) {
+  const Weights w(weights, rotation != nullptr);
   const Tensor &probabilities = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
   const Tensor &q = saved.at(3), &kv = saved.at(4), &to_mlp = saved.at(5);
   const Tensor &mlp_rstd = saved.at(6), &derivative = saved.at(7);
-  const int64_t batch = kv.size(0), count = kv.size(1), width = normalized.size(1);
-  const int64_t attention = w.q_bias.numel();
+  const Offsets offsets = offsets_of(kv, given);
+  const int64_t width = normalized.size(1), attention = w.q_bias.numel();
 
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
   Tensor d_hidden = linear_backward(gradient, w.fc2);
-  if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9]);
+  const size_t count = saved.size();
+  if (count > (w.v_bias ? 10 : 8)) {
+    d_hidden = normalize_inner_backward(d_hidden, saved[count - 2], saved[count - 1], centred);
+  }
   const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
-           linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt);
-  const Tensor d_attended =
-      view(converted(linear_backward(gradient, w.proj), q.scalar_type()), q.sizes());
+           linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt, centred);
+  Tensor d_attended = converted(linear_backward(gradient, w.proj), q.scalar_type());
+  if (w.v_bias) d_attended = normalize_inner_backward(d_attended, saved[8], saved[9], centred);
+  d_attended = view(d_attended, q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
-                                    d_attended, q, w.q_bias, kv, probabilities);
+                                    d_attended, q, w.q_bias, kv, probabilities, given);
   if (rotation) {
     recorded("smi_fast::rotate_backward_", rotate_backward_, d_kv, 1, *rotation, half);
   }
 
-  const Tensor d_normalized = linear_backward(view(d_kv, {batch * count, 2 * attention}), w.to_kv);
-  for_each_of_first(d_normalized, linear_backward(view(d_q, {-1, attention}), w.to_q), batch,
+  const Tensor d_normalized = linear_backward(view(d_kv, {-1, 2 * attention}), w.to_kv);
+  for_each_of_first(d_normalized, linear_backward(view(d_q, {-1, attention}), w.to_q), offsets,
                     [](auto& sum, const auto& term) { sum += term; });
   const Tensor result = new_zeros(gradient, normalized.sizes());
-  for_each_of_first(result, gradient, batch, [](auto& to, const auto& from) { to = from; });
+  for_each_of_first(result, gradient, offsets, [](auto& to, const auto& from) { to = from; });
   recorded("smi_fast::normalize_backward_", normalize_backward_, result, d_normalized, normalized,
-           rstd, std::nullopt);
-  return view(result, {batch, count, width});
+           rstd, std::nullopt, centred);
+  return view(result, {kv.size(0), kv.size(1), width});
 }
 
 std::vector<Tensor> last_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
-                                    const std::vector<double>& eps, int64_t heads, int64_t rows) {
-  return run(tokens, weights, eps, heads, rows, nullptr, false);
+                                    const std::vector<double>& eps, int64_t heads, int64_t rows,
+                                    const std::optional<Tensor>& offsets, bool centred,
+                                    const std::string& approximate) {
+  return run(tokens, weights, eps, heads, rows, nullptr, false, offsets, centred, approximate);
 }
 
 Tensor last_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
-                                const std::vector<Tensor>& saved) {
-  return run_backward(grad, weights, saved, nullptr, false);
+                                const std::vector<Tensor>& saved,
+                                const std::optional<Tensor>& offsets, bool centred) {
+  return run_backward(grad, weights, saved, nullptr, false, offsets, centred);
 }
 
 // The same with rotary positions.
 std::vector<Tensor> last_rotary_block_rows(const Tensor& tokens, const std::vector<Tensor>& weights,
                                            const std::vector<double>& eps, int64_t heads,
-                                           int64_t rows, const Tensor& rotation, bool half) {
-  return run(tokens, weights, eps, heads, rows, &rotation, half);
+                                           int64_t rows, const Tensor& rotation, bool half,
+                                           bool centred, const std::string& approximate) {
+  return run(tokens, weights, eps, heads, rows, &rotation, half, std::nullopt, centred,
+             approximate);
 }
 
 Tensor last_rotary_block_rows_backward(const Tensor& grad, const std::vector<Tensor>& weights,
                                        const std::vector<Tensor>& saved, const Tensor& rotation,
-                                       bool half) {
-  return run_backward(grad, weights, saved, &rotation, half);
+                                       bool half, bool centred) {
+  return run_backward(grad, weights, saved, &rotation, half, std::nullopt, centred);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "engine_steps_api.h"
 
@@ -12,6 +14,8 @@
 
 namespace smi_fast {
 namespace {
+
+constexpr double kRoot2OverPi = 0.7978845608028654;
 
 // Calls `run` with zeros of the element types of x and y. x may have the type that y is computed
 // in.
@@ -23,13 +27,21 @@ void with_types_of(const Tensor& x, const Tensor& y, const Run& run) {
   });
 }
 
+// Slope and cubic coefficient of sigmoid_gelu(). GELU by tanh is one, too:
+// (1 + tanh u) / 2 = σ(2u), with u = √(2/π) (y + 0.044715 y³).
+std::pair<double, double> sigmoid_of(const std::string& approximate) {
+  if (approximate == "tanh") return {2 * kRoot2OverPi, 0.044715};
+  STD_TORCH_CHECK(approximate == "sigmoid", "expected approximate none, tanh or sigmoid, got ",
+                  approximate);
+  return {1.702, 0};
+}
+
 }  // namespace
 
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
-                    double eps, Tensor normalized, Tensor rstd) {
+                    double eps, Tensor normalized, Tensor rstd, bool centred) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
-  STD_TORCH_CHECK(added.has_value() == bias.has_value(),
-                  "expected added and bias together, or neither");
+  STD_TORCH_CHECK(bias || !added, "expected a bias with added, got none");
   with_types_of(x, normalized, [&](auto zero, auto stored) {
     using X = decltype(zero);
     using S = decltype(stored);
@@ -42,13 +54,13 @@ void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::opt
     T* scale = data_of<T>(rstd, rows);                                   // [rows]
     for_each_task(rows, width, [&](int64_t i) {
       scale[i] = kernel(row + i * width, more ? more + i * width : nullptr, offset, width, eps,
-                        to + i * width);
+                        centred, to + i * width);
     });
   });
 }
 
 void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& normalized,
-                         const Tensor& rstd, const std::optional<Tensor>& copy) {
+                         const Tensor& rstd, const std::optional<Tensor>& copy, bool centred) {
   const int64_t width = gradient.size(-1), rows = gradient.numel() / width;
   with_types_of(gradient, grad, [&](auto zero, auto stored) {
     using X = decltype(zero);
@@ -62,38 +74,47 @@ void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& norm
     S* sum = copy ? data_of<S>(*copy, rows * width) : nullptr;  // [rows, D]
     for_each_task(rows, width, [&](int64_t i) {
       const int64_t at = i * width;
-      kernel(row + at, d + at, output + at, scale[i], width, sum ? sum + at : nullptr);
+      kernel(row + at, d + at, output + at, scale[i], width, centred, sum ? sum + at : nullptr);
     });
   });
 }
 
-std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps) {
-  const Tensor normalized = torch::stable::empty_like(hidden);
-  const Tensor rstd =
-      torch::stable::new_empty(hidden, {hidden.size(0)}, computed_type(hidden.scalar_type()));
-  recorded("smi_fast::add_normalize_", add_normalize_, hidden, std::nullopt, std::nullopt, eps,
-           normalized, rstd);
+std::tuple<Tensor, Tensor> normalize_inner(const Tensor& x, const std::optional<Tensor>& bias,
+                                           double eps, bool centred) {
+  const Tensor normalized = torch::stable::empty_like(x);
+  const Tensor rstd = torch::stable::new_empty(x, {x.size(0)}, computed_type(x.scalar_type()));
+  recorded("smi_fast::add_normalize_", add_normalize_, x, std::nullopt, bias, eps, normalized, rstd,
+           centred);
   return {normalized, rstd};
 }
 
-Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd) {
+Tensor normalize_inner_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd,
+                                bool centred) {
   const Tensor gradient = torch::stable::new_zeros(grad, grad.sizes());
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd,
-           std::nullopt);
+           std::nullopt, centred);
   return gradient;
 }
 
-void gelu_(Tensor x, const Tensor& bias, Tensor out) {
+void gelu_(Tensor x, const Tensor& bias, Tensor out, const std::string& approximate) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   with_stored_type_of(x, [&](auto zero) {
     using S = decltype(zero);
     using T = Computed<S>;
-    const auto kernel = SMI_BEST_STORING(S, gelu<S>);
     S* row = data_of<S>(x, rows * width);       // [rows, D]
     const T* offset = data_of<T>(bias, width);  // [D]
     S* to = data_of<S>(out, rows * width);      // [rows, D]
+    if (approximate == "none") {
+      const auto kernel = SMI_BEST_STORING(S, gelu<S>);
+      for_each_task(rows, 8 * width,
+                    [&](int64_t i) { kernel(row + i * width, offset, width, to + i * width); });
+      return;
+    }
+    const auto kernel = SMI_BEST_STORING(S, sigmoid_gelu<S>);
+    const auto [slope, cubic] = sigmoid_of(approximate);
+    const T a = static_cast<T>(slope), b = static_cast<T>(cubic);
     for_each_task(rows, 8 * width,
-                  [&](int64_t i) { kernel(row + i * width, offset, width, to + i * width); });
+                  [&](int64_t i) { kernel(row + i * width, offset, width, a, b, to + i * width); });
   });
 }
 

@@ -10,24 +10,27 @@ inline T sum_of(const Vec<T>& vector) {
 }
 
 // x += added + bias, unless they are null. Writes normalized = (x − mean) · rstd and returns rstd.
+// The mean counts as 0 unless the norm is centred.
 template <typename X, typename S, typename T = Computed<S>>
-T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, S* normalized) {
+T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, bool centred,
+                S* normalized) {
   using V = Vec<T>;
   V sums{}, squares{};
   for (int64_t i = 0; i < width; i += lanes<T>()) {
     const int64_t n = elements_at<T>(i, width);
     V sum = load_n(x + i, n);
-    if (added) {
-      sum += load_n(added + i, n) + load_n(bias + i, n);
+    if (bias) {
+      const V term = load_n(bias + i, n);
+      sum += added ? load_n(added + i, n) + term : term;
       store_n(x + i, sum, n);
     }
     sums += sum;
   }
-  const T mean = sum_of<T>(sums) / static_cast<T>(width);
+  const T mean = centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};
   for (int64_t i = 0; i < width; i += lanes<T>()) {
     const int64_t n = elements_at<T>(i, width);
-    const V centred = keep_n<T>(load_n(x + i, n) - mean, n);
-    squares += centred * centred;
+    const V apart = keep_n<T>(load_n(x + i, n) - mean, n);
+    squares += apart * apart;
   }
   const double variance = sum_of<T>(squares) / static_cast<double>(width);
   // An overflow must show: 1/sqrt(inf) would turn it into finite zeros.
@@ -41,10 +44,11 @@ T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, 
 }
 
 // Adds the gradient of x in add_normalize(), where d is the gradient of normalized n:
-// gradient += rstd · (d − mean(d) − n · mean(d ∘ n)). Unless it is null, `copy` gets the sum.
+// gradient += rstd · (d − mean(d) − n · mean(d ∘ n)), without mean(d) unless the norm is centred.
+// Unless it is null, `copy` gets the sum.
 template <typename X, typename S, typename T = Computed<S>>
 void normalize_backward(X* gradient, const S* d, const S* normalized, T rstd, int64_t width,
-                        S* copy) {
+                        bool centred, S* copy) {
   using V = Vec<T>;
   V sums{}, products{};
   for (int64_t i = 0; i < width; i += lanes<T>()) {
@@ -53,7 +57,7 @@ void normalize_backward(X* gradient, const S* d, const S* normalized, T rstd, in
     sums += own;
     products += own * load_n(normalized + i, n);
   }
-  const T mean = sum_of<T>(sums) / static_cast<T>(width);
+  const T mean = centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};
   const T slope = sum_of<T>(products) / static_cast<T>(width);
   for (int64_t i = 0; i < width; i += lanes<T>()) {
     const int64_t n = elements_at<T>(i, width);
@@ -99,6 +103,24 @@ void gelu(S* x, const T* bias, int64_t width, S* out) {
     const V cdf = normal_cdf(sum, e);
     store_n(out + i, sum * cdf, n);
     store_n(x + i, cdf + sum * e * static_cast<T>(kInverseRoot2Pi), n);
+  }
+}
+
+// out = y σ(v) with y = x + bias and v = slope · y (1 + cubic · y²): GELU approximated by a
+// sigmoid. x becomes its derivative at y, σ(v) + y σ(v) (1 − σ(v)) v′.
+template <typename S, typename T = Computed<S>>
+void sigmoid_gelu(S* x, const T* bias, int64_t width, T slope, T cubic, S* out) {
+  using V = Vec<T>;
+  const V zero{}, one = zero + T{1};
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    const int64_t n = elements_at<T>(i, width);
+    const V y = load_n(x + i, n) + load_n(bias + i, n);
+    const V bent = cubic * y * y, v = slope * y * (one + bent);
+    const V e = exp_of_negative<T>(v < zero ? v : -v);
+    const V larger = one / (one + e);  // σ(|v|)
+    const V s = v < zero ? e * larger : larger;
+    store_n(out + i, y * s, n);
+    store_n(x + i, s + y * e * larger * larger * slope * (one + T{3} * bent), n);
   }
 }
 

@@ -173,23 +173,6 @@ class Heads {
   std::vector<Image> images_;
 };
 
-// Where the tokens of each image of qkv [B, N, 3, H, D] begin, and the last ones end: at the given
-// offsets, else N apart.
-std::vector<int64_t> offsets_of(const Tensor& qkv, const std::optional<Tensor>& given) {
-  const int64_t rows = qkv.size(0) * qkv.size(1);
-  std::vector<int64_t> offsets;
-  if (!given) {
-    for (int64_t b = 0; b <= qkv.size(0); ++b) offsets.push_back(b * qkv.size(1));
-    return offsets;
-  }
-  const int64_t* data = data_of<int64_t>(*given, given->size(0));
-  offsets.assign(data, data + given->size(0));
-  STD_TORCH_CHECK(!offsets.empty() && offsets.front() == 0 && offsets.back() == rows &&
-                      std::is_sorted(offsets.begin(), offsets.end()),
-                  "expected ascending offsets from 0 to ", rows);
-  return offsets;
-}
-
 std::optional<Tensor> checked_token_index(const std::optional<Tensor>& token_index,
                                           const Tensor& qkv) {
   if (!token_index) return std::nullopt;
@@ -275,6 +258,21 @@ Tensor gather_attention_backward(const Tensor& grad_any, const Tensor& qkv_any,
 }
 
 }  // namespace
+
+std::vector<int64_t> offsets_of(const Tensor& x, const std::optional<Tensor>& given) {
+  const int64_t rows = x.size(0) * x.size(1);
+  std::vector<int64_t> offsets;
+  if (!given) {
+    for (int64_t b = 0; b <= x.size(0); ++b) offsets.push_back(b * x.size(1));
+    return offsets;
+  }
+  const int64_t* data = data_of<int64_t>(*given, given->size(0));
+  offsets.assign(data, data + given->size(0));
+  STD_TORCH_CHECK(!offsets.empty() && offsets.front() == 0 && offsets.back() == rows &&
+                      std::is_sorted(offsets.begin(), offsets.end()),
+                  "expected ascending offsets from 0 to ", rows);
+  return offsets;
+}
 
 // Writes the attention among all tokens of each image of qkv [B, N, 3, H, D] to out [B, N, H·D].
 // q_bias [H·D] is added to the queries. With offsets, images are not N tokens long: their tokens

@@ -33,8 +33,8 @@ struct Slopes {
 namespace smi_fast {
 namespace {
 
-// The tasks of one call. With `active`, a task is all active patches of one plane. Otherwise it is
-// one band of rows of one plane.
+// The tasks of one call. With `active`, a task is all active patches of one plane; a patch that
+// repeats counts once. Otherwise it is one band of rows of one plane.
 class Tasks {
  public:
   Tasks(const Tensor& images, const std::optional<Tensor>& active, int64_t patch_size)
@@ -45,10 +45,14 @@ class Tasks {
       const int64_t cells = grid_.rows * grid_.columns, count = active->size(1);
       const Tensor checked = checked_indices("active", *active, cells);
       const int64_t* values = checked.const_data_ptr<int64_t>();  // [B, K]
-      cells_.assign(values, values + checked.numel());
       is_active_.assign(active->size(0) * cells, 0);
-      for (int64_t i = 0; i < checked.numel(); ++i) is_active_[i / count * cells + values[i]] = 1;
-      cells_per_task_ = cells_per_image_ = count;
+      for (int64_t i = 0; i < checked.numel(); ++i) {
+        if (i % count == 0) begins_.push_back(static_cast<int64_t>(cells_.size()));
+        uint8_t& is_active = is_active_[i / count * cells + values[i]];
+        if (!is_active) cells_.push_back(values[i]);
+        is_active = 1;
+      }
+      begins_.resize(active->size(0) + 1, static_cast<int64_t>(cells_.size()));
       kept_per_image_ = cells;
       band_rows_ = height;
     } else {
@@ -72,9 +76,10 @@ class Tasks {
   int64_t plane(int64_t task) const { return task / bands_ * grid_.height * grid_.width; }
 
   Cells cells(int64_t task) const {
-    const int64_t image = task / bands_ / channels_;
-    return {cells_.data() + image * cells_per_image_ + task % bands_ * cells_per_task_,
-            cells_per_task_, is_active_.data() + image * kept_per_image_};
+    if (begins_.empty()) return {cells_.data() + task % bands_, 1, is_active_.data()};
+    const int64_t image = task / channels_;
+    return {cells_.data() + begins_[image], begins_[image + 1] - begins_[image],
+            is_active_.data() + image * kept_per_image_};
   }
 
   // The rows of the plane whose gradient the task writes.
@@ -86,8 +91,9 @@ class Tasks {
  private:
   Grid grid_{0, 0, 1, 1};
   int64_t channels_, count_, band_rows_, bands_ = 1;
-  int64_t cells_per_task_ = 1, cells_per_image_ = 0, kept_per_image_ = 0;
-  std::vector<int64_t> cells_;      // [B, K], or [bands] for all images
+  int64_t kept_per_image_ = 0;
+  std::vector<int64_t> cells_;      // the active cells of each image, or [bands] for all images
+  std::vector<int64_t> begins_;     // [B + 1], where those of each image begin; empty without
   std::vector<uint8_t> is_active_;  // [B, cells], or [bands] for all images
 };
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smi_fast.engine.cpu import CpuEngine, Rotations
 from smi_fast.engine.embedding import Embedding
+from smi_fast.engine.gpu import GpuEngine
 from smi_fast.engine.precision import FLOAT32
 from smi_fast.ops import backends
 
@@ -48,16 +49,31 @@ class Engine(Protocol):
         """
 
     def last_block_rows(
-        self, tokens: Tensor, rows: int, rotations: Rotations = None
+        self,
+        tokens: Tensor,
+        rows: int,
+        rotations: Rotations = None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the last block, and their attention probabilities
         [B, H, R, N], which have no gradient.
+
+        With ``offsets``, as in :meth:`run_ragged`, tokens [1, N, D] and probabilities [1, H, R, N]
+        concatenate all images.
         """
 
 
-def candidates(blocks: nn.Sequential, precision: str = FLOAT32) -> tuple[Engine, ...]:
-    """Every engine there is, for these frozen blocks in a precision of :mod:`.precision`."""
-    return (CpuEngine(blocks, precision),)
+def candidates(
+    blocks: nn.Sequential, precision: str = FLOAT32, backend: str = backends.AUTO
+) -> tuple[Engine, ...]:
+    """Every engine there is, for these frozen blocks in a precision of :mod:`.precision`.
+
+    Args:
+        blocks: all blocks of a teacher.
+        precision: of their products.
+        backend: of attention, where an engine takes it from an op.
+    """
+    return CpuEngine(blocks, precision), GpuEngine(blocks, precision, backend)
 
 
 def choose(
@@ -100,4 +116,5 @@ def choose(
             reasons.append(f"{engine.backend}: {reason}")
     if precision == FLOAT32:
         return None
-    raise backends.BackendUnavailable(f"no engine runs in {precision} here: {'; '.join(reasons)}")
+    found = "; ".join(dict.fromkeys(reasons))
+    raise backends.BackendUnavailable(f"no engine runs in {precision} here: {found}")

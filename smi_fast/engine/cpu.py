@@ -1,10 +1,10 @@
 """The CPU engine: frozen blocks at little more than the cost of their GEMMs.
 
-- LayerNorm's affine part and LayerScale are folded into the weights.
+- The affine part of LayerNorm or RMSNorm, and LayerScale, are folded into the weights.
 - Attention, GELU and SwiGLU read the output of one GEMM and write the input of the next.
-- The residual add is fused into the next LayerNorm.
+- The residual add is fused into the next norm.
 - Only tokens have a gradient; backward needs six arrays of each block.
-- Buffers are allocated once per (batch, tokens). The GEMMs are torch's.
+- Buffers are allocated once for the most rows of a pass. The GEMMs are torch's.
 - In bfloat16, so are the weights, rounded once after folding, and what products read and write. The
   residual stream, biases, softmax, GELU and every sum are float32.
 """
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
+from smi_fast.engine.buffers import Buffers
 from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
     FoldedBlock,
+    Kind,
     foldable,
     has_eva_steps,
-    has_mlp_norm,
 )
 from smi_fast.engine.memory import keep_freed_memory
-from smi_fast.engine.precision import FLOAT32, stored_type
+from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
+from smi_fast.engine.weights import WeightWatch
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -50,8 +52,8 @@ Layout = tuple[list[Tensor], bool] | tuple[Tensor | None]
 _MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 # MKL and oneDNN repack the weights in every GEMM, up to a fifth of its time when there are few
-# rows. Packing once costs about one pass: do it at pass _PASSES_UNPACKED, for at most
-# _MOST_ROWS_PACKED rows.
+# rows. Packing once costs about one pass: do it from pass _PASSES_UNPACKED on, at the first one of
+# at most _MOST_ROWS_PACKED rows. MKL packs for one number of rows, oneDNN for any.
 _PASSES_UNPACKED = 12
 _MOST_ROWS_PACKED = 512
 
@@ -75,24 +77,22 @@ class CpuEngine:
         self._stored = stored_type(precision)
         self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
-        self._names = [
-            (module, name)
-            for module in blocks.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._watch = WeightWatch(blocks)
         self._runs: dict[tuple[int, int, bool], FoldedRun] = {}
         self._last: dict[tuple[int, bool], LastBlock] = {}
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
         if self._unfoldable is not None:
-            return f"blocks.{self._unfoldable} has more than LayerNorm, GELU, SwiGLU and LayerScale"
+            return (
+                f"blocks.{self._unfoldable} has more than LayerNorm or RMSNorm, GELU or SwiGLU, "
+                "and LayerScale"
+            )
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
             return "the C++ kernels are of an older version, without the steps of Eva: build anew"
+        if reason is None and self._precision not in ON_CPU:
+            return f"{self._precision} is of the tensor cores of a GPU, got {device}"
         if reason is None and self._precision != FLOAT32 and dtype != torch.float32:
             return f"{self._precision} is of a teacher in float32, got {dtype}"
         return reason
@@ -120,49 +120,44 @@ class CpuEngine:
         return self._runs[key]
 
     def last_block_rows(
-        self, tokens: Tensor, rows: int, rotations: Rotations = None
+        self,
+        tokens: Tensor,
+        rows: int,
+        rotations: Rotations = None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the last block, and their attention probabilities
         [B, H, R, N], which have no gradient.
+
+        With ``offsets``, as in :meth:`run_ragged`, tokens [1, N, D] and probabilities [1, H, R, N]
+        concatenate all images.
         """
         self._follow_weights()
         key = rows, rotations is not None
         if key not in self._last:
             rotary = rotations is not None
             self._last[key] = LastBlock(self._blocks[-1], rows, rotary, self._stored)
-        return self._last[key](tokens, None if rotations is None else rotations[-1])
+        return self._last[key](tokens, None if rotations is None else rotations[-1], offsets)
 
     def refresh(self) -> None:
         """Forget what was folded."""
-        self._state, self._held, self._runs, self._last = [], [], {}, {}
+        self._watch.forget()
+        self._runs, self._last = {}, {}
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew: packed weights are in MKL's own format."""
-        empty: dict[str, object] = {"_state": [], "_held": [], "_runs": {}, "_last": {}}
-        return {**vars(self), **empty}
+        return {**vars(self), "_runs": {}, "_last": {}}
 
     def _follow_weights(self) -> None:
         """Forget what was folded from other weights: the owner of the teacher may change them."""
-        found = (module._parameters[name] for module, name in self._names)
-        weights = [weight for weight in found if weight is not None]
-        # A flat list of numbers is cheap to compare, and this runs in every pass.
-        state: list[object] = [weights[0].dtype]
-        state += [weight.data_ptr() for weight in weights]
-        state += [weight._version for weight in weights]
-        if self._state != state:
-            self.refresh()
-            self._state = state
-            # These views keep the memory of replaced weights, so that no other gets its address.
-            self._held = [weight.detach() for weight in weights]
+        if self._watch.changed():
+            self._runs, self._last = {}, {}
 
 
 def _first_unfoldable(blocks: list[Any]) -> int | None:
-    """The first block that can't be folded, or can't run with the first one.
-
-    The MLPs of one run all have a norm of their own, or none.
-    """
+    """The first block that can't be folded, or can't run with the first one."""
     for index, block in enumerate(blocks):
-        if not foldable(block) or has_mlp_norm(block.mlp) != has_mlp_norm(blocks[0].mlp):
+        if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):
             return index
     return None
 
@@ -184,15 +179,13 @@ class FoldedRun:
     ) -> None:
         self.blocks = [FoldedBlock.of(block).stored_as(stored) for block in blocks]
         self.rotary = rotary
-        self.free: _Buffers | None = None
+        self.free: Buffers | None = None
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
-        self.weights = [
-            tensor
-            for block in self.blocks
-            for matrix, bias in zip(_matrices(block), _biases(block, rotary), strict=True)
-            for tensor in (matrix, matrix.T, bias)
-        ]
+        self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
+        self.weights = [tensor for block in self.blocks for tensor in _weights(block, rotary)]
+        self._by_onednn = bool(torch.ops.smi_fast.products_by_onednn(self.weights[0]))
+        self._passes = 0
         self.packed: list[Tensor] = []
         self.packed_rows = 0
 
@@ -211,32 +204,34 @@ class FoldedRun:
 
     @property
     def weights_for_gemm(self) -> tuple[list[Tensor], list[Tensor], int]:
-        """The weights, the packed weights (or none), and the number of rows they are packed for."""
+        """The weights, the packed weights (or none), and the number of rows they are packed for, 0
+        for any number.
+        """
         return self.weights, self.packed, self.packed_rows
 
     def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
-        """Buffers for one pass: those of the last pass when they are free and fit."""
+        """Buffers for one pass: those of the last pass when they are free and large enough."""
         buffers, self.free = self.free, None
-        if buffers is None or buffers.key != (batch, tokens, saves):
-            self.packed, self.packed_rows = [], 0
-            buffers = _Buffers(self.blocks, batch, tokens, saves)
-        buffers.passes += 1
-        if buffers.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
+        if buffers is None or not buffers.hold(batch * tokens, saves):
+            buffers = Buffers(self.blocks, batch * tokens, saves)
+        if buffers.shape != (batch, tokens):
+            buffers.fit(batch, tokens)
+            if not self._by_onednn:
+                self.packed, self._passes = [], 0
+        self._passes += 1
+        few = 0 < batch * tokens <= _MOST_ROWS_PACKED
+        if few and not self.packed and self._passes >= _PASSES_UNPACKED:
             self._pack(batch * tokens)
         return _BufferLease(self, buffers)
 
     def _pack(self, rows: int) -> None:
-        """Pack the weights and their transposes for GEMMs of this many rows."""
-        weight = self.weights[0]
-        if not rows:
-            return
-        if torch.ops.smi_fast.products_by_onednn(weight):
-            pack = torch.ops.mkldnn._reorder_linear_weight
-        elif _MKL_PACKS and weight.dtype == torch.float32:
-            pack = torch.ops.mkl._mkl_reorder_linear_weight
+        """Pack the weights and their transposes: by MKL for GEMMs of this many rows only."""
+        if self._by_onednn:
+            pack, self.packed_rows = torch.ops.mkldnn._reorder_linear_weight, 0
+        elif _MKL_PACKS and self.weights[0].dtype == torch.float32:
+            pack, self.packed_rows = torch.ops.mkl._mkl_reorder_linear_weight, rows
         else:
             return
-        self.packed_rows = rows
         self.packed = [
             pack(matrix.contiguous(), rows)
             for block in self.blocks
@@ -245,37 +240,10 @@ class FoldedRun:
         ]
 
 
-class _Buffers:
-    """The memory of one pass over blocks, forward and backward.
-
-    It is kept from pass to pass: memory that went back to the system would be faulted in again.
-    """
-
-    def __init__(self, blocks: list[FoldedBlock], batch: int, tokens: int, saves: bool) -> None:
-        self.key = (batch, tokens, saves)
-        self.passes = 0
-        rows, first = batch * tokens, blocks[0]
-        width, heads = len(first.q_bias), first.heads
-        new, new_rstd = first.qkv.new_empty, first.q_bias.new_empty
-
-        def two_layer_norms() -> list[Tensor]:
-            """Outputs of a block's two LayerNorms: normalized [rows, D] and rstd [rows], twice."""
-            outputs = (new(rows, len(first.proj_bias)) for _ in range(2))
-            return [tensor for output in outputs for tensor in (output, new_rstd(rows))]
-
-        shared = two_layer_norms()
-        self.normalized = [*shared]
-        for _ in blocks[1:]:
-            self.normalized += two_layer_norms() if saves else shared
-        self.attended = new(batch, tokens, heads, width // heads)
-        self.hidden = new(rows, first.fc2.shape[1])
-        self.d_qkv = new(rows, 3 * width)
-
-
 class _BufferLease:
     """Gives buffers back to their run when the autograd graph that holds this is freed."""
 
-    def __init__(self, run: FoldedRun, buffers: _Buffers) -> None:
+    def __init__(self, run: FoldedRun, buffers: Buffers) -> None:
         self.run, self.buffers = run, buffers
 
     def __del__(self) -> None:
@@ -284,6 +252,13 @@ class _BufferLease:
 
 def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
     return tuple(getattr(block, name) for name in MATRICES)
+
+
+def _weights(block: FoldedBlock, rotary: bool) -> list[Tensor]:
+    """Each matrix, its transpose and its bias; then the bias of v, where it is apart."""
+    pairs = zip(_matrices(block), _biases(block, rotary), strict=True)
+    found = [tensor for matrix, bias in pairs for tensor in (matrix, matrix.T, bias)]
+    return found if block.v_bias is None else [*found, block.v_bias]
 
 
 def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
@@ -302,7 +277,8 @@ class _RunBlocks(torch.autograd.Function):
         x = result.flatten(0, 1)
         memory = (buffers.normalized, run.eps, buffers.attended, buffers.hidden)
         run_blocks = _run_rotary_blocks if run.rotary else _run_blocks
-        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout)
+        kinds = run.centred, run.approximate
+        *saved, added = run_blocks(x, *run.weights_for_gemm, *memory, saves, *layout, *kinds)
         x += added
         x += run.blocks[-1].fc2_bias
         ctx.run, ctx.lease, ctx.layout = run, lease, layout
@@ -313,9 +289,10 @@ class _RunBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         result, buffers = grad.clone(memory_format=torch.contiguous_format), ctx.lease.buffers
+        run, x = ctx.run, result.flatten(0, 1)
         memory = (buffers.normalized, list(ctx.saved_tensors), buffers.d_qkv)
-        backward = _run_rotary_blocks_backward if ctx.run.rotary else _run_blocks_backward
-        backward(result.flatten(0, 1), *ctx.run.weights_for_gemm, *memory, *ctx.layout)
+        backward = _run_rotary_blocks_backward if run.rotary else _run_blocks_backward
+        backward(x, *run.weights_for_gemm, *memory, *ctx.layout, run.centred)
         return result, None, None, None
 
 
@@ -340,27 +317,33 @@ class LastBlock:
         to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
+        self.weights += [] if folded.v_bias is None else [folded.v_bias]
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
+        self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
 
-    def __call__(self, tokens: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, tokens: Tensor, rotation: Tensor | None = None, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] of the block's output for tokens [B, N, D], and their attention
-        probabilities [B, H, R, N], which have no gradient.
+        probabilities [B, H, R, N], which have no gradient. Tokens [1, N, D] and probabilities
+        [1, H, R, N] may be of several images, which begin at offsets.
         """
-        turn: tuple[Any, ...] = ()
+        layout: tuple[Any, ...] = (offsets,)
         if rotation is not None:
-            turn = _like(rotation, tokens), self.half
-        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self, turn)
+            layout = _like(rotation, tokens), self.half
+        result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self, layout)
         return result
 
 
 class _RunLastBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, block: LastBlock, turn: tuple[Any, ...]
+        ctx: Any, tokens: Tensor, block: LastBlock, layout: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        run = _last_rotary_block_rows if turn else _last_block_rows
-        result, *saved = run(tokens, block.weights, *block.options, *turn)
-        ctx.block, ctx.turn = block, turn
+        run = _last_rotary_block_rows if block.rotary else _last_block_rows
+        kinds = block.centred, block.approximate
+        result, *saved = run(tokens, block.weights, *block.options, *layout, *kinds)
+        ctx.block, ctx.layout = block, layout
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(saved[0])
         ctx.set_materialize_grads(False)
@@ -371,5 +354,6 @@ class _RunLastBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None
-        run = _last_rotary_block_rows_backward if ctx.turn else _last_block_rows_backward
-        return run(grad, ctx.block.weights, ctx.saved_tensors, *ctx.turn), None, None
+        block, saved = ctx.block, ctx.saved_tensors
+        run = _last_rotary_block_rows_backward if block.rotary else _last_block_rows_backward
+        return run(grad, block.weights, saved, *ctx.layout, block.centred), None, None

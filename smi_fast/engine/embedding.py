@@ -1,4 +1,4 @@
-"""From patches of pixels to tokens in C++, as one autograd function of the patches."""
+"""From patches of pixels to tokens: in C++, as one function of the patches, or in PyTorch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ class Embedding(NamedTuple):
     bias: Tensor | None
     prefix: Tensor
     table: Tensor | None
+
+
+def with_positions(x: Tensor, positions: Tensor, prefix: Tensor, table: Tensor | None) -> Tensor:
+    """The tokens [B, P + K, D] of projected patches x [B, K, D] at positions int64 [B, K]; the
+    other arguments are those of an :class:`Embedding`.
+    """
+    if table is not None:
+        x = x + table[positions]
+    return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
 
 def embed_patches(patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import Block
 
 from smi_fast.engine.cpu import FoldedRun
-from smi_fast.engine.precision import BFLOAT16, FLOAT32, PRECISIONS, stored_type
+from smi_fast.engine.precision import BFLOAT16, FLOAT32, ON_CPU, stored_type
 from smi_fast.ops import native
 
 # A block of DeiT-S on 46 patches and a class token, the rest of 196 patches after four stops.
@@ -35,8 +35,8 @@ def times(seconds: float = SECONDS) -> dict[str, float]:
     """
     block = Block(WIDTH, HEADS, qkv_bias=True).requires_grad_(False).eval()
     tokens = torch.randn(IMAGES, TOKENS, WIDTH, requires_grad=True)
-    runs = {name: FoldedRun([block], stored=stored_type(name)) for name in PRECISIONS}
-    shortest = dict.fromkeys(PRECISIONS, float("inf"))
+    runs = {name: FoldedRun([block], stored=stored_type(name)) for name in ON_CPU}
+    shortest = dict.fromkeys(ON_CPU, float("inf"))
     end = time.perf_counter() + seconds
     while True:
         for name, run in runs.items():

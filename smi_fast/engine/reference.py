@@ -10,11 +10,15 @@ of the other arguments (the residual stream, biases, rstd, rotations), and round
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from smi_fast.ops.reference import gather_attention, gather_attention_backward
+from smi_fast.ops.reference import gather_attention, gather_attention_backward, sum_dtype
+
+# Slope and cubic coefficient of v in the approximations of gelu_().
+_SIGMOIDS = {"sigmoid": (1.702, 0.0), "tanh": (math.sqrt(8 / math.pi), 0.044715)}
 
 
 def add_normalize_(
@@ -24,40 +28,57 @@ def add_normalize_(
     eps: float,
     normalized: Tensor,
     rstd: Tensor,
+    centred: bool = True,
 ) -> None:
     """Add a residual, x += added + bias, and normalize x [rows, D] as LayerNorm without weights.
 
     It writes normalized [rows, D] and rstd [rows], the reciprocal standard deviation. ``added``
-    [rows, D] and ``bias`` [D] may be None: x then stays as it is.
+    [rows, D] may be None, and with it ``bias`` [D]: x then stays as it is. Where ``centred`` is
+    false it is RMSNorm: the mean counts as 0, here and in rstd.
     """
-    if added is not None and bias is not None:
-        x += added + bias
-    centred = x - x.mean(dim=1, keepdim=True)
-    rstd.copy_((centred.square().mean(dim=1) + eps).rsqrt())
-    normalized.copy_(centred * rstd[:, None])
+    if bias is not None:
+        x += bias if added is None else added + bias
+    apart = x - x.mean(dim=1, keepdim=True) if centred else x
+    rstd.copy_((apart.square().mean(dim=1) + eps).rsqrt())
+    normalized.copy_(apart * rstd[:, None])
 
 
 def normalize_backward_(
-    gradient: Tensor, grad: Tensor, normalized: Tensor, rstd: Tensor, copy: Tensor | None
+    gradient: Tensor,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
 ) -> None:
     """Add to gradient [rows, D] the gradient of x in :func:`add_normalize_`.
 
     With dn = grad, the gradient of n = normalized:
-    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)). Unless it is None, copy [rows, D] gets the sum.
+    dx = rstd (dn − mean(dn) − n mean(dn ∘ n)), without mean(dn) unless ``centred``. Unless it is
+    None, copy [rows, D] gets the sum.
     """
     d, n = grad.to(rstd.dtype), normalized.to(rstd.dtype)
     slope = (d * n).mean(dim=1, keepdim=True)
-    gradient += rstd[:, None] * (d - d.mean(dim=1, keepdim=True) - n * slope)
+    mean = d.mean(dim=1, keepdim=True) if centred else 0
+    gradient += rstd[:, None] * (d - mean - n * slope)
     if copy is not None:
         copy.copy_(gradient)
 
 
-def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> None:
     """out = gelu(x + bias) for x [rows, F]; then x becomes the derivative there.
 
-    The derivative of gelu at y is Φ(y) + y φ(y).
+    The derivative of gelu at y is Φ(y) + y φ(y). Approximations have s = sigmoid(v) in the place of
+    Φ(y): "sigmoid", quick GELU, with v = 1.702 y; and "tanh", as torch's, with
+    v = 2 √(2/π) (y + 0.044715 y³). The derivative is then s + y s (1 - s) dv/dy.
     """
     y = x + bias
+    if approximate != "none":
+        slope, cubic = _SIGMOIDS[approximate]
+        s = (slope * (y + cubic * y**3)).sigmoid()
+        out.copy_(y * s)
+        x.copy_(s + y * s * (1 - s) * slope * (1 + 3 * cubic * y.square()))
+        return
     cdf = torch.special.ndtr(y)
     out.copy_(y * cdf)
     x.copy_(cdf + y * torch.exp(-y.square() / 2) / math.sqrt(2 * math.pi))
@@ -66,6 +87,29 @@ def gelu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
 def multiply_(x: Tensor, factors: Tensor) -> None:
     """x *= factors, element by element, of the same shape."""
     x *= factors
+
+
+def linear_gelu_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    derivative: Tensor,
+    out: Tensor,
+    approximate: str = "none",
+) -> None:
+    """:func:`gelu_` of the product x weightᵀ [rows, F], which isn't rounded before.
+
+    ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative.
+    """
+    y = x.to(bias.dtype) @ weight.to(bias.dtype).T
+    gelu_(y, bias, out, approximate)
+    derivative.copy_(y)
+
+
+def multiplied_product_(grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor) -> None:
+    """out = (grad weight) ∘ factors, for grad [rows, D] and weight [D, F], rounded once."""
+    computed = sum_dtype(grad.dtype)
+    out.copy_(grad.to(computed) @ weight.to(computed) * factors)
 
 
 def swiglu_(x: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -148,20 +192,45 @@ def _images(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
     return [part for part in parts if part.shape[1]]
 
 
-def attend_rows(q: Tensor, q_bias: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+def attend_rows(
+    q: Tensor, q_bias: Tensor, kv: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of queries q + q_bias [B, R, H·D] among kv [B, N, 2, H, D].
 
-    Returns out [B, R, H·D], and the attention probabilities [B, H, R, N].
+    With ``offsets``, as in :func:`attend_`, kv [1, N, 2, H, D] concatenates the tokens of all
+    images, at least one of each.
+
+    Returns out [B, R, H·D], and the attention probabilities [B, H, R, N]; with ``offsets``
+    [1, H, R, N], where row r of a token's column is query r of the token's own image.
     """
+    if offsets is not None:
+        out, every = torch.empty_like(q), q.new_empty(1, kv.shape[3], q.shape[1], kv.shape[1])
+        for i, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            found = attend_rows(q[i : i + 1], q_bias, kv[:, begin:end])
+            out[i : i + 1], every[..., begin:end] = found
+        return out, every
     keys, values = kv.permute(2, 0, 3, 1, 4)
     probabilities = (_queries(q, q_bias, kv) @ keys.mT).softmax(dim=-1)
     return (probabilities @ values).transpose(1, 2).flatten(2), probabilities
 
 
 def attend_rows_backward(
-    grad: Tensor, q: Tensor, q_bias: Tensor, kv: Tensor, probabilities: Tensor
+    grad: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    kv: Tensor,
+    probabilities: Tensor,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of q and kv in :func:`attend_rows`, from the gradient of out."""
+    if offsets is not None:
+        d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
+        for i, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            one, own = slice(i, i + 1), (slice(None), slice(begin, end))
+            d_q[one], d_kv[own] = attend_rows_backward(
+                grad[one], q[one], q_bias, kv[own], probabilities[..., begin:end]
+            )
+        return d_q, d_kv
     keys, values = kv.permute(2, 0, 3, 1, 4)
     d_out = grad.unflatten(2, kv.shape[3:]).transpose(1, 2)
     d_probabilities = d_out @ values.mT

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from smi_fast.engine import reference
+from smi_fast.ops.schemas import TRITON, triton_kernel
 
 # The steps of a block, see smi_fast.engine.reference. They write into contiguous tensors.
 _STEPS = {
     "add_normalize_": (
         "(Tensor(a!) x, Tensor? added, Tensor? bias, float eps, Tensor(b!) normalized,"
-        " Tensor(c!) rstd) -> ()"
+        " Tensor(c!) rstd, bool centred=True) -> ()"
     ),
     "normalize_backward_": (
-        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd, Tensor(b!)? copy) -> ()"
+        "(Tensor(a!) gradient, Tensor grad, Tensor normalized, Tensor rstd, Tensor(b!)? copy,"
+        " bool centred=True) -> ()"
     ),
-    "gelu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
+    "gelu_": '(Tensor(a!) x, Tensor bias, Tensor(b!) out, str approximate="none") -> ()',
     "multiply_": "(Tensor(a!) x, Tensor factors) -> ()",
     "swiglu_": "(Tensor(a!) x, Tensor bias, Tensor(b!) out) -> ()",
     "swiglu_backward_": "(Tensor grad, Tensor factors, Tensor(a!) d_x) -> ()",
@@ -25,11 +27,32 @@ _STEPS = {
     "attend_backward_": (
         "(Tensor grad, Tensor qkv, Tensor q_bias, Tensor(a!) d_qkv, Tensor? offsets=None) -> ()"
     ),
+    "attend_rows": (
+        "(Tensor q, Tensor q_bias, Tensor kv, Tensor? offsets=None) -> (Tensor, Tensor)"
+    ),
+    "attend_rows_backward": (
+        "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities,"
+        " Tensor? offsets=None) -> (Tensor, Tensor)"
+    ),
+}
+
+# Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
+# never concatenated there. The last two are fused into a product, which no other kernels are.
+_TRITON_STEPS = {
+    **{
+        name: _STEPS[name]
+        for name in ("add_normalize_", "normalize_backward_", "gelu_", "multiply_")
+    },
     "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
     "attend_rows_backward": (
         "(Tensor grad, Tensor q, Tensor q_bias, Tensor kv, Tensor probabilities)"
         " -> (Tensor, Tensor)"
     ),
+    "linear_gelu_": (
+        "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out,"
+        ' str approximate="none") -> ()'
+    ),
+    "multiplied_product_": "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out) -> ()",
 }
 
 # Whole blocks, or the first rows of the last block, without rotary positions and with them; whether
@@ -39,33 +62,38 @@ _BLOCKS = {
     "run_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
-        " Tensor? offsets) -> Tensor[]"
+        " Tensor? offsets, bool centred, str approximate) -> Tensor[]"
     ),
     "run_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
-        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor? offsets) -> ()"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor? offsets, bool centred)"
+        " -> ()"
     ),
     "run_rotary_blocks_": (
         "(Tensor(a!) x, Tensor[] weights, Tensor[] packed, int packed_rows,"
         " Tensor(b!)[] normalized, float[] eps, Tensor(c!) attended, Tensor(d!) hidden, bool saves,"
-        " Tensor[] rotations, bool half) -> Tensor[]"
+        " Tensor[] rotations, bool half, bool centred, str approximate) -> Tensor[]"
     ),
     "run_rotary_blocks_backward_": (
         "(Tensor(a!) gradient, Tensor[] weights, Tensor[] packed, int packed_rows,"
-        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor[] rotations, bool half)"
-        " -> ()"
+        " Tensor[] normalized, Tensor[] saved, Tensor(b!) d_qkv, Tensor[] rotations, bool half,"
+        " bool centred) -> ()"
     ),
     "last_rotary_block_rows": (
         "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor rotation,"
-        " bool half) -> Tensor[]"
+        " bool half, bool centred, str approximate) -> Tensor[]"
     ),
     "last_rotary_block_rows_backward": (
-        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half) -> Tensor"
+        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor rotation, bool half, bool centred)"
+        " -> Tensor"
     ),
     "last_block_rows": (
-        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows) -> Tensor[]"
+        "(Tensor tokens, Tensor[] weights, float[] eps, int heads, int rows, Tensor? offsets,"
+        " bool centred, str approximate) -> Tensor[]"
     ),
-    "last_block_rows_backward": "(Tensor grad, Tensor[] weights, Tensor[] saved) -> Tensor",
+    "last_block_rows_backward": (
+        "(Tensor grad, Tensor[] weights, Tensor[] saved, Tensor? offsets, bool centred) -> Tensor"
+    ),
     "products_by_onednn": "(Tensor like) -> bool",
     "embed_patches": (
         "(Tensor patches, Tensor weight, Tensor? bias, Tensor prefix, Tensor? table,"
@@ -79,6 +107,9 @@ for _name, _schema in (_STEPS | _BLOCKS).items():
     _library.define(_name + _schema)
 for _name in _STEPS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name, _schema in _TRITON_STEPS.items():
+    _library.define(_name + TRITON + _schema)
+    _library.impl(_name + TRITON, triton_kernel(_name), "CUDA")
 
 
 def _writes_into_its_arguments(*_: object) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.augmentations import Augment
+from smi_fast.early_finish import EarlyFinish
 from smi_fast.importance import Scores
 from smi_fast.inversion.inverter import SparseInverter, Terms
 from smi_fast.inversion.loop import Callback
@@ -38,6 +39,7 @@ def invert(
     augment: Augment | None = None,
     copies: int = 1,
     max_batch: int | None = None,
+    finish: EarlyFinish | None = None,
     background: str = "frozen",
     final_mask: str = "kept",
     backend: str = AUTO,
@@ -74,6 +76,7 @@ def invert(
         augment=augment,
         copies=copies,
         max_batch=max_batch,
+        finish=finish,
         background=background,
         final_mask=final_mask,
         backend=backend,

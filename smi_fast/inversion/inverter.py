@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from smi_fast.augmentations import Augment
-from smi_fast.engine.precision import described
+from smi_fast.early_finish import EarlyFinish
 from smi_fast.importance import Scores, as_importance
 from smi_fast.inversion.cuda_graph import graphs_allowed
+from smi_fast.inversion.ending import Ending, result_of
 from smi_fast.inversion.inputs import (
     as_sparse,
     as_targets,
@@ -31,6 +33,7 @@ from smi_fast.inversion.result import InversionResult, NonFiniteLoss, Phase
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.sizes import at_size, begin, check_sizes, scale_shift
 from smi_fast.inversion.state import InversionState
+from smi_fast.inversion.turnover import Turnover, check_finish, refuse_callback
 from smi_fast.inversion.view_inputs import (
     check_augmented,
     check_jitter,
@@ -38,12 +41,10 @@ from smi_fast.inversion.view_inputs import (
     jitter_table,
     on_device,
 )
-from smi_fast.inversion.views import parts
 from smi_fast.jitter import Jitter
 from smi_fast.learning_rate import Rates, rate_table
 from smi_fast.objectives import CrossEntropy, Objective, as_objectives
 from smi_fast.ops.backends import AUTO
-from smi_fast.ops.grid import patch_mask
 from smi_fast.parametrizations import Fourier, Parametrization
 from smi_fast.schedules import Schedule, Stop, StopSchedule, bound, check, promised, sizes_of
 from smi_fast.teacher import SparseViT
@@ -95,7 +96,12 @@ class SparseInverter:
         copies: R, views of each image in an iteration, each with a jitter and an augmentation of
             its own. Objectives, gradients and importance are their mean.
         max_batch: the most images that the teacher computes at once. A larger batch is split into
-            parts, with the same result up to rounding; by default it isn't.
+            parts, with the same result up to rounding; by default it isn't. With ``finish`` it is
+            the most images at work: others wait until a place is free.
+        finish: when an image is finished before the last iteration, and leaves its place to others;
+            by default none is. Images are then at iterations of their own: objectives must treat
+            each image alone and all iterations alike, without ``augment``, and the schedule must
+            take no image out at a stop and keep their size. No CUDA graph is captured.
         background: "frozen", a stopped patch no longer changes, as the paper says; or
             "regularized", it goes on receiving the gradient of pixel objectives and Adam's
             momentum, as the published code does.
@@ -139,6 +145,7 @@ class SparseInverter:
         augment: Augment | None = None,
         copies: int = 1,
         max_batch: int | None = None,
+        finish: EarlyFinish | None = None,
         background: str = "frozen",
         final_mask: str = "kept",
         backend: str = AUTO,
@@ -171,12 +178,13 @@ class SparseInverter:
             augment=augment,
             copies=copies,
             max_batch=max_batch,
+            finish=check_finish(finish, self.schedule, given, augment, sparse),
             lr=rate_table(lr, iterations, tuple(counts)).to(sparse.device),
             betas=(betas[0], betas[1]),
             weight_decay=weight_decay_of(optimizer, weight_decay),
             freeze_background=one_of("background", background, BACKGROUNDS) == "frozen",
             backend=backend,
-            graph=graph and graphs_allowed(),
+            graph=graph and finish is None and graphs_allowed(),
         )
         self._sizes = sizes_of(self.schedule, sparse.image_size, sparse.patch_size)
         check_sizes(self.settings, self._sizes)
@@ -193,6 +201,13 @@ class SparseInverter:
     def teacher(self) -> SparseViT:
         """The wrapped teacher."""
         return self.settings.teacher
+
+    @property
+    def _remaining(self) -> float | None:
+        """The share of patches that a re-ranked mask shows; None for those that were kept."""
+        if self.final_mask == "kept":
+            return None
+        return float(getattr(self.schedule, "remaining"))  # noqa: B009
 
     def _check_schedule(self, last: int, iterations: int) -> None:
         if last >= iterations:
@@ -259,7 +274,12 @@ class SparseInverter:
         progress: bool,
         callback: Callback | None,
     ) -> InversionResult:
+        refuse_callback(self.settings.finish, callback)
         state = self.start(targets, init, jitter, generator, batch=batch)
+        if self.settings.finish is not None:
+            stop = partial(self._stop, generator=generator)
+            turnover = Turnover(state, tuple(self._counts), stop, progress)
+            return turnover.invert(self._remaining)
         display = Progress(self.settings.iterations, progress)
         loop = Loop(state, frozenset(self._counts), display, callback)
         marks: list[tuple[int, int, float]] = []
@@ -356,42 +376,14 @@ class SparseInverter:
     def _result(
         self, state: InversionState, marks: list[tuple[int, int, float]], interrupted: bool
     ) -> InversionResult:
-        teacher = self.teacher
-        if state.settings.teacher.image_size != teacher.image_size:
+        if state.settings.teacher.image_size != self.teacher.image_size:
             # Interrupted while images were small.
-            state.enlarge(self.settings, teacher.every_patch(len(state.kept)))
-        normalised, kept = state.images(), state.kept
+            state.enlarge(self.settings, self.teacher.every_patch(len(state.kept)))
         ends = [*(mark[1:] for mark in marks[1:]), (state.done(), time.perf_counter())]
         timing = tuple(
             Phase(patches, end - first, stop - start)
             for (patches, first, start), (end, stop) in zip(marks, ends, strict=False)
         )
-        logits = state.logits(normalised, kept, state.lengths)
-        images = self.settings.space.denormalize(normalised)
-        shown = kept if self.final_mask == "kept" else self._reranked(images)
-        return InversionResult(
-            images,
-            kept,
-            patch_mask(shown, *teacher.grid, state.lengths if shown is kept else None),
-            state.targets,
-            logits,
-            state.history(),
-            timing,
-            state.done(),
-            interrupted,
-            tuple(state.finished),
-            state.lengths,
-            described(teacher.precision, teacher.dtype),
-        )
-
-    def _reranked(self, images: Tensor) -> Tensor:
-        """The most important patches of whole images [B, 3, H, W] in [0, 1], as published."""
-        teacher, remaining = self.teacher, getattr(self.schedule, "remaining")  # noqa: B009
-        tokens = teacher.num_patches + teacher.num_prefix_tokens
-        count = min(int(tokens * remaining), teacher.num_patches)
-        found = []
-        for row in parts(len(images), self.settings.max_batch):
-            importance = teacher(images[row], importance=True).importance
-            assert importance is not None
-            found.append(importance.topk(count, dim=1).indices)
-        return torch.cat(found)
+        ages = torch.full((len(state.kept),), state.done(), device=state.kept.device)
+        ending = Ending(state.images(), state.kept, state.lengths, ages)
+        return result_of(state, ending, timing, state.done(), self._remaining, interrupted)

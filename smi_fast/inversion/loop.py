@@ -67,12 +67,12 @@ class Loop:
 
     def _checked_step(self, number: int) -> Tensor | None:
         state = self._state
-        gradient, importance = state.evaluate(score=number + 1 in self._stops, number=number)
+        found = state.evaluate(score=number + 1 in self._stops, number=number)
         name = state.non_finite(slice(number, number + 1))
         if name is not None:
             raise NonFinite(name)
-        state.update(gradient)
-        return importance
+        state.update(found.parameters)
+        return found.importance
 
     def _replayed(self, iterations: range) -> Tensor | None:
         """As :meth:`_one_by_one`, with one CUDA graph for each set of objectives that are due.

@@ -52,3 +52,38 @@ class Progress:
         seconds = (time.perf_counter() - self._start) * self._iterations / (number + 1)
         rate = len(state.kept) / seconds if seconds else 0.0
         return f"{name} {value:.3f}, kept {state.kept.shape[1]}, {rate:.3g} images/s"
+
+
+class ImagesProgress:
+    """Shows on stderr how many images of a batch are finished.
+
+    Args:
+        images: B.
+        shown: whether to show anything.
+    """
+
+    def __init__(self, images: int, shown: bool) -> None:
+        self._images, self._done = images, 0
+        self._in_terminal = sys.stderr.isatty()
+        self._lines = shown and not self._in_terminal
+        self._start = time.perf_counter()
+        self._bar = tqdm(
+            total=images,
+            disable=not (shown and self._in_terminal),
+            unit="images",
+            leave=None,  # below the bar of a pool it goes when the batch is done
+            dynamic_ncols=True,
+        )
+
+    def show(self, finished: int) -> None:
+        """Count further images that are finished."""
+        self._done += finished
+        self._bar.update(finished)
+
+    def close(self) -> None:
+        """End the bar; write a line where there is no terminal."""
+        self._bar.close()
+        if self._lines:
+            seconds = time.perf_counter() - self._start
+            line = f"finished {self._done} of {self._images} images in {seconds:.1f} s"
+            print(line, file=sys.stderr, flush=True)

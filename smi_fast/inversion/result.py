@@ -70,9 +70,12 @@ class InversionResult:
             the published re-ranked mask.
         targets: as they were given, [B, ...] or None.
         logits: [B, classes], the logits of the teacher for ``kept`` alone, without jitter.
-        history: for each objective its un-weighted value in each iteration.
-        timing: the phases between stops.
-        iterations: iterations done.
+        history: for each objective its un-weighted value in each iteration; with ``finish`` the
+            mean over the images that were at work when the last ones were at this iteration.
+        timing: the phases between stops; with ``finish`` over all images, with one iteration for
+            each pass of the teacher.
+        iterations: iterations done; with ``finish`` those of the image that received most.
+        ages: int64 [B], iterations that each image received.
         interrupted: whether Ctrl-C ended the run early.
         finished: groups of patches that the schedule took out, in the order of their stops.
         lengths: int64 [B], of a ragged schedule how many of ``kept`` count in each image, the first
@@ -88,6 +91,7 @@ class InversionResult:
     history: dict[str, list[float]]
     timing: tuple[Phase, ...]
     iterations: int
+    ages: Tensor
     interrupted: bool = False
     finished: tuple[FinishedGroup, ...] = ()
     lengths: Tensor | None = None
@@ -133,7 +137,7 @@ class InversionResult:
         cells = to_patches(self.images, grid)
         pixels = cells.gather(1, self.kept[..., None].expand(-1, -1, cells.shape[2]))
         last = FinishedGroup(self.iterations, self.kept, pixels, self.logits)
-        return collect((*self.finished, last), self.images, grid, self.targets)
+        return collect((*self.finished, last), self.images, grid, self.targets, self.ages)
 
     @property
     def confidence(self) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from smi_fast.augmentations import Augment
+from smi_fast.early_finish import EarlyFinish
 from smi_fast.importance import Importance
 from smi_fast.jitter import Jitter
 from smi_fast.objectives import Objective
@@ -30,6 +31,7 @@ class Settings:
         augment: changes the images before the teacher sees them; None for no change.
         copies: R, views of each image in an iteration.
         max_batch: the most images that the teacher computes at once; None for all.
+        finish: when an image is finished before the last iteration; None for no such image.
         lr: float64 [T], learning rate of each iteration, on the teacher's device.
         betas: decay rates of Adam.
         weight_decay: decoupled weight decay, as of AdamW; 0 for Adam.
@@ -48,6 +50,7 @@ class Settings:
     augment: Augment | None
     copies: int
     max_batch: int | None
+    finish: EarlyFinish | None
     lr: Tensor
     betas: tuple[float, float]
     weight_decay: float

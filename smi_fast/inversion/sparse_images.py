@@ -88,6 +88,7 @@ def collect(
     images: Tensor,
     grid: tuple[int, int],
     targets: Tensor | None,
+    ages: Tensor,
 ) -> SparseImages:
     """The sparse images of v groups of patches, which have none in common.
 
@@ -96,6 +97,7 @@ def collect(
         images: [B, C, H, W] in [0, 1], as they were at the end.
         grid: patches per side, (rows, columns).
         targets: [B, ...] or None.
+        ages: int64 [B], iterations that the last group of each image received.
 
     Raises:
         ValueError: the groups have different numbers of patches.
@@ -110,14 +112,14 @@ def collect(
     for group in groups:
         cells = cells.scatter(1, group.patches[..., None].expand_as(group.pixels), group.pixels)
     batch, count = len(images), len(groups)
-    ages = torch.tensor([group.iteration for group in groups], device=images.device)
+    left = [torch.full_like(ages, group.iteration) for group in groups[:-1]]
     return SparseImages(
         kept=_by_trajectory([group.patches for group in groups]),
         pixels=_by_trajectory([group.pixels for group in groups]),
         targets=None if targets is None else targets.repeat_interleave(count, dim=0),
         logits=_by_trajectory([group.logits for group in groups]),
         trajectory=torch.arange(batch, device=images.device).repeat_interleave(count),
-        age=ages.repeat(batch),
+        age=_by_trajectory([*left, ages]),
         canvases=to_images(cells, images.shape[1], grid),
         grid=grid,
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,20 @@ from smi_fast.inversion.views import BatchInputs, evaluate, parts
 from smi_fast.ops.grid import first, patch_mask, spread
 from smi_fast.schedules import Selection
 from smi_fast.teacher import SigmoidImages
+
+
+class Gradient(NamedTuple):
+    """What an iteration finds.
+
+    Attributes:
+        parameters: [B, C, ...], the gradient of the parameters.
+        importance: [B, K], or None.
+        confidence: [B], the probability of the targets, with ``finish``; else None.
+    """
+
+    parameters: Tensor
+    importance: Tensor | None
+    confidence: Tensor | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -44,7 +61,11 @@ class InversionState:
         finished: groups of patches that a schedule took out, in the order of their stops.
         exp_avg: [B, C, ...], Adam's running mean of the gradient.
         exp_avg_sq: [B, C, ...], Adam's running mean of its square.
-        iteration: int64 [1], iterations done.
+        rows: int64 [B], which images of the whole batch these are; None for all, in order.
+        whole: number of images of the whole batch.
+        groups: number of images in each of G groups, which follow each other. The images of a group
+            are at the same iteration.
+        iteration: int64 [G], iterations done by each group; of a whole batch, one.
         record: float64 [T, objectives + 1], in each iteration the un-weighted objectives and the
             sum of the gradient; with ``augment`` before them NaN where its images aren't finite.
     """
@@ -60,6 +81,9 @@ class InversionState:
     background: Tensor | None = field(init=False, default=None)
     frozen: Tensor | None = field(init=False, default=None)
     finished: list[FinishedGroup] = field(init=False, default_factory=list)
+    rows: Tensor | None = field(init=False, default=None)
+    whole: int = field(init=False)
+    groups: tuple[int, ...] = field(init=False)
     exp_avg: Tensor = field(init=False)
     exp_avg_sq: Tensor = field(init=False)
     iteration: Tensor = field(init=False)
@@ -70,6 +94,8 @@ class InversionState:
 
     def __post_init__(self) -> None:
         self._begin()
+        self.groups = (len(self.kept),)
+        self.whole = len(self.kept)
         self.iteration = torch.zeros(1, dtype=torch.int64, device=self.parameters.device)
         augment, objectives = self.settings.augment, self.settings.objectives
         self._names = [] if augment is None else [f"augment {name_of(augment)}"]
@@ -119,8 +145,13 @@ class InversionState:
         if settings.freeze_background and not settings.parametrization.pixelwise:
             self.background = self.images().clone()
             self.frozen = ~patch_mask(selection.kept, *settings.teacher.grid, selection.lengths)
-        self.kept, self.lengths = selection.kept, selection.lengths
-        self._numbers = None if self.lengths is None else self.lengths.tolist()
+        self.kept = selection.kept
+        self.set_lengths(selection.lengths)
+
+    def set_lengths(self, lengths: Tensor | None) -> None:
+        """Let only the first ones of ``kept`` count in each image, int64 [B]; None for all."""
+        self.lengths = lengths
+        self._numbers = None if lengths is None else lengths.tolist()
 
     @torch.no_grad()
     def enlarge(self, settings: Settings, kept: Tensor) -> None:
@@ -168,12 +199,12 @@ class InversionState:
         Returns:
             importance [B, K] with ``score``, else None.
         """
-        gradient, importance = self.evaluate(score=score, number=number)
-        self.update(gradient)
-        return importance
+        found = self.evaluate(score=score, number=number)
+        self.update(found.parameters)
+        return found.importance
 
-    def evaluate(self, *, score: bool = False, number: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Record the objectives; return the parameters' gradient, and importance or None.
+    def evaluate(self, *, score: bool = False, number: int = 0) -> Gradient:
+        """Record the objectives, and find the gradient of the parameters.
 
         Raises:
             ValueError: no objective depends on the images, one isn't a scalar, or ``augment``
@@ -184,9 +215,7 @@ class InversionState:
         images = self._images(parameters)
         if settings.augment is not None:
             images = _tensor(images)
-        shift, flip = (
-            table.index_select(0, self.iteration)[0] for table in (self.shift, self.flip)
-        )
+        shift, flip = self._jitter()
         inputs = BatchInputs(
             targets=self.targets,
             kept=self.kept,
@@ -194,10 +223,12 @@ class InversionState:
             lengths=self.lengths,
             shift=shift,
             flip=flip,
-            iteration=number,
-            iteration_tensor=self.iteration[0],
+            iteration=number if settings.finish is None else None,
+            iteration_tensor=self.iteration[0] if settings.finish is None else None,
             generator=self.generator,
             score=score,
+            rows=self.rows,
+            share=len(self.kept) / self.whole if self.whole else 1.0,
         )
         seen = evaluate(images, inputs, settings)
         if seen.gradient is None:
@@ -214,22 +245,23 @@ class InversionState:
             (gradient,) = torch.autograd.grad(moved, parameters, seen.gradient)
         with torch.no_grad():
             row = torch.stack([*seen.augmented, *seen.values, gradient.sum()])
-            self.record.index_copy_(0, self.iteration, row.to(self.record.dtype)[None])
-        return gradient, seen.importance
+            rows = row.to(self.record.dtype).expand(len(self.groups), -1)
+            self.record.index_copy_(0, self.iteration, rows)
+        return Gradient(gradient, seen.importance, seen.confidence)
 
     def update(self, gradient: Tensor) -> None:
         """Move the parameters along their gradient."""
         settings = self.settings
-        lr = settings.lr.index_select(0, self.iteration)[0]
+        lr = settings.lr.index_select(0, self.iteration)
         self.iteration.add_(1)
+        # Updates of the parameters since their moments were 0.
+        step = self.iteration if self._begun is None else self.iteration - self._begun
         tensors = (self.parameters, gradient, self.exp_avg, self.exp_avg_sq)
         pixelwise = settings.parametrization.pixelwise
         if not pixelwise:
             tensors = tuple(tensor.flatten(2)[:, :, None] for tensor in tensors)  # type: ignore[assignment]
         adam = partial(
             ops.adam_clamp_,
-            step=self._adam_step,
-            lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             low=self._low,
@@ -237,17 +269,47 @@ class InversionState:
             patch_size=settings.teacher.patch_size if pixelwise else 1,
             backend=settings.backend,
         )
-        if self._numbers is None or not pixelwise or not settings.freeze_background:
-            adam(*tensors, active=self.active if pixelwise else None)
-            return
-        for index, number in enumerate(self._numbers):
-            own = slice(index, index + 1)
-            adam(*(tensor[own] for tensor in tensors), active=self.kept[own, :number])
+        for group, rows in enumerate(self._slices()):
+            for own, active in self._moved(rows):
+                adam(
+                    *(tensor[own] for tensor in tensors),
+                    active=active,
+                    step=step[group],
+                    lr=lr[group],
+                )
 
-    @property
-    def _adam_step(self) -> Tensor:
-        """int64 [], updates of the parameters since their moments were 0."""
-        return (self.iteration if self._begun is None else self.iteration - self._begun)[0]
+    def _slices(self) -> Iterator[slice]:
+        """The images of each group."""
+        for ends in pairwise(accumulate(self.groups, initial=0)):
+            yield slice(*ends)
+
+    def _moved(self, rows: slice) -> Iterator[tuple[slice, Tensor | None]]:
+        """Images of a group, and their patches that move; None where all parameters do."""
+        settings = self.settings
+        pixelwise = settings.parametrization.pixelwise
+        if self._numbers is None or not pixelwise or not settings.freeze_background:
+            active = self.active if pixelwise else None
+            yield rows, None if active is None else active[rows]
+            return
+        for index in range(rows.start, rows.stop):
+            own = slice(index, index + 1)
+            yield own, self.kept[own, : self._numbers[index]]
+
+    def _jitter(self) -> tuple[Tensor, Tensor]:
+        """The shift and flip of this iteration, as a row of their tables; or those of each image,
+        at its own iteration, of groups.
+        """
+        if len(self.groups) == 1:
+            shift, flip = (
+                table.index_select(0, self.iteration)[0] for table in (self.shift, self.flip)
+            )
+            return shift, flip
+        image = torch.arange(len(self.kept), device=self.kept.device)
+        size = torch.tensor(self.groups, device=self.kept.device)
+        at = self.iteration.repeat_interleave(size)
+        shift = self.shift.movedim(-2, 1)[at, image].movedim(0, -2)
+        flip = self.flip.movedim(-1, 1)[at, image].movedim(0, -1)
+        return shift, flip
 
     @property
     def _moving(self) -> tuple[Tensor, ...]:
@@ -277,13 +339,13 @@ class InversionState:
         return None
 
     def done(self) -> int:
-        """Iterations done."""
-        return int(self.iteration)
+        """Iterations done; of groups, by the oldest."""
+        return int(self.iteration.max())
 
-    def history(self) -> dict[str, list[float]]:
-        """The un-weighted value of each objective in each iteration done."""
+    def history(self, iterations: int) -> dict[str, list[float]]:
+        """The un-weighted value of each objective in each of the first iterations."""
         names = [objective.name for objective in self.settings.objectives]
-        columns = self.record[: self.done(), -1 - len(names) : -1].T.tolist()
+        columns = self.record[:iterations, -1 - len(names) : -1].T.tolist()
         return dict(zip(names, columns, strict=True))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from smi_fast.augmentations import apply
 from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
+from smi_fast.inversion.sparse_images import confidence
 from smi_fast.objectives import LossInputs, Objective, value_of
 from smi_fast.teacher import SigmoidImages, SparseOutput
 from smi_fast.teacher.taps import blocks_read
@@ -31,10 +32,13 @@ class BatchInputs:
         lengths: int64 [B], how many of ``kept`` count in each image, or None where all do.
         shift: int64 [2] in pixels, or [B, 2] for each image; with R copies [R, 2] or [R, B, 2].
         flip: bool, likewise without the last axis.
-        iteration: from 0, as a number of the host.
-        iteration_tensor: int64 [], the same number on the images' device.
+        iteration: from 0, as a number of the host; None where images may be at different ones.
+        iteration_tensor: int64 [], the same number on the images' device, or None.
         generator: on the images' device, for ``augment``.
         score: whether to score the importance of kept patches.
+        rows: int64 [B], which images of the whole batch these are; None for all, in order.
+        share: of the whole batch that these images are. The loss is multiplied by it, so that the
+            gradient of an image doesn't depend on how many others are at work.
     """
 
     targets: Tensor | None
@@ -43,10 +47,12 @@ class BatchInputs:
     lengths: Tensor | None = None
     shift: Tensor
     flip: Tensor
-    iteration: int
-    iteration_tensor: Tensor
+    iteration: int | None
+    iteration_tensor: Tensor | None
     generator: torch.Generator | None
     score: bool
+    rows: Tensor | None = None
+    share: float = 1.0
 
 
 class Evaluation(NamedTuple):
@@ -58,12 +64,14 @@ class Evaluation(NamedTuple):
             them.
         importance: [B, K], or None.
         augmented: 0, or NaN where ``augment`` returned what isn't finite; empty without it.
+        confidence: [B], the probability of the targets, with ``finish``; else None.
     """
 
     values: list[Tensor]
     gradient: Tensor | None
     importance: Tensor | None
     augmented: list[Tensor]
+    confidence: Tensor | None
 
 
 def evaluate(images: Tensor | SigmoidImages, inputs: BatchInputs, settings: Settings) -> Evaluation:
@@ -84,6 +92,7 @@ def evaluate(images: Tensor | SigmoidImages, inputs: BatchInputs, settings: Sett
         _joined(_mean, [copy.gradient for copy in copies]),
         _joined(_mean, [copy.importance for copy in copies]),
         [_mean(flags) for flags in zip(*(copy.augmented for copy in copies), strict=True)],
+        _joined(_mean, [copy.confidence for copy in copies]),
     )
 
 
@@ -104,8 +113,9 @@ def _copy(
     if settings.augment is None:
         found = [_part(rows, images, None, jitter, inputs, settings) for rows in slices]
         gradient = _joined(torch.cat, [part.gradient for part in found])
-        return Evaluation(_sums(found), gradient, _importance(found), [])
+        return Evaluation(_sums(found), gradient, _importance(found), [], _confidence(found))
     assert inputs.generator is not None and isinstance(images, Tensor)
+    assert inputs.iteration_tensor is not None
     whole = images.detach().requires_grad_()
     progress = inputs.iteration_tensor.to(torch.float32) / settings.iterations
     seen = apply(settings.augment, whole, progress, inputs.generator)
@@ -116,7 +126,8 @@ def _copy(
         # The parts end at the augmented images, so that augment is differentiated once.
         (through,) = torch.autograd.grad(seen, whole, of_seen)
         gradient = through if gradient is None else gradient + through
-    return Evaluation(_sums(found), gradient, _importance(found), [(seen.detach() * 0).sum()])
+    finite = [(seen.detach() * 0).sum()]
+    return Evaluation(_sums(found), gradient, _importance(found), finite, _confidence(found))
 
 
 class _Part(NamedTuple):
@@ -127,12 +138,14 @@ class _Part(NamedTuple):
         gradient: [b, C, H, W], of the part's images or of their field, or None.
         of_seen: [b, C, H, W], of its augmented images, or None.
         importance: [b, K], or None.
+        confidence: [b], or None.
     """
 
     values: list[Tensor]
     gradient: Tensor | None
     of_seen: Tensor | None
     importance: Tensor | None
+    confidence: Tensor | None
 
 
 def _part(
@@ -149,12 +162,14 @@ def _part(
     shift, flip = jitter
     if shift.dim() == 2:
         shift, flip = shift[rows], flip[rows]
-    pairs = [*zip(settings.objectives, settings.due(inputs.iteration), strict=True)]
+    pairs = [*zip(settings.objectives, settings.due(inputs.iteration or 0), strict=True)]
     taps = {tap for objective, due in pairs if due for tap in objective.taps(teacher.depth)}
     scored = settings.importance.taps(teacher.depth) if inputs.score else ()
     kept, lengths = inputs.kept[rows], None if inputs.lengths is None else inputs.lengths[rows]
+    targets = None if inputs.targets is None else inputs.targets[rows]
+    own_rows = rows if inputs.rows is None else inputs.rows[rows]
     until = None
-    if not inputs.score and not _logits_are_read(pairs):
+    if not inputs.score and settings.finish is None and not _logits_are_read(pairs):
         until = blocks_read(taps, teacher.depth)
     output = teacher(
         own if view is None else view,
@@ -170,14 +185,14 @@ def _part(
         images=own if isinstance(own, Tensor) else own.tensor,
         view=view,
         logits=output.logits,
-        targets=None if inputs.targets is None else inputs.targets[rows],
+        targets=targets,
         kept=kept,
         active=None if inputs.active is None else inputs.active[rows],
         lengths=lengths,
         teacher=teacher,
         space=settings.space,
         backend=settings.backend,
-        first=rows.start,
+        rows=own_rows,
         iteration=inputs.iteration,
         iteration_tensor=inputs.iteration_tensor,
         jitter=(shift, flip),
@@ -193,6 +208,8 @@ def _part(
             for objective, value in zip(settings.objectives, values, strict=True)
         ]
     ).sum()
+    if inputs.share < 1:
+        loss = loss * inputs.share
     leaves = [leaf] if view is None else [leaf, view]
     of_taps = [output.taps[name] for name in scored if settings.importance.differentiates]
     found = _gradients(loss, [*leaves, *of_taps])
@@ -200,9 +217,13 @@ def _part(
     if output.importance is not None:
         gradients = dict(zip(scored, found[len(leaves) :], strict=False))
         shown = given.images if view is None else view
-        importance = _score(rows.start, shown, kept, output, gradients, settings)
+        importance = _score(own_rows, shown, kept, output, gradients, settings)
     of_seen = None if view is None else found[1]
-    return _Part([value.detach() for value in values], found[0], of_seen, importance)
+    sure = None
+    if settings.finish is not None:
+        assert output.logits is not None
+        sure = confidence(output.logits.detach(), targets)
+    return _Part([value.detach() for value in values], found[0], of_seen, importance, sure)
 
 
 def _logits_are_read(pairs: list[tuple[Objective, bool]]) -> bool:
@@ -219,7 +240,7 @@ def _leaf(images: Tensor | SigmoidImages, rows: slice) -> tuple[Tensor | Sigmoid
 
 
 def _score(
-    first: int,
+    rows: slice | Tensor,
     view: Tensor,
     kept: Tensor,
     output: SparseOutput,
@@ -235,7 +256,7 @@ def _score(
         teacher=settings.teacher,
         taps=output.taps,
         gradients=gradients,
-        first=first,
+        rows=rows,
     )
     return score(settings.importance, inputs)
 
@@ -253,6 +274,10 @@ def _sums(found: list[_Part]) -> list[Tensor]:
 
 def _importance(found: list[_Part]) -> Tensor | None:
     return _joined(torch.cat, [part.importance for part in found])
+
+
+def _confidence(found: list[_Part]) -> Tensor | None:
+    return _joined(torch.cat, [part.confidence for part in found])
 
 
 def _joined(join: Callable[[list[Tensor]], Tensor], tensors: list[Tensor | None]) -> Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,22 +40,39 @@ class _Images:
         vars(owner)[self._name] = images
 
 
-class _Logits:
-    """A field of a dataclass: logits, or None where the pass ended before them."""
+T = TypeVar("T")
 
-    def __get__(self, owner: LossInputs | None, kind: type | None = None) -> Tensor:
+
+class _Known(Generic[T]):
+    """A field of a dataclass that may be None, and can't be read then."""
+
+    def __init__(self, missing: str, default: T | None = None) -> None:
+        self._missing, self._default = missing, default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: LossInputs | None, kind: type | None = None) -> T:
         if owner is None:
-            raise AttributeError("logits")  # the field has no default
-        logits: Tensor | None = vars(owner)["logits"]
-        if logits is None:
-            raise RuntimeError(
-                "an objective with reads_logits=False read the logits, which are not computed "
-                "where no objective reads them: leave reads_logits out"
-            )
-        return logits
+            if self._default is None:
+                raise AttributeError(self._name)  # the field has no default
+            return self._default
+        value: T | None = vars(owner)[self._name]
+        if value is None:
+            raise RuntimeError(f"an objective {self._missing}")
+        return value
 
-    def __set__(self, owner: LossInputs, logits: Tensor | None) -> None:
-        vars(owner)["logits"] = logits
+    def __set__(self, owner: LossInputs, value: T | None) -> None:
+        vars(owner)[self._name] = value
+
+
+_NO_LOGITS = (
+    "with reads_logits=False read the logits, which are not computed where no objective reads "
+    "them: leave reads_logits out"
+)
+_NO_ITERATION = (
+    "read the iteration, which images don't have in common with finish: leave finish out"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,8 +95,9 @@ class LossInputs:
         teacher: the network that is inverted.
         space: size and normalisation of the images.
         backend: which implementation of the ops to use.
-        first: index in the batch of the first of these images; above 0 where a batch is split.
-        iteration: from 0, as a number of the host.
+        rows: which images of the whole batch these are.
+        iteration: from 0, as a number of the host. It can't be read with ``finish``, which lets
+            images be at different iterations.
         iteration_tensor: int64 [], the same number on the images' device.
         jitter: shift int64 [2] in pixels and flip bool [] of this iteration, or [B, 2] and [B]; or
             None.
@@ -89,7 +107,7 @@ class LossInputs:
 
     images: _Images = _Images()
     view: Tensor | None = None
-    logits: _Logits = _Logits()
+    logits: _Known[Tensor] = _Known(_NO_LOGITS)
     targets: Tensor | None
     kept: Tensor
     active: Tensor | None
@@ -97,9 +115,9 @@ class LossInputs:
     space: ImageSpace
     backend: str = AUTO
     lengths: Tensor | None = None
-    first: int = 0
-    iteration: int = 0
-    iteration_tensor: Tensor
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
+    iteration: _Known[int] = _Known(_NO_ITERATION, 0)
+    iteration_tensor: _Known[Tensor] = _Known(_NO_ITERATION)
     jitter: tuple[Tensor, Tensor] | None = None
     taps: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -112,7 +130,7 @@ class LossInputs:
 
     def rows_of(self, drawn: Tensor) -> Tensor:
         """The rows of these images, of a tensor with a row for each image of the whole batch."""
-        return drawn[self.first : self.first + len(self.kept)]
+        return drawn[self.rows]
 
 
 class Objective(ABC):
@@ -133,6 +151,7 @@ class Objective(ABC):
             is then read by :meth:`LossInputs.rows_of`.
         reads_logits: whether it reads :attr:`LossInputs.logits`. In iterations in which no
             objective does, the teacher runs only the blocks up to the last tap.
+        reads_iteration: whether it reads :attr:`LossInputs.iteration` or its tensor.
     """
 
     name: str
@@ -140,6 +159,7 @@ class Objective(ABC):
     every: int = 1
     separable: bool = False
     reads_logits: bool = True
+    reads_iteration: bool = False
 
     def taps(self, depth: int) -> tuple[str, ...]:
         """Names of the taps that it reads from a teacher with ``depth`` blocks.

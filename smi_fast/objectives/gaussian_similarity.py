@@ -43,6 +43,7 @@ class GaussianSimilarity(Objective):
     name = "gaussian_similarity"
     reads_logits = False
     separable = True
+    reads_iteration = True
 
     def __init__(
         self, blocks: Sequence[int] | None = None, rows: int = 64, weight: float = 1.0

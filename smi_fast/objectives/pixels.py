@@ -71,10 +71,8 @@ class TotalVariation(Objective):
         return torch.stack(each).mean() if each else images.sum()
 
     def _of(self, images: Tensor, active: Tensor | None, inputs: LossInputs) -> Tensor:
-        # Where a patch repeats only the specification, which makes a mask of them, counts it once.
-        backend = inputs.backend if inputs.lengths is None else "reference"
         l1, l2 = ops.total_variation(
-            images, active, patch_size=inputs.teacher.patch_size, backend=backend
+            images, active, patch_size=inputs.teacher.patch_size, backend=inputs.backend
         )
         return l1 if self.norm == "l1" else l2
 

@@ -80,3 +80,17 @@ def pixel_mask(kept: Tensor, patch_size: int, height: int, width: int) -> Tensor
 def spread(patches: Tensor, patch_size: int) -> Tensor:
     """A mask bool [B, 1, H, W] of pixels, from that of patches [B, rows, columns]."""
     return patches.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
+
+
+def widened(kept: Tensor, width: int, patches: int) -> Tensor:
+    """The patches kept int64 [B, K], and other ones of the grid behind them: int64 [B, width].
+
+    Args:
+        kept: distinct patches of each image.
+        width: from K.
+        patches: of a whole image, at least ``width``.
+    """
+    there = torch.zeros(len(kept), patches, dtype=torch.bool, device=kept.device)
+    # A stable sort leaves those that are not kept in front, ascending.
+    others = there.scatter(1, kept, True).byte().argsort(dim=1, stable=True)
+    return torch.cat([kept, others[:, : width - kept.shape[1]]], dim=1)

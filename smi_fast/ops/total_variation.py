@@ -34,7 +34,8 @@ def total_variation(
 
     Args:
         images: [B, C, H, W].
-        active: int64 [B, K], distinct patches of the grid; None counts every difference.
+        active: int64 [B, K], patches of the grid, of which one that repeats counts once; None
+            counts every difference.
         patch_size: side of a patch in pixels; read only with ``active``.
         backend: see :mod:`smi_fast.ops.backends`.
 

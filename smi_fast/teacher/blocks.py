@@ -90,7 +90,7 @@ class Blocks:
         self._blocks: Any = blocks
         self._prefix, self._rows_read = prefix, rows_read
         self._backend, self._precision = backend, precision
-        self._engines = engine.candidates(blocks, precision)
+        self._engines = engine.candidates(blocks, precision, backend)
         self.narrow: dict[int, float] = {}
 
     def refresh(self) -> None:
@@ -175,9 +175,9 @@ class Blocks:
     ) -> BlocksOutput:
         """Run all blocks on a number of tokens of its own for each image.
 
-        On the CPU the rows of all images are concatenated, so that padded rows cost no product,
-        and an engine runs all blocks but the last one. Rotary positions, and a GPU, whose shapes
-        are not to depend on data, keep rows padded, and blocks run one by one.
+        On the CPU the rows of all images are concatenated, so that padded rows cost nothing in an
+        engine, and no product without one. Rotary positions, and a GPU, whose shapes are not to
+        depend on data, keep rows padded, and blocks run one by one.
 
         Args:
             x: tokens [B, N, D].
@@ -188,12 +188,10 @@ class Blocks:
         """
         packed = x.device.type == "cpu" and way.rotations is None
         rows = RaggedRows.of(lengths, x.shape[1], packed=packed)
-        last = self._blocks[-1]
-        x, left = rows.pack(x), [*enumerate(self._blocks)]
-        if rows.index is not None and way.engine is not None and len(left) > 1:
-            x = way.engine.run_ragged(x[0], 0, len(left) - 1, rows.offsets)[None]
-            left = left[-1:]
-        for index, block in left:
+        last, x = self._blocks[-1], rows.pack(x)
+        if way.engine is not None and rows.index is not None:
+            return self._packed(way.engine, x, rows, importance)
+        for index, block in enumerate(self._blocks):
             y = block.norm1(x)
             qkv = rows.unpack(project_qkv(block.attn, y, way.rotation(index)))
             scored = importance and block is last
@@ -208,6 +206,20 @@ class Blocks:
             x = _after_attention(block, x, y, out)
             x = _after_mlp(block, x, _hidden(block, x))
         return BlocksOutput(x, row[:, self._prefix :] if row is not None else None, {})
+
+    def _packed(
+        self, engine: Engine, x: Tensor, rows: RaggedRows, importance: bool
+    ) -> BlocksOutput:
+        """Run all blocks in an engine, on concatenated rows x [1, R, D]."""
+        last, read = len(self._blocks) - 1, self._rows_read
+        assert read is not None
+        if last:
+            x = engine.run_ragged(x[0], 0, last, rows.offsets)[None]
+        x, probabilities = engine.last_block_rows(x, read, offsets=rows.offsets)
+        if not importance:
+            return BlocksOutput(x, None, {})
+        row = rows.unpack(probabilities[:, :, 0].mean(dim=1))
+        return BlocksOutput(x, row[:, self._prefix :], {})
 
     def read(
         self,

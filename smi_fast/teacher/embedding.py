@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.engine import Engine
-from smi_fast.engine.embedding import Embedding
+from smi_fast.engine.embedding import Embedding, with_positions
 
 
 def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> None:
@@ -75,10 +75,7 @@ def patch_tokens(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> 
     """
     project = vit.patch_embed
     x = project.norm(F.linear(patches, project.proj.weight.flatten(1), project.proj.bias))
-    prefix, table = _embeddings(vit)
-    if table is not None:
-        x = x + table[positions]
-    return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+    return with_positions(x, positions, *_embeddings(vit))
 
 
 def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:

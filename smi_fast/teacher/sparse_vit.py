@@ -77,9 +77,9 @@ class SparseViT(nn.Module):
             of what goes on are exact; no gradient goes through the choice. Patches that don't
             reach the last block have importance 0. By default all tokens go through all blocks.
         precision: of the matrix products in the blocks: "float32", the data type of the weights;
-            or "bfloat16", for a teacher in float32 on the CPU, which saves time where the processor
-            has such products. Images, the residual stream, statistics, softmax, the head and
-            importance stay float32, and so does a block whose inside is tapped.
+            or, for a teacher in float32, "bfloat16", which saves time where the processor has such
+            products, or "tf32" on a GPU. Images, the residual stream, statistics, softmax, the head
+            and importance stay float32, and so does a block whose inside is tapped.
 
     Attributes:
         channels: channels of an image.

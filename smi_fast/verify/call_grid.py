@@ -215,6 +215,7 @@ def _total_variation() -> Iterator[OpCall]:
     yield from pair("constant", torch.ones_like(images), active, 8)
     yield from pair("no-images", images[:0], None, 1)
     yield from pair("no-patches", images, active[:, :0], 8)
+    yield from pair("repeated", images, torch.tensor([[3, 7, 3, 3, 0], [1, 2, 4, 8, 9]]), 8)
 
 
 def _batch_norm_matching() -> Iterator[OpCall]:

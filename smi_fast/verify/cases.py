@@ -34,6 +34,8 @@ CHANGED = {
     "normalize_backward_": (0, 4),
     "gelu_": (0, 2),
     "multiply_": (0,),
+    "linear_gelu_": (3, 4),
+    "multiplied_product_": (3,),
     "swiglu_": (0, 2),
     "swiglu_backward_": (2,),
     "rotate_": (0,),
@@ -50,6 +52,7 @@ STATISTICS = {
     "add_normalize_": (0, 2, 5),
     "normalize_backward_": (0, 3),
     "gelu_": (1,),
+    "linear_gelu_": (2,),
     "swiglu_": (1,),
     "rotate_": (1, 2),
     "rotate_backward_": (2,),
@@ -136,7 +139,7 @@ class OpCall:
             arguments = [_copy(value) for value in arguments]
         results = getattr(functions, self.op)(*arguments)
         if changed:
-            return [arguments[index] for index in changed]
+            return [arguments[index] for index in changed if arguments[index] is not None]
         return [results] if isinstance(results, Tensor) else list(results)
 
     def errors(

@@ -14,6 +14,7 @@ from smi_fast.ops.backends import Backend
 from smi_fast.verify import isolation
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall
+from smi_fast.verify.gpu_engine_grid import GPU_STEPS, gpu_engine_calls
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKWARD = "_backward"
@@ -92,9 +93,14 @@ def verdicts(device: torch.device, limit: float) -> Iterator[Verdict]:
     Each backend runs each op in a process of its own, which may take ``limit`` seconds.
     """
     for backend in backends.BACKENDS:
-        for op in dict.fromkeys(call.op for call in op_calls()):
+        for op in dict.fromkeys(call.op for call in _calls(backend)):
             if _dtypes(backend, op, device):
                 yield from _isolated(backend, op, device, limit)
+
+
+def _calls(backend: Backend) -> list[OpCall]:
+    """The calls of every op; of Triton also those of the steps of its engine."""
+    return [*op_calls(), *(gpu_engine_calls() if backend.name == "triton" else ())]
 
 
 def _dtypes(backend: Backend, op: str, device: torch.device) -> list[torch.dtype]:
@@ -102,7 +108,8 @@ def _dtypes(backend: Backend, op: str, device: torch.device) -> list[torch.dtype
     if backend.name == "reference":
         return []
     name = op.removesuffix(BACKWARD)
-    return [dtype for dtype in DTYPES if backend.why_not(name, device, dtype) is None]
+    dtypes = (torch.float32, torch.bfloat16) if op in GPU_STEPS else DTYPES
+    return [dtype for dtype in dtypes if backend.why_not(name, device, dtype) is None]
 
 
 def _isolated(backend: Backend, op: str, device: torch.device, limit: float) -> Iterator[Verdict]:
@@ -123,7 +130,7 @@ def _isolated(backend: Backend, op: str, device: torch.device, limit: float) -> 
 def _check(send: Callable[[object], None], backend_name: str, op: str, device_name: str) -> None:
     """Send each call that begins, and the verdict on each data type."""
     backend, device = backends.by_name(backend_name), torch.device(device_name)
-    calls = [call for call in op_calls() if call.op == op]
+    calls = [call for call in _calls(backend) if call.op == op]
     for dtype in _dtypes(backend, op, device):
         send(verdict(backend, device, dtype, calls, send))
         if not answers(device):

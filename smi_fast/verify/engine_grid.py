@@ -23,7 +23,14 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd))
         yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
         yield OpCall(label, "normalize_backward_", (added, grad, x, rstd, empty))
+        if width != 64:
+            inner, rms = f"inner-{label}", f"rms-{label}"
+            yield OpCall(inner, "add_normalize_", (x + 1, None, bias, 1e-6, empty, rstd))
+            yield OpCall(rms, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd, False))
+            yield OpCall(rms, "normalize_backward_", (added, grad, x, rstd, empty, False))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))
+        for approximate in ("tanh", "sigmoid"):
+            yield OpCall(f"{approximate}-{label}", "gelu_", (3 * x, bias, empty, approximate))
         yield OpCall(label, "multiply_", (added, grad))
     for rows, width in ((1, 1), (3, 7), (47, 64), (50, 171), (0, 8)):
         x, bias = torch.randn(rows, 2 * width), torch.randn(2 * width)
@@ -49,6 +56,9 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(label, "rotate_backward_", (x, changed, rotation, half))
     far = torch.tensor([[-200.0, -15.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 15.0, 200.0]])
     yield OpCall("far", "gelu_", (far, torch.zeros(9), torch.empty_like(far)))
+    for approximate in ("tanh", "sigmoid"):
+        arguments = (far, torch.zeros(9), torch.empty_like(far), approximate)
+        yield OpCall(f"{approximate}-far", "gelu_", arguments)
     for count, width in ((1, 64), (2, 8), (47, 64), (66, 72), (197, 32), (0, 8)):
         qkv, q_bias = torch.randn(2, count, 3, 2, width), torch.randn(2 * width)
         out, grad = torch.randn(2, 2 * count, 2 * width).unflatten(1, (2, count))
@@ -69,3 +79,12 @@ def _engine_calls() -> Iterator[OpCall]:
         label = f"{rows}-{count}-{width}"
         yield OpCall(label, "attend_rows", (q, q_bias, kv))
         yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities))
+    offsets = torch.tensor([0, 7, 66, 68])
+    for rows, width in ((1, 64), (2, 33)):
+        q, grad = torch.randn(2, 3, rows, 3 * width)
+        q_bias, kv = torch.randn(3 * width), torch.randn(1, 68, 2, 3, width)
+        own = torch.randn(3, rows, 68).split(offsets.diff().tolist(), dim=2)
+        probabilities = torch.cat([scores.softmax(dim=-1) for scores in own], dim=2)[None]
+        label = f"ragged-{rows}-{width}"
+        yield OpCall(label, "attend_rows", (q, q_bias, kv, offsets))
+        yield OpCall(label, "attend_rows_backward", (grad, q, q_bias, kv, probabilities, offsets))

@@ -24,6 +24,7 @@ from smi_fast.schedules import Dense, Selection
 from smi_fast.verify import isolation
 from smi_fast.verify.cases import OpCall, random_kept
 from smi_fast.verify.correctness import answers
+from smi_fast.verify.gpu_engine_grid import GPU_STEPS
 
 HEADS, WIDTH, PATCH, SIDE = 6, 64, 16, 224
 # K: all patches of an image, and as many as the published schedule keeps.
@@ -147,8 +148,10 @@ def _send_step_time(send: Callable[[object], None], device: str, backend: str, k
 
 
 def _wrong_in_step(device: torch.device, wrong: Wrong) -> list[str]:
-    """The ops of an iteration, and their gradients, that auto would take from a wrong kernel."""
-    found = []
+    """The ops of an iteration, their gradients and the steps of blocks, that auto would take from a
+    wrong kernel.
+    """
+    found = [f"triton {step}" for step in GPU_STEPS if ("triton", step) in wrong]
     for op in backends.OPS:
         chosen = backends.choose(op, device, torch.float32).name
         names = (op, f"{op}_backward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ class _Saved(NamedTuple):
     to_mlp: Tensor
     mlp_rstd: Tensor
     derivative: Tensor
+
+
+def in_float64(block: FoldedBlock) -> FoldedBlock:
+    """The same numbers in float64."""
+    values = {field.name: getattr(block, field.name) for field in fields(block)}
+    return replace(block, **{k: v.double() for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def run_by_steps(blocks: list[FoldedBlock], tokens: Tensor, grad: Tensor) -> Passed:

@@ -21,6 +21,7 @@ TEACHERS = {
     "vit_base_patch16_clip_quickgelu_224": {"depth": 2},
     "vit_base_patch16_siglip_224": {"depth": 2},
     "vit_medium_patch16_gap_256": {"depth": 2},
+    "aimv2_huge_patch14_224": {"depth": 3, "img_size": 56, "embed_dim": 96, "num_heads": 2},
     "deit_tiny_patch16_224 rectangle": {"img_size": (96, 160), "depth": 3},
     "vit_tiny_patch16_224 no block to spare": {"depth": 1},
     "vit_tiny_patch16_224 qk norm": {"depth": 2, "qk_norm": True, "init_values": 0.1},

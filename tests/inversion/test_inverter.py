@@ -125,10 +125,10 @@ def test_jitter_of_each_image_is_that_of_each_image_alone(teacher: VisionTransfo
     jitter = Jitter(share=0.5, per_image=True).draw(10, (32, 48), batch=2)
     init = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     inverter = make(teacher, objectives=[CrossEntropy()], schedule=Dense())
-    together, _ = inverter.start(TARGETS, init, jitter).evaluate()
+    together = inverter.start(TARGETS, init, jitter).evaluate().parameters
     for i, target in enumerate(TARGETS):
         own = tuple(table[:, i] for table in jitter)
-        alone, _ = inverter.start([target], init[i : i + 1], own).evaluate()
+        alone = inverter.start([target], init[i : i + 1], own).evaluate().parameters
         torch.testing.assert_close(together[i] * 2, alone[0], rtol=1e-9, atol=1e-12)
 
 

@@ -125,7 +125,7 @@ def test_variation_of_each_image_is_that_of_its_own_inversion(
         state = inverter.start(batch=len(images), init=images)
         if sparse:
             state.kept = state.kept[:, 4:11]
-        gradient, _ = state.evaluate()
+        gradient = state.evaluate().parameters
         return gradient, float(state.record[0, 0])
 
     gradient, value = evaluated(init)
@@ -149,7 +149,7 @@ def test_copies_are_the_mean_of_inversions_with_their_jitter(
         return inverter.start(LABELS, init, table)
 
     state = start(3, (shift, flip))
-    gradient, importance = state.evaluate(score=True)
+    gradient, importance, _ = state.evaluate(score=True)
     alone = [start(1, (shift[:, i], flip[:, i])) for i in range(3)]
     found = [each.evaluate(score=True) for each in alone]
     torch.testing.assert_close(gradient, sum(each[0] for each in found) / 3)
@@ -189,7 +189,7 @@ def test_augment_is_differentiated(teacher: VisionTransformer) -> None:
     given = {"objectives": [CrossEntropy()], "schedule": Dense()}
     jitter = Jitter(share=0, flip=False)
     augmented, plain = (
-        make(teacher, **given, jitter=jitter, augment=f).start(LABELS, x).evaluate()[0]
+        make(teacher, **given, jitter=jitter, augment=f).start(LABELS, x).evaluate().parameters
         for f, x in ((doubled, init), (None, 2 * init))
     )
     torch.testing.assert_close(augmented, 2 * plain)

@@ -112,7 +112,7 @@ def test_only_the_parameters_have_a_gradient(teacher: VisionTransformer, kind: C
     kept = torch.arange(6).expand(2, -1)
     state.step()
     state.keep(Selection(kept))
-    gradient, _ = state.evaluate()
+    gradient = state.evaluate().parameters
     assert gradient.shape == state.parameters.shape and gradient.any()
     if kind is Sigmoid:  # its parameter of a stopped pixel moves nothing that is seen
         assert not gradient[~pixels_of(kept)].any()

@@ -109,11 +109,11 @@ def test_gradient_after_a_stop_is_that_through_whole_images(teacher: VisionTrans
     state = stopped(teacher, objectives=WITH_PIXELS)
     state.shift, state.flip = state.shift.clone(), state.flip.clone()
     state.shift[1], state.flip[1] = torch.tensor([3, -5]), True
-    gradient, _ = state.evaluate()
+    gradient = state.evaluate().parameters
     assert gradient.any()
     whole = replace(state.settings, parametrization=Whole().bind(state.settings.space))
     state.settings = whole
-    torch.testing.assert_close(gradient, state.evaluate()[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, state.evaluate().parameters, rtol=1e-9, atol=1e-12)
 
 
 def test_whole_images_are_made_only_where_an_objective_reads_them(
@@ -142,7 +142,7 @@ def test_who_reads_images_without_a_gradient_leaves_them_theirs(
 
     brightness = UserTerm(lambda images, logits: images.mean(), "brightness")
     both, alone = (
-        stopped(teacher, objectives=objectives).evaluate()[0]
+        stopped(teacher, objectives=objectives).evaluate().parameters
         for objectives in ([Watched(), brightness], [brightness])
     )
     assert alone.any() and torch.equal(both, alone)

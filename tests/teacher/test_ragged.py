@@ -96,20 +96,43 @@ def test_padded_rows_cost_no_product(
 ) -> None:
     teacher = make_teacher("deit_tiny_patch16_224", depth=3)
     sparse = SparseViT(teacher, probe=False, backend=backend)
-    run, packed = CpuEngine.run_ragged, []
+    run, run_last, packed = CpuEngine.run_ragged, CpuEngine.last_block_rows, []
 
     def watched(self: CpuEngine, rows: Tensor, *arguments: object) -> Tensor:
         packed.append(len(rows))
         return run(self, rows, *arguments)
 
+    def watched_last(self: CpuEngine, x: Tensor, read: int, offsets: Tensor) -> object:
+        packed.append(len(x[0]))
+        return run_last(self, x, read, offsets=offsets)
+
     monkeypatch.setattr(CpuEngine, "run_ragged", watched)
+    monkeypatch.setattr(CpuEngine, "last_block_rows", watched_last)
     rows_of_layers.clear()
     images, kept = torch.randn(3, 3, 224, 224), random_kept(3, 20, 196)
     sparse(images, kept, lengths=torch.tensor(LENGTHS))
     count = sum(LENGTHS) + 3
     # Projection and two layers of the MLP, of two blocks; of the last only the class tokens; head.
-    assert rows_of_layers == [count] * (6 if backend == "reference" else 0) + [3] * 4
-    assert packed == ([] if backend == "reference" else [count])
+    assert rows_of_layers == ([count] * 6 + [3] * 4 if backend == "reference" else [3])
+    assert packed == ([] if backend == "reference" else [count] * 2)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+)
+def test_the_engine_gives_what_blocks_one_by_one_give(name: str, depth: int) -> None:
+    """In float64; one image has no patch at all."""
+    teacher = make_teacher(name, depth=depth, img_size=56 if "14" in name else 64).double()
+    images, lengths = random_images(teacher, 4).double(), torch.tensor([5, 0, 12, 1])
+    kept = random_kept(4, 12, teacher.patch_embed.num_patches)
+    found = [
+        with_gradient(SparseViT(teacher, backend=backend), images, kept, lengths=lengths)
+        for backend in ("auto", "reference")
+    ]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert found[0][1].shape == (4, 12) and not found[0][1][1].any()
 
 
 def test_the_engine_refuses_offsets_that_do_not_fit() -> None:
@@ -117,6 +140,20 @@ def test_the_engine_refuses_offsets_that_do_not_fit() -> None:
     for offsets in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6], []):
         with pytest.raises(RuntimeError, match="expected ascending offsets from 0 to 5"):
             torch.ops.smi_fast.attend_(qkv, q_bias, out, torch.tensor(offsets, dtype=torch.int64))
+    engine = CpuEngine(make_teacher("deit_tiny_patch16_224", depth=1).blocks)
+    for offsets, message in (
+        ([0, 4, 5], "at least 2 tokens in each image, got 1"),
+        ([0, 3], "ascending offsets from 0 to 5"),
+    ):
+        with pytest.raises(RuntimeError, match=f"expected {message}"):
+            engine.last_block_rows(torch.randn(1, 5, 192), 2, offsets=torch.tensor(offsets))
+    rows = torch.randn(2, 1, 16), q_bias, torch.randn(1, 5, 2, 2, 8)
+    for offsets, message in (
+        ([0, 5], "keys of 2 images, got 1"),
+        ([0, 5, 5], "a token in each image, got none in 1"),
+    ):
+        with pytest.raises(RuntimeError, match=f"expected {message}"):
+            torch.ops.smi_fast.attend_rows(*rows, torch.tensor(offsets))
 
 
 def test_rows_are_packed_and_unpacked() -> None:

@@ -134,6 +134,40 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                     yield torch.empty(2, count, heads * WIDTH, dtype=dtype), qkv, kept, None
 
 
+def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Arguments of a step of the engine on 8 images, and on as many as fill a GPU."""
+    for heads, batch in zip(HEADS, (8, 8, 128), strict=True):
+        count, width = 47, heads * WIDTH
+        rows = batch * count
+        x, rstd, bias = torch.empty(rows, width), torch.empty(rows), torch.empty(width)
+        a, b = torch.empty(2, rows, width, dtype=dtype)
+        hidden, derivative = torch.empty(2, rows, 4 * width, dtype=dtype)
+        q, kv = (
+            torch.empty(batch, 1, width, dtype=dtype),
+            torch.empty(batch, count, 2, heads, WIDTH),
+        )
+        kv, probabilities = kv.to(dtype), torch.empty(batch, heads, 1, count)
+        weight, hidden_bias = torch.empty(4 * width, width, dtype=dtype), torch.empty(4 * width)
+        if op == "add_normalize_":
+            yield x, a, bias, 1e-6, b, rstd
+            yield x, None, None, 1e-6, b, rstd
+        if op == "normalize_backward_":
+            yield x, a, b, rstd, None if dtype == x.dtype else a
+        if op == "gelu_":
+            yield derivative, hidden_bias, hidden
+            yield derivative, hidden_bias, hidden, "tanh"
+        if op == "multiply_":
+            yield derivative, hidden
+        if op == "attend_rows":
+            yield q, bias, kv
+        if op == "attend_rows_backward":
+            yield q, q, bias, kv, probabilities
+        if op == "linear_gelu_":
+            yield a, weight, hidden_bias, derivative, hidden
+        if op == "multiplied_product_":
+            yield a, weight.T if dtype == x.dtype else weight.T.contiguous(), derivative, hidden
+
+
 def compile_op(capability: int, op: str, dtype: str) -> list[Compiled]:
     """Compiles every distinct kernel that the real configurations of an op start on a target."""
     import triton
@@ -156,7 +190,9 @@ def compile_op(capability: int, op: str, dtype: str) -> list[Compiled]:
     attention = sys.modules["smi_fast.kernels.gather_attention"]
     attention.shared_memory = lambda _: MACHINES[capability].shared_of_block  # type: ignore[attr-defined]
     JITFunction.__getitem__ = compile_only
-    for arguments in _launches(op, DTYPES[dtype]):
+    # Products of float32 with a step are for tensor cores, which have TF32.
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    for arguments in (*_launches(op, DTYPES[dtype]), *_steps(op, DTYPES[dtype])):
         getattr(kernels, op)(*arguments)
     return list(found.values())
 

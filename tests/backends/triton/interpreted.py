@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from smi_fast.engine import reference as engine_reference
+from smi_fast.engine.precision import products_in
 from smi_fast.ops import reference
+from smi_fast.verify.budget import errors
 from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall, WrongResult, random_kept
+from smi_fast.verify.gpu_engine_grid import gpu_engine_calls
 from tests.backends.planted import Factor, ScaledResults
 
 PLANTED = "smi_fast.kernels.planted"
@@ -39,7 +43,7 @@ def _kernels() -> ModuleType:
 
 @cache
 def _calls() -> dict[str, OpCall]:
-    return {str(call): call for call in op_calls()}
+    return {str(call): call for call in (*op_calls(), *gpu_engine_calls())}
 
 
 class PoisonedOutputs(TorchFunctionMode):
@@ -102,6 +106,44 @@ def with_factor(call: str, dtype: torch.dtype, part: str, factor: float) -> str 
     except WrongResult as error:
         return str(error)
     return None
+
+
+def attend_rows_in_bfloat16(call: str) -> None:
+    """Attention of a few rows that reads bfloat16, against float64 of the rounded numbers."""
+    chosen = _calls()[call]
+    rounded = [
+        value if index == chosen.op.count("backward") + 1 or index == 4 else value.bfloat16()
+        for index, value in enumerate(chosen.arguments)
+    ]
+    run = getattr(engine_reference, chosen.op)
+    ours = getattr(Poisoned(_kernels()), chosen.op)(*rounded)
+    eager = run(*(value.float() for value in rounded))
+    exact = run(*(value.double() for value in rounded))
+    for found, in_float32, result in zip(ours, eager, exact, strict=True):
+        for error in errors(found, in_float32.to(found.dtype), result):
+            if not error.allowed:
+                raise WrongResult(f"{call}: {error}")
+
+
+def products_by_precision() -> dict[str, float]:
+    """The largest error of products with a step, as a share of the largest number."""
+    (call,) = (c for c in gpu_engine_calls() if str(c) == "linear_gelu_-94x192x768")
+    (exact, _) = call.converted(torch.float64).run(engine_reference)
+    found = {}
+    for precision in ("float32", "tf32"):
+        with products_in(precision):
+            ours, _ = call.run(_kernels())
+        found[precision] = float((ours - exact).abs().max() / exact.abs().max())
+    return found
+
+
+def overflow() -> None:
+    """A variance that overflows gives NaN, and no number that looks like a result."""
+    x, normalized, rstd = 1e20 * torch.randn(3, 40), torch.empty(3, 40), torch.empty(3)
+    x[1] = torch.randn(40)
+    _kernels().add_normalize_(x, None, None, 1e-6, normalized, rstd)
+    assert normalized[[0, 2]].isnan().all() and rstd[[0, 2]].isnan().all()
+    assert normalized[1].isfinite().all()
 
 
 def sums_of_float16() -> None:
@@ -185,7 +227,10 @@ def traffic(op: str) -> tuple[int, int]:
     patches = torch.randn(1, 46, 768)
     half = torch.randn(1, 46, 3, 2, 64).bfloat16()
     one, channel = torch.tensor(1.0), torch.rand(3)
-    sums = torch.ones(3, 4)
+    x32, rows, rstd = torch.randn(3, 64, 384), torch.randn(4, 64, 384).bfloat16(), torch.rand(64)
+    elements = rows[0].numel()
+    sums, kv, channels = torch.ones(3, 4), half[:, :, 1:].contiguous(), torch.rand(128)
+    shares = torch.rand(1, 2, 1, 46)
     image, patch, qkv = 4 * x.numel(), 4 * patches.numel(), 2 * half.numel()
     cases = {
         "gather_patches": (2 * patch, (x, kept, *jitter, size)),
@@ -212,6 +257,18 @@ def traffic(op: str) -> tuple[int, int]:
                 *(torch.tensor(1), one.double(), 0.5, 0.9, 0.01),
                 *(-channel, channel, kept, size),
             ),
+        ),
+        "add_normalize_": (
+            12 * elements,
+            (x32[0], rows[0], x32[1, 0].contiguous(), 1e-6, rows[1], rstd),
+        ),
+        "normalize_backward_": (14 * elements, (x32[0], rows[0], rows[1], rstd, rows[2])),
+        "gelu_": (6 * elements, (rows[0], x32[0, 0], rows[1])),
+        "multiply_": (6 * elements, (rows[0], rows[1])),
+        "attend_rows": (2 * half[:, :, 1:].numel(), (half[:, :1, 0].flatten(2), channels, kv)),
+        "attend_rows_backward": (
+            4 * half[:, :, 1:].numel(),
+            *((half[:, :1, 0].flatten(2), half[:, :1, 0].flatten(2), channels, kv, shares),),
         ),
         "gather_attention": (qkv * 4 // 3, (half, None, None, True)),
         "gather_attention_backward": (qkv * 7 // 3, (half[:, :, 0].flatten(2), half, None, None)),

@@ -18,6 +18,7 @@ from smi_fast import (
     TotalVariation,
     recipes,
 )
+from smi_fast.engine.schemas import _TRITON_STEPS
 from smi_fast.inversion.result import InversionResult
 from smi_fast.ops import backends
 from smi_fast.ops.schemas import _SCHEMAS, TRITON, triton_kernel
@@ -67,7 +68,10 @@ def inversion() -> dict[str, float]:
 
     guard.install()
     _set_up()
-    for name in _SCHEMAS:  # tensors of the CPU, whose kernels the interpreter runs
+    for name in (
+        *_SCHEMAS,
+        *_TRITON_STEPS,
+    ):  # tensors of the CPU, whose kernels the interpreter runs
         _library.impl(name + TRITON, triton_kernel(name), "CPU")
     launches = guard.MEMORY.launches
     launches.clear()
@@ -83,8 +87,10 @@ def inversion() -> dict[str, float]:
     }
 
 
-def launches(backend: str, kept: int) -> Counter[str]:
+def launches(backend: str, kept: int, precision: str = "float32") -> Counter[str]:
     """Counts the kernels of one unscored iteration of DeiT-T, which may not wait for the host.
+
+    An iteration before it folds the weights.
 
     The launchers are called as they are and not as ops, so that what they do is seen.
     """
@@ -101,11 +107,15 @@ def launches(backend: str, kept: int) -> Counter[str]:
     _set_up(functions=kernels)
     deit = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     # Kernels that only count compute nothing that a probe could compare.
-    teacher = SparseViT(vision_transformer(**deit), backend=backend, probe=False)
+    options = {"backend": backend, "precision": precision, "probe": False}
+    teacher = SparseViT(vision_transformer(**deit), **options)
     options = recipes.smi().options(schedule=Dense(), backend=backend, **SPACE)
     run = SparseInverter(teacher, **options)
     state = run.start([1, 4])
     state.keep(Selection(state.kept[:, :kept].contiguous()))
+    with counter:
+        state.step()
+    counter.kernels.clear()
     with HostGuard(), counter:
         state.step()
     return counter.kernels

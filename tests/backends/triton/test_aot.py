@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from smi_fast.verify.gpu_engine_grid import GPU_STEPS
 from tests.backends.triton.compile import MACHINES, Compiled, compile_op
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +54,17 @@ BUDGET = {
     # Eight warps do all the work of a head from shared memory: more of them would only share it.
     "_gather_attention_fwd": Budget(8, loads=True),
     "_gather_attention_bwd": Budget(8, loads=True, stores=True),
+    "_add_normalize": Budget(32, loads=True, stores=True),
+    "_normalize_backward": Budget(24, loads=True, stores=True),
+    "_gelu": Budget(32, loads=True, stores=True),
+    "_multiply": Budget(48, loads=True, stores=True),
+    "_attend_rows_fwd": Budget(16, loads=True),
+    "_attend_rows_bwd": Budget(12, loads=True, stores=True),
+    # As many warps as share the tiles of a product.
+    "_linear_gelu": Budget(8, stores=True),
+    "_multiplied_product": Budget(8, stores=True),
 }
+PRODUCTS = ("linear_gelu_", "multiplied_product_")
 ATTENTION = ("gather_attention", "gather_attention_backward")
 ACTIVATIONS = ("batch_norm_matching", "batch_norm_matching_backward")
 PIXELS = (
@@ -77,6 +88,7 @@ CASES = [
             ("bfloat16", "float32", "float16") if target <= 90 else ("bfloat16", "float32"),
         ),
         (ACTIVATIONS, ("bfloat16", "float32")),
+        (GPU_STEPS, ("bfloat16", "float32")),
         (PIXELS, ("float32",)),
     )
     for op in ops
@@ -121,3 +133,6 @@ def test_budget(compiled: Callable[[Case], list[Compiled]], case: Case) -> None:
         if op in ATTENTION:
             tensor_core = kernel.count("HMMA|HGMMA|UTCHMMA")
             assert (tensor_core > 0) == (dtype != "float32"), kernel
+        if op in PRODUCTS:
+            assert kernel.count("HMMA|HGMMA|UTC.MMA"), kernel
+            assert kernel.count(r"LDGSTS\S*\.128") and not kernel.count(r"LDGSTS\.E$"), kernel

@@ -17,6 +17,7 @@ import torch
 
 from smi_fast.verify.call_grid import in_turn, op_calls, reduced
 from smi_fast.verify.cases import OpCall
+from smi_fast.verify.gpu_engine_grid import gpu_engine_calls
 from tests.backends.planted import CALL_OF_EACH_OP, CALLS_WITH_FACTORS
 from tests.backends.triton import interpreted as calls
 
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.skipif(
 Run = Callable[..., Any]
 # Larger images would only add programs, which the interpreter runs one by one.
 CALLS = in_turn(reduced(op_calls(), elements=100_000, layouts=True))
+STEPS = gpu_engine_calls()
+# A few rows would be too few for their rounding to cancel in the norm.
+STEP_OF_EACH_KIND = list(
+    {call.op: call for call in reversed(STEPS) if 40 < len(call.arguments[0]) < 100}.values()
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,35 @@ def interpreted() -> Iterator[Run]:
 @pytest.mark.parametrize(("call", "dtype"), CALLS, ids=str)
 def test_error_is_within_its_budget(interpreted: Run, call: OpCall, dtype: torch.dtype) -> None:
     interpreted(calls.check, str(call), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", STEPS, ids=str)
+def test_error_of_a_step_is_within_its_budget(
+    interpreted: Run, call: OpCall, dtype: torch.dtype
+) -> None:
+    interpreted(calls.check, str(call), dtype)
+
+
+@pytest.mark.parametrize("call", STEP_OF_EACH_KIND, ids=str)
+def test_budget_catches_half_a_percent_of_a_step(interpreted: Run, call: OpCall) -> None:
+    for dtype, factor in ((torch.float32, 1 + 1e-5), (torch.bfloat16, 1.005)):
+        said = interpreted(calls.with_factor, str(call), dtype, "result", factor)
+        assert said is not None and "error" in said
+
+
+@pytest.mark.parametrize("call", [c for c in STEPS if c.op.startswith("attend_rows")], ids=str)
+def test_rows_of_bfloat16(interpreted: Run, call: OpCall) -> None:
+    interpreted(calls.attend_rows_in_bfloat16, str(call))
+
+
+def test_products_follow_the_precision_of_torch(interpreted: Run) -> None:
+    found = interpreted(calls.products_by_precision)
+    assert found["float32"] < 2e-6 and 1e-4 < found["tf32"] < 2e-3
+
+
+def test_a_variance_that_overflows_shows(interpreted: Run) -> None:
+    interpreted(calls.overflow)
 
 
 @pytest.mark.parametrize("call", CALLS_WITH_FACTORS, ids=str)
@@ -80,6 +115,12 @@ def test_same_bytes_again(interpreted: Run) -> None:
         "adam_clamp_",
         "gather_attention",
         "gather_attention_backward",
+        "add_normalize_",
+        "normalize_backward_",
+        "gelu_",
+        "multiply_",
+        "attend_rows",
+        "attend_rows_backward",
     ],
 )
 def test_bytes_moved(interpreted: Run, op: str) -> None:

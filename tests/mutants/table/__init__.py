@@ -4,6 +4,7 @@ from tests.mutants.table import (
     cpp,
     cuda,
     engine,
+    gpu_engine,
     inversion,
     kept_tokens,
     objectives,
@@ -16,6 +17,8 @@ from tests.mutants.table import (
     schedules,
     teacher,
     triton,
+    triton_steps,
+    turnover,
 )
 
 MUTANTS = (
@@ -23,13 +26,16 @@ MUTANTS = (
     *cpp.MUTANTS,
     *cuda.MUTANTS,
     *triton.MUTANTS,
+    *triton_steps.MUTANTS,
     *engine.MUTANTS,
+    *gpu_engine.MUTANTS,
     *precision.MUTANTS,
     *teacher.MUTANTS,
     *kept_tokens.MUTANTS,
     *schedules.MUTANTS,
     *parametrizations.MUTANTS,
     *inversion.MUTANTS,
+    *turnover.MUTANTS,
     *objectives.MUTANTS,
     *pool.MUTANTS,
     *remote.MUTANTS,

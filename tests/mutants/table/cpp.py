@@ -152,6 +152,12 @@ MUTANTS = (
             "A constant image has a NaN as its gradient.",
         ),
         Mutant(
+            "cpp-variation-repeated",
+            "if (!is_active) cells_.push_back(values[i]);",
+            "cells_.push_back(values[i]);",
+            "A patch that repeats, as where a batch is ragged, counts more than once.",
+        ),
+        Mutant(
             "cpp-variation-signs",
             "return slope.per_count != 0;",
             "return slope.per_count > 0;",

@@ -9,6 +9,24 @@ FIRST_ROWS = f"{ENGINE}::test_first_rows_are_those_of_the_block"
 
 MUTANTS = (
     *of_file(
+        "smi_fast/engine/buffers.py",
+        ENGINE,
+        Mutant(
+            "engine-buffers",
+            "return rows <= self._rows and saves == self._saves",
+            "return rows <= self._rows",
+            "A pass with gradient saves into buffers that blocks share.",
+            f"{ENGINE}::test_memory_is_planned_once",
+        ),
+        Mutant(
+            "engine-fewer-rows",
+            "return rows <= self._rows and",
+            "return rows == self._rows and",
+            "Images that leave a batch let all memory be planned anew.",
+            f"{ENGINE}::test_fewer_rows_take_the_memory_of_more",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_steps_kernel.h",
         f"{BUDGET} normalize",
         Mutant(
@@ -25,10 +43,42 @@ MUTANTS = (
             "LayerNorm has the gradient of a subtraction of the mean.",
         ),
         Mutant(
+            "steps-bias-alone",
+            "sum += added ? load_n(added + i, n) + term : term;",
+            "sum += added ? load_n(added + i, n) + term : V{};",
+            "A bias without a residual is not added.",
+        ),
+        Mutant(
+            "steps-rms-mean",
+            "centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};\n  for",
+            "sum_of<T>(sums) / static_cast<T>(width);\n  for",
+            "RMSNorm subtracts the mean.",
+        ),
+        Mutant(
+            "steps-rms-gradient",
+            "centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};\n  const T slope",
+            "sum_of<T>(sums) / static_cast<T>(width);\n  const T slope",
+            "RMSNorm has the gradient of LayerNorm.",
+        ),
+        Mutant(
             "steps-gelu-sign",
             "return x < 0.0f ? tail : 1.0f - tail;",
             "return 1.0f - tail;",
             "GELU of a negative number is that of the positive one.",
+            f"{BUDGET} gelu",
+        ),
+        Mutant(
+            "steps-gelu-slope",
+            "slope * (one + T{3} * bent)",
+            "slope * (one + bent)",
+            "GELU by tanh has a wrong derivative.",
+            f"{BUDGET} gelu",
+        ),
+        Mutant(
+            "steps-gelu-sigmoid",
+            "const V s = v < zero ? e * larger : larger;",
+            "const V s = larger;",
+            "Quick GELU of a negative number is minus that of the positive one.",
             f"{BUDGET} gelu",
         ),
     ),
@@ -110,6 +160,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "csrc/cpu/engine_row_attention.cpp",
+        f"{BUDGET} attend_rows-ragged",
+        Mutant(
+            "rows-of-their-image",
+            "return offsets_[task / heads_ + 1] - begin(task);",
+            "return offsets_.back() - begin(task);",
+            "Queries attend to the tokens of later images.",
+        ),
+        Mutant(
+            "rows-place",
+            "* stride_ + begin(task) % stride_;",
+            "* stride_;",
+            "All images write their probabilities into those of the first one.",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/engine_embedding.cpp",
         "tests/engine/test_embedding.py",
         Mutant(
@@ -152,7 +218,7 @@ MUTANTS = (
         BLOCKS,
         Mutant(
             "blocks-packed",
-            "if (x.size(0) != packed_rows) return product(x, *transposed);",
+            "if (!is_packed_for(x)) return product(x, *transposed);",
             "return product(x, *transposed);",
             "Packed weights are never used.",
             f"{ENGINE}::test_packed_products_are_the_same",
@@ -171,9 +237,16 @@ MUTANTS = (
             f"{ENGINE}::test_every_norm_has_its_own_eps",
         ),
         Mutant(
+            "blocks-inner-norm",
+            "normalize_inner_backward(d_attended, own[2], own[3], centred);",
+            "normalize_inner_backward(d_attended, own[count - 2], own[count - 1], centred);",
+            "The gradient of attention's norm reads what that of the MLP saved.",
+            f"{ENGINE}::test_every_inner_norm_has_its_own_eps",
+        ),
+        Mutant(
             "blocks-order",
-            "const Tensor &qkv = saved[count * i], &derivative",
-            "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
+            "const Tensor* own = &saved[count * i];",
+            "const Tensor* own = &saved[count * (blocks.size() - 1 - i)];",
             "The gradient of a block reads what another block saved.",
         ),
     ),
@@ -192,10 +265,39 @@ MUTANTS = (
             "[](auto&, const auto&) {});\n  recorded(",
             "The gradient doesn't pass by the last block.",
         ),
+        Mutant(
+            "last-block-inner-norm",
+            "d_attended = normalize_inner_backward(d_attended, saved[8], saved[9], centred);",
+            "d_attended = normalize_inner_backward(d_attended, saved[count - 2], saved[count - 1],"
+            " centred);",
+            "The gradient of attention's norm reads what that of the MLP saved.",
+            f"{ENGINE}::test_every_inner_norm_has_its_own_eps",
+        ),
+        Mutant(
+            "last-block-ragged",
+            "T* own = rows + offsets[i] * width;",
+            "T* own = rows + i * count;",
+            "The class tokens are the first rows of all images.",
+            "tests/teacher/test_ragged.py::test_the_engine_gives_what_blocks_one_by_one_give",
+        ),
     ),
     *of_file(
         "smi_fast/engine/folding.py",
         BLOCKS,
+        Mutant(
+            "folding-kinds-of-norms",
+            "(all(map(_is_layer_norm, norms)) or all(map(_is_rms_norm, norms)))",
+            "all(_is_layer_norm(norm) or _is_rms_norm(norm) for norm in norms)",
+            "The second norm of a block is computed as the first.",
+            f"{ENGINE}::test_norms_of_one_kind_run_together",
+        ),
+        Mutant(
+            "folding-inner-value-bias",
+            "v_bias if kind.attention_norm else None",
+            "0 * v_bias if kind.attention_norm else None",
+            "The norm inside of attention doesn't see the bias of v.",
+            f"{ENGINE}::test_every_inner_norm_has_its_own_eps",
+        ),
         Mutant(
             "folding-key-bias",
             "torch.cat([self.q_bias, self.k_bias]) if rotary",
@@ -237,14 +339,28 @@ MUTANTS = (
         ),
         Mutant(
             "folding-gelu",
-            'and mlp.act.approximate == "none"',
-            'and mlp.act.approximate in ("none", "tanh")',
+            "return str(mlp.act.approximate)",
+            'return "none"',
             "GELU by tanh is computed as GELU.",
-            f"{ENGINE}::test_other_blocks_are_left_to_the_ops",
+            f"{ENGINE}::test_each_gelu",
+        ),
+        Mutant(
+            "folding-quick-gelu",
+            'QuickGELU: "sigmoid"',
+            'QuickGELU: "tanh"',
+            "Quick GELU is computed by tanh.",
+            f"{ENGINE}::test_each_gelu",
+        ),
+        Mutant(
+            "folding-gelus",
+            "mlp_norm, _approximation(block.mlp))",
+            'mlp_norm, "none")',
+            "The GELU of all blocks is that of the first.",
+            f"{ENGINE}::test_another_gelu_is_left_to_the_ops",
         ),
     ),
     *of_file(
-        "smi_fast/engine/cpu.py",
+        "smi_fast/engine/weights.py",
         f"{ENGINE}::test_engine_follows_its_teacher",
         Mutant(
             "engine-versions",
@@ -259,19 +375,23 @@ MUTANTS = (
             "Weights that are replaced are not noticed.",
             "tests/teacher/test_weights.py::test_changes_are_noticed",
         ),
+    ),
+    *of_file(
+        "smi_fast/engine/cpu.py",
+        f"{ENGINE}::test_engine_follows_its_teacher",
+        Mutant(
+            "engine-kinds",
+            "if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):",
+            "if not foldable(block):",
+            "The norms of all blocks are computed as those of the first.",
+            f"{ENGINE}::test_norms_of_one_kind_run_together",
+        ),
         Mutant(
             "engine-overlap",
             "buffers, self.free = self.free, None",
             "buffers = self.free",
             "Two passes that overlap write into the same buffers.",
             f"{ENGINE}::test_passes_may_overlap",
-        ),
-        Mutant(
-            "engine-buffers",
-            "buffers.key != (batch, tokens, saves)",
-            "buffers.key[:2] != (batch, tokens)",
-            "A pass with gradient saves into buffers that blocks share.",
-            f"{ENGINE}::test_memory_is_planned_once",
         ),
         Mutant(
             "engine-last-rows",

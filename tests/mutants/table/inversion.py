@@ -32,6 +32,17 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/inversion/ending.py",
+        INVERTER,
+        Mutant(
+            "ending-reranked",
+            "count = min(int(tokens * remaining), teacher.num_patches)",
+            "count = int(teacher.num_patches * remaining)",
+            "The published mask has one patch less.",
+            "tests/compat/test_smi.py::test_draws_and_returns_what_the_published_loop_does",
+        ),
+    ),
+    *of_file(
         "smi_fast/inversion/sparse_images.py",
         REBIRTH,
         Mutant(
@@ -70,8 +81,8 @@ MUTANTS = (
         LOOP,
         Mutant(
             "state-rate",
-            "lr = settings.lr.index_select(0, self.iteration)[0]",
-            "lr = settings.lr[0]",
+            "lr = settings.lr.index_select(0, self.iteration)",
+            "lr = settings.lr[:1].expand(len(self.groups))",
             "Every iteration has the learning rate of the first.",
             f"{RATE}::test_an_inversion_is_torchs_optimizer_with_a_schedule",
         ),
@@ -118,8 +129,8 @@ MUTANTS = (
         ),
         Mutant(
             "state-step",
-            "step=self._adam_step,",
-            "step=self._adam_step + 1,",
+            "step = self.iteration if self._begun is None else self.iteration - self._begun",
+            "step = self.iteration + 1",
             "Adam's bias correction is one iteration ahead.",
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
@@ -160,7 +171,7 @@ MUTANTS = (
         VIEWS,
         Mutant(
             "views-early-exit",
-            "if not inputs.score and not _logits_are_read(pairs):",
+            "if not inputs.score and settings.finish is None and not _logits_are_read(pairs):",
             "if False:",
             "Every block runs, whatever the loss reads.",
             "tests/teacher/test_early_exit.py::test_a_loss_runs_the_blocks_that_it_reads",
@@ -187,8 +198,8 @@ MUTANTS = (
         ),
         Mutant(
             "views-first",
-            "first=rows.start,",
-            "first=0,",
+            "rows=own_rows,\n        iteration=",
+            "rows=slice(0, len(own)),\n        iteration=",
             "Every part reads what was drawn for the first.",
         ),
         Mutant(
@@ -236,8 +247,8 @@ MUTANTS = (
             "loop-order",
             "        if name is not None:\n"
             "            raise NonFinite(name)\n"
-            "        state.update(gradient)",
-            "        state.update(gradient)\n"
+            "        state.update(found.parameters)",
+            "        state.update(found.parameters)\n"
             "        if name is not None:\n"
             "            raise NonFinite(name)",
             "The images of a failed run are NaN.",
@@ -293,13 +304,6 @@ MUTANTS = (
             "state.keep(selection)",
             "The answer of a schedule is not checked.",
             f"{GROUPS}::test_a_broken_promise_ends_the_inversion",
-        ),
-        Mutant(
-            "inverter-reranked",
-            "count = min(int(tokens * remaining), teacher.num_patches)",
-            "count = int(teacher.num_patches * remaining)",
-            "The published mask has one patch less.",
-            "tests/compat/test_smi.py::test_draws_and_returns_what_the_published_loop_does",
         ),
         Mutant(
             "inverter-past-the-end",

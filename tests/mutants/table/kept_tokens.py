@@ -61,6 +61,12 @@ MUTANTS = (
             "Tokens attend to padding.",
         ),
         Mutant(
+            "ragged-class-row",
+            "rows.unpack(probabilities[:, :, 0].mean(dim=1))",
+            "rows.unpack(probabilities[:, :, -1].mean(dim=1))",
+            "Importance is the attention of the last prefix token.",
+        ),
+        Mutant(
             "ragged-packed",
             'packed = x.device.type == "cpu" and way.rotations is None',
             "packed = False",

@@ -54,8 +54,8 @@ MUTANTS = (
         RUN,
         Mutant(
             "bf16-operand",
-            "*block.to_mlp, *block.mlp_rstd, copy);",
-            "*block.to_mlp, *block.mlp_rstd, std::nullopt);",
+            "*block.to_mlp, *block.mlp_rstd, copy, centred);",
+            "*block.to_mlp, *block.mlp_rstd, std::nullopt, centred);",
             "The gradient of attention lacks that of the MLP.",
         ),
     ),

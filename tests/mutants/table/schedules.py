@@ -41,8 +41,8 @@ MUTANTS = (
         ),
         Mutant(
             "importance-random-part",
-            "self._drawn[inputs.first : inputs.first + len(inputs.kept)]",
-            "self._drawn[: len(inputs.kept)]",
+            "self._drawn[inputs.rows].gather",
+            "self._drawn[: len(inputs.kept)].gather",
             "Every part of a batch has the random order of the first.",
         ),
         Mutant(
@@ -117,8 +117,8 @@ MUTANTS = (
         ),
         Mutant(
             "ragged-adam",
-            "active=self.kept[own, :number])",
-            "active=self.kept[own])",
+            "yield own, self.kept[own, : self._numbers[index]]",
+            "yield own, self.kept[own]",
             "Adam moves padding by its momentum.",
         ),
         Mutant(
@@ -132,12 +132,6 @@ MUTANTS = (
     *of_file(
         "smi_fast/objectives/pixels.py",
         f"{RAGGED}::test_each_image_is_as_if_it_were_alone",
-        Mutant(
-            "ragged-variation",
-            'inputs.backend if inputs.lengths is None else "reference"',
-            "inputs.backend",
-            "Total variation counts a repeated patch more than once.",
-        ),
         Mutant(
             "ragged-norm",
             "inputs.active if inputs.lengths is None else inputs.kept",
@@ -217,8 +211,8 @@ MUTANTS = (
         ),
         Mutant(
             "resolution-interrupted",
-            "state.enlarge(self.settings, teacher.every_patch(len(state.kept)))",
-            "teacher = state.settings.teacher",
+            "state.enlarge(self.settings, self.teacher.every_patch(len(state.kept)))",
+            "pass",
             "A run that is interrupted early gives small images.",
             f"{LOOP}::test_an_interrupted_run_gives_whole_images",
         ),

@@ -157,7 +157,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/teacher/embedding.py",
+        "smi_fast/engine/embedding.py",
         SUBSET,
         Mutant(
             "sparse-positions",
@@ -165,6 +165,10 @@ MUTANTS = (
             "x = x + table[: x.shape[1]]",
             "Patches take the position embeddings of the first cells.",
         ),
+    ),
+    *of_file(
+        "smi_fast/teacher/embedding.py",
+        SUBSET,
         Mutant(
             "sparse-prefix",
             "return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]",

@@ -1,0 +1,126 @@
+"""The engine of GPUs: frozen blocks as products of torch, and one kernel between two of them.
+
+- The affine part of norms and LayerScale are folded into the weights, as on the CPU.
+- The residual add is fused into the next norm. On tensor cores GELU and its derivative are
+  fused into the products of the MLP, so that a block takes 14 kernels, forward and backward. In
+  float32, where a product takes many times as long, all are cuBLAS's, and a block takes 16.
+- Only tokens have a gradient.
+- Buffers are allocated once per (batch, tokens). Only the attention ops make their own results.
+- In bfloat16, so are the weights and the bias of queries, rounded once after folding, and what
+  products read and write. The residual stream, other biases, softmax, GELU and every sum are
+  float32.
+
+Nothing here has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi_fast.engine.embedding import Embedding, with_positions
+from smi_fast.engine.folding import Kind, foldable
+from smi_fast.engine.gpu_last_rows import LastRows
+from smi_fast.engine.gpu_run import PlannedRun
+from smi_fast.engine.gpu_steps import BACKEND
+from smi_fast.engine.precision import FLOAT32
+from smi_fast.engine.weights import WeightWatch
+from smi_fast.ops import backends
+
+
+class GpuEngine:
+    """Runs the blocks of one teacher on a GPU; folds them anew after their weights have changed.
+
+    Args:
+        blocks: all blocks of the teacher, frozen.
+        precision: of the products, see :mod:`smi_fast.engine.precision`.
+        attention: the backend of attention; "auto" takes the first that can.
+
+    Attributes:
+        backend: the name under which ``backend=`` asks for it.
+    """
+
+    backend = BACKEND
+
+    def __init__(
+        self, blocks: nn.Sequential, precision: str = FLOAT32, attention: str = backends.AUTO
+    ) -> None:
+        self._blocks = list(blocks)
+        self._precision, self._attention = precision, attention
+        others = (i for i, block in enumerate(blocks) if not _is_computed(block))
+        self._other = next(others, None)
+        self._watch = WeightWatch(blocks)
+        self._runs: dict[tuple[int, int], PlannedRun] = {}
+        self._last: dict[int, LastRows] = {}
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it can't run these blocks on such tokens, or None when it can."""
+        if self._other is not None:
+            return f"blocks.{self._other} has more than LayerNorm or RMSNorm, GELU, and LayerScale"
+        reason = backends.by_name(BACKEND).why_not("gather_attention", device, dtype)
+        if reason is None and dtype != torch.float32:
+            return f"the engine takes a teacher in float32, got {dtype}"
+        return reason
+
+    def embed(self, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
+        """The tokens [B, P + K, D] of patches [B, K, C·P·P] at positions int64 [B, K]."""
+        weight, bias, prefix, table = embedding
+        return with_positions(F.linear(patches, weight, bias), positions, prefix, table)
+
+    def run(
+        self, tokens: Tensor, start: int, stop: int, rotations: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one; none of
+        them has rotations.
+        """
+        self._follow_weights()
+        key = start, stop
+        if key not in self._runs:
+            self._runs[key] = PlannedRun(self._blocks[start:stop], self._precision, self._attention)
+        return self._runs[key](tokens)
+
+    def run_ragged(self, rows: Tensor, start: int, stop: int, offsets: Tensor) -> Tensor:
+        """Never called: on a GPU the rows of images stay padded, see ``Blocks.ragged``."""
+        raise NotImplementedError("concatenated rows of images are for the CPU")
+
+    def last_block_rows(
+        self,
+        tokens: Tensor,
+        rows: int,
+        rotations: Sequence[Tensor] | None = None,
+        offsets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first rows [B, R, D] after the last block, and their attention probabilities
+        [B, H, R, N], which have no gradient; there are neither rotations nor offsets.
+        """
+        self._follow_weights()
+        if rows not in self._last:
+            self._last[rows] = LastRows(self._blocks[-1], rows, self._precision)
+        return self._last[rows](tokens)
+
+    def refresh(self) -> None:
+        """Forget what was folded."""
+        self._watch.forget()
+        self._runs, self._last = {}, {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles fold anew."""
+        return {**vars(self), "_runs": {}, "_last": {}}
+
+    def _follow_weights(self) -> None:
+        if self._watch.changed():
+            self._runs, self._last = {}, {}
+
+
+def _is_computed(block: Any) -> bool:
+    """Whether the steps here are all that a block has; one of Eva or with inner norms has more."""
+    if type(block) is not Block or type(block.mlp) is not Mlp or not foldable(block):
+        return False
+    kind = Kind.of(block)
+    return not (kind.attention_norm or kind.mlp_norm)

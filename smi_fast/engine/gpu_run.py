@@ -1,0 +1,195 @@
+"""Whole blocks on a GPU, as one autograd function of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from smi_fast.engine.folding import FoldedBlock
+from smi_fast.engine.gpu_steps import Steps
+from smi_fast.engine.precision import products_in
+from smi_fast.ops import backends
+from smi_fast.ops.limits import AttentionSize
+
+
+class PlannedRun:
+    """Consecutive blocks as one autograd function of their tokens.
+
+    Args:
+        blocks: one or more that :class:`GpuEngine` computes, frozen.
+        precision: of the products.
+        attention: the backend of attention.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], precision: str, attention: str) -> None:
+        self.steps, self.attention = Steps(precision), attention
+        self.blocks = [self.steps.folded(block) for block in blocks]
+        # The bias of keys cancels in the softmax, and that of values is in proj_bias.
+        self.qkv_biases = [
+            F.pad(block.q_bias, (0, 2 * len(block.q_bias))).to(block.qkv.dtype)
+            for block in self.blocks
+        ]
+        self.free: _Buffers | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, D] after the blocks."""
+        saves = torch.is_grad_enabled() and tokens.requires_grad
+        result: Tensor = _RunBlocks.apply(tokens, self, saves)
+        return result
+
+    def acquire(self, tokens: Tensor, saves: bool) -> _Lease:
+        """Buffers for one pass: those of the last pass when they are free and fit.
+
+        A CUDA graph has buffers of its own, in its memory, because it is replayed at any time. They
+        replace those of the passes before it.
+        """
+        key = tokens.shape[0], tokens.shape[1], saves
+        buffers, self.free = self.free, None
+        captured = _is_captured(tokens.device)
+        if captured or buffers is None or buffers.key != key:
+            del buffers
+            with torch.inference_mode(False):  # else no other pass could write into them
+                buffers = _Buffers(self.blocks, key)
+        return _Lease(None if captured else self, buffers)
+
+    def attention_for(self, tokens: Tensor, saves: bool) -> Any:
+        """The functions of the backend that computes attention among tokens [B, N, D]."""
+        block = self.blocks[0]
+        size = AttentionSize(tokens.shape[1], len(block.q_bias) // block.heads, saves)
+        chosen = backends.choose(
+            "gather_attention", tokens.device, block.qkv.dtype, self.attention, size
+        )
+        return chosen.functions
+
+    def forward(self, x: Tensor, buffers: _Buffers, attention: Any) -> None:
+        """Change tokens x [B·N, D] into those after the blocks."""
+        steps, added, bias = self.steps.functions, None, None
+        for block, qkv_bias, saved in zip(self.blocks, self.qkv_biases, buffers.saved, strict=True):
+            to_attention, to_mlp = saved.to_attention, saved.to_mlp
+            (eps, mlp_eps), (rstd, mlp_rstd), centred = block.eps, saved.rstd, block.centred
+            steps.add_normalize_(x, added, bias, eps, to_attention, rstd, centred)
+            torch.addmm(qkv_bias, to_attention, block.qkv.T, out=saved.qkv.flatten(2).flatten(0, 1))
+            attended, _ = attention.gather_attention(saved.qkv, None, None, False)
+            torch.mm(attended.flatten(0, 1), block.proj.T, out=buffers.of_rows)
+            added, bias = buffers.of_rows, block.proj_bias
+            steps.add_normalize_(x, added, bias, mlp_eps, to_mlp, mlp_rstd, centred)
+            self.steps.activate(block, to_mlp, saved.derivative, buffers.hidden)
+            torch.mm(buffers.hidden, block.fc2.T, out=buffers.of_rows)
+            bias = block.fc2_bias
+        x += buffers.of_rows
+        x += self.blocks[-1].fc2_bias
+
+    def backward(self, gradient: Tensor, buffers: _Buffers, attention: Any) -> None:
+        """Change the gradient [B·N, D] of tokens after the blocks into that before them."""
+        steps = self.steps.functions
+        copy = buffers.operand
+        operand = gradient if copy is None else copy.copy_(gradient)
+        for block, saved in zip(reversed(self.blocks), reversed(buffers.saved), strict=True):
+            (rstd, mlp_rstd), centred = saved.rstd, block.centred
+            self.steps.activate_backward(block, operand, saved.derivative, buffers.hidden)
+            d_rows = torch.mm(buffers.hidden, block.fc1, out=buffers.of_rows)
+            steps.normalize_backward_(gradient, d_rows, saved.to_mlp, mlp_rstd, copy, centred)
+            torch.mm(operand, block.proj, out=buffers.d_attended.flatten(0, 1))
+            d_qkv = attention.gather_attention_backward(buffers.d_attended, saved.qkv, None, None)
+            torch.mm(d_qkv.flatten(2).flatten(0, 1), block.qkv, out=d_rows)
+            # Nothing reads a copy in front of the first block.
+            last = None if block is self.blocks[0] else copy
+            steps.normalize_backward_(gradient, d_rows, saved.to_attention, rstd, last, centred)
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether what a device is asked for now becomes a part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Saved(NamedTuple):
+    """What backward reads of one block.
+
+    Attributes:
+        to_attention: [B·N, D], output of the first norm.
+        to_mlp: [B·N, D], output of the second one.
+        rstd: float32 [2, B·N], of both.
+        qkv: [B, N, 3, H, d].
+        derivative: [B·N, F], of GELU.
+    """
+
+    to_attention: Tensor
+    to_mlp: Tensor
+    rstd: Tensor
+    qkv: Tensor
+    derivative: Tensor
+
+
+class _Buffers:
+    """The memory of one pass over blocks, forward and backward.
+
+    Args:
+        blocks: that run.
+        key: B, N, and whether there will be a backward pass.
+
+    Attributes:
+        saved: of each block; without a gradient all share one.
+        of_rows: [B·N, D], what a product adds to the tokens, or to the gradient.
+        hidden: [B·N, F], the hidden layer of the MLP, or its gradient.
+        d_attended: [B, N, H·d], the gradient of attention's output.
+        operand: [B·N, D], the gradient in the data type of products; None where it has that type.
+    """
+
+    def __init__(self, blocks: list[FoldedBlock], key: tuple[int, int, bool]) -> None:
+        self.key, first = key, blocks[0]
+        batch, tokens, saves = key
+        rows, width, heads = batch * tokens, len(first.q_bias), first.heads
+        new, channels, hidden = first.qkv.new_empty, len(first.proj_bias), first.fc2.shape[1]
+        self.saved = [
+            _Saved(
+                new(rows, channels),
+                new(rows, channels),
+                first.q_bias.new_empty(2, rows),
+                new(batch, tokens, 3, heads, width // heads),
+                new(rows, hidden),
+            )
+            for _ in (blocks if saves else blocks[:1])
+        ]
+        if not saves:
+            self.saved *= len(blocks)
+        self.of_rows, self.hidden = new(rows, channels), new(rows, hidden)
+        self.d_attended = new((batch, tokens, width) if saves else (0, 0, width))
+        half = first.qkv.dtype != first.q_bias.dtype
+        self.operand = new(rows, channels) if half and saves else None
+
+
+class _Lease:
+    """Gives buffers back to their run when the autograd graph that holds this is freed."""
+
+    def __init__(self, run: PlannedRun | None, buffers: _Buffers) -> None:
+        self.run, self.buffers = run, buffers
+
+    def __del__(self) -> None:
+        if self.run is not None:
+            self.run.free = self.buffers
+
+
+class _RunBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool) -> Tensor:
+        result = tokens.clone(memory_format=torch.contiguous_format)
+        ctx.run, ctx.lease = run, run.acquire(tokens, saves)
+        ctx.attention = run.attention_for(tokens, saves)
+        with products_in(run.steps.precision):
+            run.forward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention)
+        ctx.save_for_backward()
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _ = ctx.saved_tensors  # raises when the graph has been freed
+        result = grad.clone(memory_format=torch.contiguous_format)
+        with products_in(ctx.run.steps.precision):
+            ctx.run.backward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention)
+        return result, None, None

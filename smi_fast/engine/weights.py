@@ -1,0 +1,49 @@
+"""Whether the weights that something was derived from are still the same."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class WeightWatch:
+    """Notices when the owner of some modules changes or replaces their weights.
+
+    It sees in-place changes that torch counts, which those of ``weight.data`` and of fused
+    optimisers are not.
+
+    Args:
+        modules: whose parameters are watched; the set of their names stays the same.
+    """
+
+    def __init__(self, modules: nn.Module) -> None:
+        self._names = [
+            (module, name)
+            for module in modules.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        self._state: list[object] = []
+        self._held: list[Tensor] = []
+
+    def changed(self) -> bool:
+        """Whether the weights are others than at the last call; true at the first one."""
+        found = (module._parameters[name] for module, name in self._names)
+        weights = [weight for weight in found if weight is not None]
+        # A flat list of numbers is cheap to compare, and this runs in every pass.
+        state: list[object] = [weights[0].dtype]
+        state += [weight.data_ptr() for weight in weights]
+        state += [weight._version for weight in weights]
+        if self._state == state:
+            return False
+        self._state = state
+        # These views keep the memory of replaced weights, so that no other gets its address.
+        self._held = [weight.detach() for weight in weights]
+        return True
+
+    def forget(self) -> None:
+        """Report a change at the next call."""
+        self._state, self._held = [], []
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has other weights."""
+        return {**vars(self), "_state": [], "_held": []}

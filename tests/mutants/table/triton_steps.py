@@ -1,0 +1,155 @@
+"""Mutants of the steps of the engine in kernels/, run by Triton's interpreter."""
+
+from tests.mutants.mutant import Mutant, of_file
+
+EXECUTION = "tests/backends/triton/test_execution.py"
+STEP = f"{EXECUTION}::test_error_of_a_step_is_within_its_budget -k"
+
+MUTANTS = (
+    *of_file(
+        "kernels/engine_steps.py",
+        f"{STEP} normalize",
+        Mutant(
+            "triton-steps-padding",
+            "centred = tl.where(exists, values - mean[:, None], 0.0)",
+            "centred = values - mean[:, None]",
+            "Columns that only fill up a tile add to the variance.",
+        ),
+        Mutant(
+            "triton-steps-overflow",
+            'tl.where(variance < float("inf"), tl.rsqrt(variance + eps), float("nan"))',
+            "tl.rsqrt(variance + eps)",
+            "A variance that overflows gives zeros instead of NaN.",
+            f"{EXECUTION}::test_a_variance_that_overflows_shows",
+        ),
+        Mutant(
+            "triton-steps-residual",
+            "        tl.store(x + at, values, mask=exists)\n    centred",
+            "    centred",
+            "The residual stream lacks what a block adds.",
+        ),
+        Mutant(
+            "triton-steps-slope",
+            "change = d - n * slope[:, None]",
+            "change = d",
+            "LayerNorm has the gradient of a subtraction of the mean.",
+        ),
+        Mutant(
+            "triton-steps-rms",
+            "    if CENTRED:\n        mean = tl.sum(d, 1) / D",
+            "    if True:\n        mean = tl.sum(d, 1) / D",
+            "RMSNorm has the gradient of LayerNorm.",
+        ),
+        Mutant(
+            "triton-steps-copy",
+            "tl.store(copy + at, total, mask=exists)",
+            "tl.store(copy + at, total - d, mask=exists)",
+            "Products read another gradient than the one that is added to.",
+        ),
+        Mutant(
+            "triton-steps-gelu",
+            "DENSITY_AT_ZERO * tl.exp(-0.5 * y * y)",
+            "DENSITY_AT_ZERO * tl.exp(-y * y)",
+            "The derivative of GELU has too narrow a density.",
+            f"{STEP} gelu",
+        ),
+        Mutant(
+            "triton-steps-cubic",
+            "(SLOPE * (1.0 + 3.0 * CUBIC * y * y))",
+            "SLOPE",
+            "The derivative of GELU by tanh is that of quick GELU.",
+            f"{STEP} gelu",
+        ),
+        Mutant(
+            "triton-steps-columns",
+            "exists = (row < ROWS)[:, None] & (column < F)[None, :]\n    at",
+            "exists = (row < ROWS)[:, None] & (column >= 0)[None, :]\n    at",
+            "Columns past the last one are those of the next row.",
+            f"{STEP} gelu",
+        ),
+        Mutant(
+            "triton-steps-end",
+            "exists = at < ELEMENTS",
+            "exists = at >= 0",
+            "The last program goes on behind the end.",
+            f"{STEP} multiply",
+        ),
+    ),
+    *of_file(
+        "kernels/engine_products.py",
+        f"{STEP} linear_gelu",
+        Mutant(
+            "triton-products-inner",
+            "real = inner < K - start",
+            "real = inner < K",
+            "A product goes on into the next row.",
+        ),
+        Mutant(
+            "triton-products-bias",
+            "tl.load(bias + column, mask=column < F, other=0.0)",
+            "tl.load(bias + column % BLOCK_F, mask=column < F, other=0.0)",
+            "Every tile of columns has the bias of the first.",
+        ),
+        Mutant(
+            "triton-products-strides",
+            "strides = stride_k, stride_f",
+            "strides = stride_f, stride_k",
+            "The gradient passes through the transpose of the weights.",
+            f"{STEP} multiplied",
+        ),
+        Mutant(
+            "triton-products-factors",
+            "product *= tl.load(factors + at,",
+            "product += tl.load(factors + at,",
+            "The derivative of GELU is added.",
+            f"{STEP} multiplied",
+        ),
+        Mutant(
+            "triton-products-precision",
+            '"tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"',
+            '"tf32"',
+            "Products of float32 are always TF32.",
+        ),
+        Mutant(
+            "triton-products-always-ieee",
+            '"tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"',
+            '"ieee"',
+            "Tensor cores are never used for float32.",
+            f"{EXECUTION}::test_products_follow_the_precision_of_torch",
+        ),
+    ),
+    *of_file(
+        "kernels/attend_rows.py",
+        f"{STEP} attend_rows",
+        Mutant(
+            "triton-rows-largest",
+            "total = total * tl.exp2(largest - larger) + tl.sum",
+            "total = total + tl.sum",
+            "The sum of earlier tiles isn't scaled to the new largest score.",
+        ),
+        Mutant(
+            "triton-rows-end",
+            'return tl.where(start + tl.arange(0, BLOCK_N) < N, scores, -float("inf"))',
+            "return scores",
+            "Tokens past the last one take a share.",
+        ),
+        Mutant(
+            "triton-rows-bias",
+            "values + tl.load(q_bias + channel, mask=real, other=0.0)",
+            "values",
+            "Queries lack their bias.",
+        ),
+        Mutant(
+            "triton-rows-sums",
+            "tl.sum(tl.where(query == r, sums, 0.0), 0)",
+            "tl.sum(sums, 0)",
+            "The gradient of a score takes the row sums of all queries.",
+        ),
+        Mutant(
+            "triton-rows-scale",
+            "tl.sum(ds[:, None] * k, 0) * scale",
+            "tl.sum(ds[:, None] * k, 0)",
+            "The gradient of queries lacks the scale.",
+        ),
+    ),
+)
