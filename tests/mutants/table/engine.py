@@ -214,8 +214,8 @@ MUTANTS = (
         ),
         Mutant(
             "memory-products",
-            "_PRODUCTS = \"8192\"",
-            "_PRODUCTS = \"1024\"",
+            '_PRODUCTS = "8192"',
+            '_PRODUCTS = "1024"',
             "The code of a batch's products is generated again where images leave it.",
         ),
     ),
