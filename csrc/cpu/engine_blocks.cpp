@@ -33,33 +33,36 @@ struct Rotary {
   const Tensor* of(size_t block) const { return rotations ? &rotations->at(block) : nullptr; }
 };
 
-// Weights of one block, and the buffers of its two norms. The bias of qkv is that of q alone,
-// or with rotary positions those of q and k.
+// Weights of one block, and the buffers of its two norms. The bias of qkv is that of q alone, or
+// with rotary positions those of q and k. With a norm in front of proj, that of v is apart.
 struct Block {
   Linear qkv, proj, fc1, fc2;
   const Tensor *q_bias, *proj_bias, *fc1_bias, *fc2_bias;
   const Tensor *to_attention, *attention_rstd, *to_mlp, *mlp_rstd;
+  const Tensor* v_bias;
 };
 
 constexpr size_t kWeights = 12, kPacked = 8, kNormalized = 4;
 
 std::vector<Block> blocks_of(const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
                              int64_t packed_rows, const std::vector<Tensor>& normalized) {
-  const size_t count = weights.size() / kWeights;
-  STD_TORCH_CHECK(weights.size() == count * kWeights && normalized.size() == count * kNormalized &&
+  const size_t count = normalized.size() / kNormalized;
+  const size_t each = weights.size() / std::max<size_t>(1, count);
+  STD_TORCH_CHECK(weights.size() == count * each && (each == kWeights || each == kWeights + 1) &&
+                      normalized.size() == count * kNormalized &&
                       (packed.empty() || packed.size() == count * kPacked),
-                  "expected ", kWeights, " weights, ", kNormalized, " buffers of norms, and ",
-                  kPacked, " packed weights or none, for each block");
+                  "expected ", kWeights, " weights or one more, ", kNormalized,
+                  " buffers of norms, and ", kPacked, " packed weights or none, for each block");
   std::vector<Block> blocks;
   for (size_t i = 0; i < count; ++i) {
-    const Tensor* w = &weights[i * kWeights];
+    const Tensor* w = &weights[i * each];
     const Tensor* n = &normalized[i * kNormalized];
     const auto linear = [&](size_t which) {
       const Tensor* p = packed.empty() ? nullptr : &packed[i * kPacked + 2 * which];
       return Linear{w + 3 * which, w + 3 * which + 1, p, p ? p + 1 : nullptr, p ? packed_rows : -1};
     };
     blocks.push_back({linear(0), linear(1), linear(2), linear(3), w + 2, w + 5, w + 8, w + 11, n,
-                      n + 1, n + 2, n + 3});
+                      n + 1, n + 2, n + 3, each > kWeights ? w + kWeights : nullptr});
   }
   return blocks;
 }
@@ -112,11 +115,13 @@ Tensor activate_backward(const Block& block, const Tensor& d_hidden, const Tenso
 // Runs the blocks on the residual stream x [rows, D] in place; with offsets, the rows of image b
 // are those from offsets[b] up to offsets[b + 1]. What products read and write has the type of the
 // weights; x, rstd and the biases have the one that this is computed in. Norms are LayerNorm, or
-// RMSNorm unless `centred`; a third eps of each block is that of a norm in front of fc2. GELU may
-// be approximated, see gelu_(). With `saves`, returns what backward needs of each block:
+// RMSNorm unless `centred`. Each block has an eps of its two norms, of one in front of proj if it
+// has a v_bias, and of one in front of fc2 if there is one more eps. GELU may be approximated, see
+// gelu_(). With `saves`, returns what backward needs of each block:
 // - qkv [B, N, 3, H, D/H];
 // - the derivatives [rows, F] of GELU or [rows, 2F] of SwiGLU;
-// - normalized [rows, F] and rstd [rows] of the third norm, if there is one.
+// - normalized [rows, A] and rstd [rows] of the norm in front of proj, if there is one;
+// - normalized [rows, F] and rstd [rows] of the norm in front of fc2, if there is one.
 // The last tensor returned is the output of the last fc2. It is not yet added to x, and neither is
 // its bias.
 std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
@@ -127,7 +132,7 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
                         const std::string& approximate) {
   const std::vector<Block> blocks = blocks_of(weights, packed, packed_rows, normalized);
   STD_TORCH_CHECK(!blocks.empty() && eps.size() % blocks.size() == 0,
-                  "expected at least one block, and two or three eps for each");
+                  "expected at least one block, and two to four eps for each");
   const std::vector<int64_t> qkv_shape{attended.size(0), attended.size(1), 3, attended.size(2),
                                        attended.size(3)};
   const Tensor attended_rows = torch::stable::view(
@@ -142,7 +147,15 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
              *block.to_attention, *block.attention_rstd, centred);
     const Tensor qkv = torch::stable::view(block.qkv.forward(*block.to_attention), qkv_shape);
     attend_block(block, qkv, rotary.of(i), rotary.half, offsets, attended);
-    added = block.proj.forward(attended_rows);
+    std::vector<Tensor> inner;  // what norms inside of attention and of the MLP save
+    const auto normed = [&](const Tensor& rows, const std::optional<Tensor>& offset,
+                            double norm_eps) {
+      const auto [result, rstd] = normalize_inner(rows, offset, norm_eps, centred);
+      inner.insert(inner.end(), {result, rstd});
+      return result;
+    };
+    added = block.proj.forward(block.v_bias ? normed(attended_rows, *block.v_bias, own_eps[2])
+                                            : attended_rows);
     recorded("smi_fast::add_normalize_", add_normalize_, x, added, std::optional(*block.proj_bias),
              own_eps[1], *block.to_mlp, *block.mlp_rstd, centred);
     const Tensor derivative = block.fc1.forward(*block.to_mlp);
@@ -151,13 +164,12 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights,
     } else {
       recorded("smi_fast::gelu_", gelu_, derivative, *block.fc1_bias, hidden, approximate);
     }
-    if (saves) saved.insert(saved.end(), {qkv, derivative});
-    if (eps_count == 3) {
-      const auto [normalized_hidden, rstd] = normalize_hidden(hidden, own_eps[2], centred);
-      if (saves) saved.insert(saved.end(), {normalized_hidden, rstd});
-      added = block.fc2.forward(normalized_hidden);
-    } else {
-      added = block.fc2.forward(hidden);
+    const bool has_mlp_norm = eps_count > (block.v_bias ? 3 : 2);
+    added = block.fc2.forward(has_mlp_norm ? normed(hidden, std::nullopt, own_eps[eps_count - 1])
+                                           : hidden);
+    if (saves) {
+      saved.insert(saved.end(), {qkv, derivative});
+      saved.insert(saved.end(), inner.begin(), inner.end());
     }
     bias = *block.fc2_bias;
     own_eps += eps_count;
@@ -179,20 +191,24 @@ void run_backward(const Tensor& gradient, const std::vector<Tensor>& weights,
   const Tensor operand = copies ? torch::stable::to(gradient, type) : gradient;
   const std::optional<Tensor> copy = copies ? std::optional(operand) : std::nullopt;
   const size_t count = saved.size() / blocks.size();
-  STD_TORCH_CHECK(saved.size() == count * blocks.size() && (count == 2 || count == 4),
-                  "expected two or four saved tensors for each block");
+  STD_TORCH_CHECK(saved.size() == count * blocks.size() && (count == 2 || count == 4 || count == 6),
+                  "expected two, four or six saved tensors for each block");
   for (size_t i = blocks.size(); i-- > 0;) {
     const Block& block = blocks[i];
-    const Tensor &qkv = saved[count * i], &derivative = saved[count * i + 1];
+    const Tensor* own = &saved[count * i];
+    const Tensor &qkv = own[0], &derivative = own[1];
     Tensor d_hidden = block.fc2.backward(operand);
-    if (count == 4) {
-      d_hidden = normalize_hidden_backward(d_hidden, saved[4 * i + 2], saved[4 * i + 3], centred);
+    if (count > (block.v_bias ? 4 : 2)) {
+      d_hidden = normalize_inner_backward(d_hidden, own[count - 2], own[count - 1], centred);
     }
     const Tensor d_fc1 = activate_backward(block, d_hidden, derivative);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
              block.fc1.backward(d_fc1), *block.to_mlp, *block.mlp_rstd, copy, centred);
-    attend_block_backward(block, block.proj.backward(operand), qkv, rotary.of(i), rotary.half,
-                          offsets, d_qkv);
+    Tensor d_attended = block.proj.backward(operand);
+    if (block.v_bias) {
+      d_attended = normalize_inner_backward(d_attended, own[2], own[3], centred);
+    }
+    attend_block_backward(block, d_attended, qkv, rotary.of(i), rotary.half, offsets, d_qkv);
     recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
              block.qkv.backward(d_qkv), *block.to_attention, *block.attention_rstd, copy, centred);
   }

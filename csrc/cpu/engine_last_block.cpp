@@ -71,8 +71,9 @@ void add(const Tensor& to, const Tensor& terms) {
 struct Weights {
   const Tensor &to_q, &to_kv, &proj, &fc1, &fc2, &q_bias, &proj_bias, &fc1_bias, &fc2_bias;
   const Tensor* k_bias;  // with rotary positions
+  const Tensor* v_bias;  // with a norm in front of proj
 
-  explicit Weights(const std::vector<Tensor>& w)
+  Weights(const std::vector<Tensor>& w, bool rotary)
       : to_q(w.at(0)),
         to_kv(w.at(1)),
         proj(w.at(2)),
@@ -82,7 +83,8 @@ struct Weights {
         proj_bias(w.at(6)),
         fc1_bias(w.at(7)),
         fc2_bias(w.at(8)),
-        k_bias(w.size() > 9 ? &w[9] : nullptr) {}
+        k_bias(rotary ? &w.at(9) : nullptr),
+        v_bias(w.size() > (rotary ? 10 : 9) ? &w.back() : nullptr) {}
 
   // Whether the MLP has SwiGLU in place of GELU.
   bool gated() const { return fc1.size(0) == 2 * fc2.size(1); }
@@ -93,9 +95,8 @@ struct Weights {
 // - the first R rows [B, R, D] after the block;
 // - their attention probabilities [B, H, R, N], or [1, H, R, N] of concatenated images;
 // - for backward: normalized and rstd of the norm before attention, q, kv, normalized and rstd of
-// the
-//   norm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of a norm in
-//   front of fc2, which a third eps asks for.
+//   the norm before the MLP, the derivatives of GELU or SwiGLU, and normalized and rstd of a norm
+//   in front of proj and of one in front of fc2, which a v_bias and one more eps ask for.
 // Norms are LayerNorm, or RMSNorm unless `centred`. GELU may be approximated, see gelu_().
 // A rotation turns the keys of patches. The first R rows are prefix tokens, which have none.
 // Only what products read and write has the type of the weights; attention is short enough to
@@ -104,7 +105,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
                         const std::vector<double>& eps, int64_t heads, int64_t rows,
                         const Tensor* rotation, bool half, const std::optional<Tensor>& given,
                         bool centred, const std::string& approximate) {
-  const Weights w(weights);
+  const Weights w(weights, rotation != nullptr);
   const Tensor tokens = as_contiguous(tokens_any);
   const Offsets offsets = offsets_of(tokens, given);
   const int64_t images = images_of(offsets), all = offsets.back(), width = tokens.size(2);
@@ -129,8 +130,16 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   const auto [attended, probabilities] =
       recorded("smi_fast::attend_rows", attend_rows, q, w.q_bias, kv, given);
 
+  std::vector<Tensor> inner;  // what norms inside of attention and of the MLP save
+  const auto normed = [&](const Tensor& own, const std::optional<Tensor>& bias, double own_eps) {
+    const auto [normal, scale] = normalize_inner(own, bias, own_eps, centred);
+    inner.insert(inner.end(), {normal, scale});
+    return normal;
+  };
   const Tensor y = first_of(x, offsets, rows);
-  const Tensor added = linear(view(attended, {images * rows, attention}), w.proj);
+  const Tensor attended_rows = view(attended, {images * rows, attention});
+  const Tensor added =
+      linear(w.v_bias ? normed(attended_rows, *w.v_bias, eps.at(2)) : attended_rows, w.proj);
   const Tensor to_mlp = new_empty(y, {images * rows, width}, stored);
   const Tensor mlp_rstd = new_empty(y, {images * rows});
   recorded("smi_fast::add_normalize_", add_normalize_, y, std::optional(added),
@@ -142,9 +151,8 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
   } else {
     recorded("smi_fast::gelu_", gelu_, derivative, w.fc1_bias, hidden, approximate);
   }
-  std::optional<std::tuple<Tensor, Tensor>> normed;
-  if (eps.size() == 3) normed = normalize_hidden(hidden, eps[2], centred);
-  add(y, linear(normed ? std::get<0>(*normed) : hidden, w.fc2));
+  const bool has_mlp_norm = eps.size() > (w.v_bias ? 3 : 2);
+  add(y, linear(has_mlp_norm ? normed(hidden, std::nullopt, eps.back()) : hidden, w.fc2));
   add(y, w.fc2_bias);
   std::vector<Tensor> result{view(y, {images, rows, width}),
                              probabilities,
@@ -155,7 +163,7 @@ std::vector<Tensor> run(const Tensor& tokens_any, const std::vector<Tensor>& wei
                              to_mlp,
                              mlp_rstd,
                              derivative};
-  if (normed) result.insert(result.end(), {std::get<0>(*normed), std::get<1>(*normed)});
+  result.insert(result.end(), inner.begin(), inner.end());
   return result;
 }
 
@@ -175,7 +183,7 @@ Tensor activate_backward(const Weights& w, const Tensor& d_hidden, const Tensor&
 Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& saved, const Tensor* rotation, bool half,
                     const std::optional<Tensor>& given, bool centred) {
-  const Weights w(weights);
+  const Weights w(weights, rotation != nullptr);
   const Tensor &probabilities = saved.at(0), &normalized = saved.at(1), &rstd = saved.at(2);
   const Tensor &q = saved.at(3), &kv = saved.at(4), &to_mlp = saved.at(5);
   const Tensor &mlp_rstd = saved.at(6), &derivative = saved.at(7);
@@ -185,12 +193,16 @@ Tensor run_backward(const Tensor& grad_any, const std::vector<Tensor>& weights,
   const Tensor gradient =
       view(torch::stable::clone(as_contiguous(grad_any)), {q.size(0) * q.size(1), width});
   Tensor d_hidden = linear_backward(gradient, w.fc2);
-  if (saved.size() > 8) d_hidden = normalize_hidden_backward(d_hidden, saved[8], saved[9], centred);
+  const size_t count = saved.size();
+  if (count > (w.v_bias ? 10 : 8)) {
+    d_hidden = normalize_inner_backward(d_hidden, saved[count - 2], saved[count - 1], centred);
+  }
   const Tensor d_fc1 = activate_backward(w, d_hidden, derivative);
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient,
            linear_backward(d_fc1, w.fc1), to_mlp, mlp_rstd, std::nullopt, centred);
-  const Tensor d_attended =
-      view(converted(linear_backward(gradient, w.proj), q.scalar_type()), q.sizes());
+  Tensor d_attended = converted(linear_backward(gradient, w.proj), q.scalar_type());
+  if (w.v_bias) d_attended = normalize_inner_backward(d_attended, saved[8], saved[9], centred);
+  d_attended = view(d_attended, q.sizes());
   const auto [d_q, d_kv] = recorded("smi_fast::attend_rows_backward", attend_rows_backward,
                                     d_attended, q, w.q_bias, kv, probabilities, given);
   if (rotation) {

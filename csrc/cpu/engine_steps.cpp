@@ -41,8 +41,7 @@ std::pair<double, double> sigmoid_of(const std::string& approximate) {
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd, bool centred) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
-  STD_TORCH_CHECK(added.has_value() == bias.has_value(),
-                  "expected added and bias together, or neither");
+  STD_TORCH_CHECK(bias || !added, "expected a bias with added, got none");
   with_types_of(x, normalized, [&](auto zero, auto stored) {
     using X = decltype(zero);
     using S = decltype(stored);
@@ -80,17 +79,17 @@ void normalize_backward_(Tensor gradient, const Tensor& grad, const Tensor& norm
   });
 }
 
-std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps, bool centred) {
-  const Tensor normalized = torch::stable::empty_like(hidden);
-  const Tensor rstd =
-      torch::stable::new_empty(hidden, {hidden.size(0)}, computed_type(hidden.scalar_type()));
-  recorded("smi_fast::add_normalize_", add_normalize_, hidden, std::nullopt, std::nullopt, eps,
-           normalized, rstd, centred);
+std::tuple<Tensor, Tensor> normalize_inner(const Tensor& x, const std::optional<Tensor>& bias,
+                                           double eps, bool centred) {
+  const Tensor normalized = torch::stable::empty_like(x);
+  const Tensor rstd = torch::stable::new_empty(x, {x.size(0)}, computed_type(x.scalar_type()));
+  recorded("smi_fast::add_normalize_", add_normalize_, x, std::nullopt, bias, eps, normalized, rstd,
+           centred);
   return {normalized, rstd};
 }
 
-Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd,
-                                 bool centred) {
+Tensor normalize_inner_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd,
+                                bool centred) {
   const Tensor gradient = torch::stable::new_zeros(grad, grad.sizes());
   recorded("smi_fast::normalize_backward_", normalize_backward_, gradient, grad, normalized, rstd,
            std::nullopt, centred);

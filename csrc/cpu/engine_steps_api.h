@@ -20,7 +20,7 @@ T* data_of(const Tensor& tensor, int64_t count) {
 
 // Defined in engine_steps.cpp, engine_eva_steps.cpp, gather_attention.cpp and
 // engine_row_attention.cpp.
-// LayerNorm, or RMSNorm where `centred` is false.
+// LayerNorm, or RMSNorm where `centred` is false. `added` comes with a bias, a bias maybe alone.
 void add_normalize_(Tensor x, const std::optional<Tensor>& added, const std::optional<Tensor>& bias,
                     double eps, Tensor normalized, Tensor rstd, bool centred);
 // `copy`, if there is one, gets the sum that `gradient` becomes, in the type of grad.
@@ -33,11 +33,13 @@ void rotate_(Tensor x, const Tensor& bias, const Tensor& rotation, bool half);
 void rotate_backward_(Tensor gradient, int64_t parts, const Tensor& rotation, bool half);
 void swiglu_(Tensor x, const Tensor& bias, Tensor out);
 void swiglu_backward_(const Tensor& grad, const Tensor& factors, Tensor d_x);
-// The norm of the MLP's hidden layer [rows, F]: normalized [rows, F] and rstd [rows].
-std::tuple<Tensor, Tensor> normalize_hidden(const Tensor& hidden, double eps, bool centred);
-// The gradient of the hidden layer, given that of normalized.
-Tensor normalize_hidden_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd,
-                                 bool centred);
+// The norm inside of attention or of the MLP, of x [rows, F] plus its bias [F], if there is one:
+// normalized [rows, F] and rstd [rows].
+std::tuple<Tensor, Tensor> normalize_inner(const Tensor& x, const std::optional<Tensor>& bias,
+                                           double eps, bool centred);
+// The gradient of x, given that of normalized.
+Tensor normalize_inner_backward(const Tensor& grad, const Tensor& normalized, const Tensor& rstd,
+                                bool centred);
 void attend_(const Tensor& qkv, const Tensor& q_bias, Tensor out,
              const std::optional<Tensor>& offsets);
 void attend_backward_(const Tensor& grad, const Tensor& qkv, const Tensor& q_bias, Tensor d_qkv,

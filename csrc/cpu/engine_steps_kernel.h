@@ -19,8 +19,9 @@ T add_normalize(X* x, const S* added, const T* bias, int64_t width, double eps, 
   for (int64_t i = 0; i < width; i += lanes<T>()) {
     const int64_t n = elements_at<T>(i, width);
     V sum = load_n(x + i, n);
-    if (added) {
-      sum += load_n(added + i, n) + load_n(bias + i, n);
+    if (bias) {
+      const V term = load_n(bias + i, n);
+      sum += added ? load_n(added + i, n) + term : term;
       store_n(x + i, sum, n);
     }
     sums += sum;

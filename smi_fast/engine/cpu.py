@@ -24,9 +24,9 @@ from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
     FoldedBlock,
+    Kind,
     foldable,
     has_eva_steps,
-    kind,
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
@@ -157,7 +157,7 @@ class CpuEngine:
 def _first_unfoldable(blocks: list[Any]) -> int | None:
     """The first block that can't be folded, or can't run with the first one."""
     for index, block in enumerate(blocks):
-        if not foldable(block) or kind(block) != kind(blocks[0]):
+        if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):
             return index
     return None
 
@@ -183,12 +183,7 @@ class FoldedRun:
         keep_freed_memory()
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
-        self.weights = [
-            tensor
-            for block in self.blocks
-            for matrix, bias in zip(_matrices(block), _biases(block, rotary), strict=True)
-            for tensor in (matrix, matrix.T, bias)
-        ]
+        self.weights = [tensor for block in self.blocks for tensor in _weights(block, rotary)]
         self.packed: list[Tensor] = []
         self.packed_rows = 0
 
@@ -257,6 +252,13 @@ def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:
     return tuple(getattr(block, name) for name in MATRICES)
 
 
+def _weights(block: FoldedBlock, rotary: bool) -> list[Tensor]:
+    """Each matrix, its transpose and its bias; then the bias of v, where it is apart."""
+    pairs = zip(_matrices(block), _biases(block, rotary), strict=True)
+    found = [tensor for matrix, bias in pairs for tensor in (matrix, matrix.T, bias)]
+    return found if block.v_bias is None else [*found, block.v_bias]
+
+
 def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
     return block.query_bias(rotary), block.proj_bias, block.fc1_bias, block.fc2_bias
 
@@ -313,6 +315,7 @@ class LastBlock:
         to_q, to_kv = folded.qkv.tensor_split([len(folded.q_bias)])
         self.weights = [to_q, to_kv, *_matrices(folded)[1:], *_biases(folded, rotary=False)]
         self.weights += [folded.k_bias] if rotary else []
+        self.weights += [] if folded.v_bias is None else [folded.v_bias]
         self.options, self.half = (folded.eps, folded.heads, rows), folded.half
         self.rotary, self.centred, self.approximate = rotary, folded.centred, folded.approximate
 

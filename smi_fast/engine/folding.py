@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import (
@@ -44,9 +44,9 @@ def foldable(block: Any) -> bool:
     attention = block.attn
     if getattr(attention, "gate", None) is not None:
         return False
-    norms = [block.norm1, block.norm2, *([block.mlp.norm] if has_mlp_norm(block.mlp) else [])]
-    layers = (*_qkv_layers(attention), attention.proj)
-    plain = (attention.q_norm, attention.k_norm, attention.norm)
+    inner = [norm for norm in (attention.norm, block.mlp.norm) if type(norm) is not nn.Identity]
+    norms, layers = (block.norm1, block.norm2, *inner), (*_qkv_layers(attention), attention.proj)
+    plain = (attention.q_norm, attention.k_norm)
     scales = () if type(block) is EvaBlock else (block.ls1, block.ls2)
     return (
         (all(map(_is_layer_norm, norms)) or all(map(_is_rms_norm, norms)))
@@ -58,24 +58,38 @@ def foldable(block: Any) -> bool:
     )
 
 
-def kind(block: Any) -> tuple[bool, bool, str]:
-    """What the blocks of one run have in common: whether their norms are LayerNorm, whether their
-    MLPs have a norm, and how their GELUs are approximated.
+class Kind(NamedTuple):
+    """What the blocks of one run have in common.
+
+    Attributes:
+        centred: whether their norms are LayerNorm, or RMSNorm.
+        attention_norm: whether there is a norm in front of attention's projection.
+        mlp_norm: whether there is one in front of the MLP's second layer.
+        approximate: how GELU is approximated: "none" (also without a GELU), "tanh", or "sigmoid"
+            for quick GELU.
     """
-    return _is_layer_norm(block.norm1), has_mlp_norm(block.mlp), _approximation(block.mlp)
+
+    centred: bool
+    attention_norm: bool
+    mlp_norm: bool
+    approximate: str
+
+    @classmethod
+    def of(cls, block: Any) -> Kind:
+        """That of a block of timm."""
+        attention_norm, mlp_norm = (
+            type(norm) is not nn.Identity for norm in (block.attn.norm, block.mlp.norm)
+        )
+        centred = _is_layer_norm(block.norm1)
+        return cls(centred, attention_norm, mlp_norm, _approximation(block.mlp))
 
 
 def has_eva_steps(block: Any) -> bool:
     """Whether a block may have more steps than that of a plain ViT: rotary positions, SwiGLU, a
-    norm in the MLP, RMSNorm, or an approximated GELU.
+    norm inside of attention or of the MLP, RMSNorm, or an approximated GELU.
     """
     plain = type(block) is Block and type(block.mlp) is Mlp
-    return not plain or kind(block) != (True, False, "none")
-
-
-def has_mlp_norm(mlp: Any) -> bool:
-    """Whether an MLP has a norm in front of its second layer."""
-    return type(mlp.norm) is not nn.Identity
+    return not plain or Kind.of(block) != (True, False, False, "none")
 
 
 def _is_layer_norm(norm: Any) -> bool:
@@ -87,7 +101,6 @@ def _is_rms_norm(norm: Any) -> bool:
 
 
 def _approximation(mlp: Any) -> str:
-    """How GELU is approximated: "none" (also without a GELU), "tanh", or "sigmoid"."""
     if type(mlp.act) is nn.GELU:
         return str(mlp.act.approximate)
     return _GELUS.get(type(mlp.act), "none")
@@ -135,25 +148,27 @@ class FoldedBlock:
 
     Attributes:
         qkv: [3A, D]. The bias of v passes through attention unchanged, so ``proj_bias`` contains
-            it.
+            it, unless there is a norm in between.
         q_bias: [A].
         k_bias: [A]. It cancels in the softmax, unless keys are rotated.
+        v_bias: [A], what the norm in front of ``proj`` adds to its input; None without a norm.
         proj: [D, A].
         proj_bias: [D].
         fc1: [F, D], or of SwiGLU [2F, D], the rows of the gate first.
         fc1_bias: [F] or [2F].
         fc2: [D, F].
         fc2_bias: [D].
-        eps: of the two norms, and of a third one in front of fc2, if there is one.
+        eps: of the two norms, then of those in front of proj and of fc2, where there are any.
         heads: number of attention heads.
         half: whether rotary positions pair the channels of two halves, or neighbours.
         centred: whether the norms are LayerNorm, or RMSNorm.
-        approximate: how GELU is approximated: "none", "tanh", or "sigmoid" for quick GELU.
+        approximate: how GELU is approximated, see :class:`Kind`.
     """
 
     qkv: Tensor
     q_bias: Tensor
     k_bias: Tensor
+    v_bias: Tensor | None
     proj: Tensor
     proj_bias: Tensor
     fc1: Tensor
@@ -170,14 +185,21 @@ class FoldedBlock:
     @torch.no_grad()
     def of(cls, block: Any) -> FoldedBlock:
         """Fold a :func:`foldable` block. Weights that folding doesn't change are shared."""
-        attention, mlp = block.attn, block.mlp
+        attention, mlp, kind = block.attn, block.mlp, Kind.of(block)
         scale1, scale2 = _scales(block)
         qkv, qkv_bias = _after_norm(*_joined_qkv(attention), block.norm1)
         q_bias, k_bias, v_bias = (bias.contiguous() for bias in qkv_bias.chunk(3))
-        proj, proj_bias = _before_scale(*_after_constant(attention.proj, v_bias), scale1)
+        eps = [block.norm1.eps, block.norm2.eps]
+        if kind.attention_norm:
+            weight, bias = attention.proj.weight, _bias(attention.proj)
+            proj, proj_bias = _after_norm(weight, bias, attention.norm)
+            eps.append(attention.norm.eps)
+        else:
+            proj, proj_bias = _after_constant(attention.proj, v_bias)
+        proj, proj_bias = _before_scale(proj, proj_bias, scale1)
         fc1, fc1_bias = _after_norm(*_joined(_fc1_layers(mlp)), block.norm2)
-        fc2, fc2_bias, eps = mlp.fc2.weight, _bias(mlp.fc2), [block.norm1.eps, block.norm2.eps]
-        if has_mlp_norm(mlp):
+        fc2, fc2_bias = mlp.fc2.weight, _bias(mlp.fc2)
+        if kind.mlp_norm:
             fc2, fc2_bias = _after_norm(fc2, fc2_bias, mlp.norm)
             eps.append(mlp.norm.eps)
         fc2, fc2_bias = _before_scale(fc2, fc2_bias, scale2)
@@ -185,6 +207,7 @@ class FoldedBlock:
             qkv,
             q_bias,
             k_bias,
+            v_bias if kind.attention_norm else None,
             proj.contiguous(),
             proj_bias,
             fc1,
@@ -194,8 +217,8 @@ class FoldedBlock:
             tuple(eps),
             attention.num_heads,
             bool(getattr(attention, "rotate_half", False)),
-            _is_layer_norm(block.norm1),
-            _approximation(mlp),
+            kind.centred,
+            kind.approximate,
         )
 
     def stored_as(self, dtype: torch.dtype | None) -> FoldedBlock:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi_fast.engine.embedding import Embedding, with_positions
-from smi_fast.engine.folding import foldable, has_mlp_norm
+from smi_fast.engine.folding import Kind, foldable
 from smi_fast.engine.gpu_last_rows import LastRows
 from smi_fast.engine.gpu_run import PlannedRun
 from smi_fast.engine.gpu_steps import BACKEND
@@ -119,6 +119,8 @@ class GpuEngine:
 
 
 def _is_computed(block: Any) -> bool:
-    """Whether the steps here are all that a block has; one of Eva has more."""
-    plain = type(block) is Block and type(block.mlp) is Mlp
-    return plain and foldable(block) and not has_mlp_norm(block.mlp)
+    """Whether the steps here are all that a block has; one of Eva or with inner norms has more."""
+    if type(block) is not Block or type(block.mlp) is not Mlp or not foldable(block):
+        return False
+    kind = Kind.of(block)
+    return not (kind.attention_norm or kind.mlp_norm)

@@ -33,11 +33,11 @@ def add_normalize_(
     """Add a residual, x += added + bias, and normalize x [rows, D] as LayerNorm without weights.
 
     It writes normalized [rows, D] and rstd [rows], the reciprocal standard deviation. ``added``
-    [rows, D] and ``bias`` [D] may be None: x then stays as it is. Where ``centred`` is false it is
-    RMSNorm: the mean counts as 0, here and in rstd.
+    [rows, D] may be None, and with it ``bias`` [D]: x then stays as it is. Where ``centred`` is
+    false it is RMSNorm: the mean counts as 0, here and in rstd.
     """
-    if added is not None and bias is not None:
-        x += added + bias
+    if bias is not None:
+        x += bias if added is None else added + bias
     apart = x - x.mean(dim=1, keepdim=True) if centred else x
     rstd.copy_((apart.square().mean(dim=1) + eps).rsqrt())
     normalized.copy_(apart * rstd[:, None])

@@ -24,7 +24,8 @@ def _engine_calls() -> Iterator[OpCall]:
         yield OpCall(f"{label}-first", "add_normalize_", (3 * x, None, None, 1e-5, empty, rstd))
         yield OpCall(label, "normalize_backward_", (added, grad, x, rstd, empty))
         if width != 64:
-            rms = f"rms-{label}"
+            inner, rms = f"inner-{label}", f"rms-{label}"
+            yield OpCall(inner, "add_normalize_", (x + 1, None, bias, 1e-6, empty, rstd))
             yield OpCall(rms, "add_normalize_", (x + 1, added, bias, 1e-6, empty, rstd, False))
             yield OpCall(rms, "normalize_backward_", (added, grad, x, rstd, empty, False))
         yield OpCall(label, "gelu_", (3 * x, bias, empty))

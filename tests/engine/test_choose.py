@@ -108,6 +108,7 @@ def test_the_engine_of_gpus_is_chosen(
             for name, options in (
                 ("vit_tiny_patch16_224", {"act_layer": "relu"}),
                 ("vit_tiny_patch16_224", {"scale_mlp_norm": True}),
+                ("vit_tiny_patch16_224", {"scale_attn_norm": True}),
                 ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLU}),
                 ("eva02_tiny_patch14_224", {"img_size": 28}),
                 ("vit_small_patch16_dinov3", {}),

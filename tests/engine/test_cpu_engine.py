@@ -95,6 +95,24 @@ def test_every_norm_has_its_own_eps(teacher: VisionTransformer) -> None:
     check(FoldedRun(teacher.requires_grad_(False).blocks[:3]), teacher, tokens())
 
 
+@pytest.mark.parametrize("norms", [("attn",), ("mlp",), ("attn", "mlp")])
+def test_every_inner_norm_has_its_own_eps(teacher: VisionTransformer, norms: tuple) -> None:
+    """Those in front of the projection of attention, and of the second layer of the MLP."""
+    teacher.double().requires_grad_(False)
+    for index, block in enumerate(teacher.blocks):
+        for name in norms:
+            module = getattr(block, name)
+            width = (module.proj if name == "attn" else module.fc2).in_features
+            module.norm = nn.LayerNorm(width, eps=0.2 * (index + len(name)), dtype=torch.float64)
+            nn.init.normal_(module.norm.weight), nn.init.normal_(module.norm.bias)
+            module.norm.requires_grad_(False)
+    x = tokens().double().detach().requires_grad_()
+    check(FoldedRun(teacher.blocks[:3]), teacher, x, 1e-12)
+    first, expected = LastBlock(teacher.blocks[-1], 2)(x)[0], teacher.blocks[-1](x)[:, :2]
+    assert relative_error(first, expected) < 1e-12
+    assert relative_error(gradients(first, x), gradients(expected, x)) < 1e-12
+
+
 def test_large_scores_do_not_overflow(teacher: VisionTransformer) -> None:
     """Float32 has no exponential of numbers above 88."""
     block, x = teacher.requires_grad_(False).blocks[-1], tokens()
@@ -235,9 +253,9 @@ def test_engine_follows_its_teacher(teacher: VisionTransformer) -> None:
         ({"norm_layer": partial(timm.layers.RmsNorm, affine=False)}, False),
         ({"norm_layer": "rmsnormfp32"}, False),
         ({"norm_layer": "simplenorm"}, False),
-        ({"scale_attn_norm": True}, False),
+        ({"scale_attn_norm": True, "init_values": 0.3}, True),
         ({"scale_mlp_norm": True}, True),
-        ({"scale_mlp_norm": True, "norm_layer": "rmsnorm"}, True),
+        ({"scale_mlp_norm": True, "scale_attn_norm": True, "norm_layer": "rmsnorm"}, True),
     ],
 )
 def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None:
@@ -257,7 +275,7 @@ def test_other_blocks_are_left_to_the_ops(options: dict, computed: bool) -> None
     ("name", "computed"),
     [
         ("eva02_tiny_patch14_224", True),
-        ("eva02_base_patch16_clip_224", False),  # a norm inside of attention
+        ("eva02_base_patch16_clip_224", True),  # a norm inside of attention, and one of the MLP
         ("eva02_base_patch14_224", True),  # one inside of the MLP
         ("eva_giant_patch14_clip_224", True),  # without rotary positions
         ("vit_small_patch16_dinov3", True),
@@ -343,10 +361,11 @@ def test_swiglu_without_rotary_positions(teacher: VisionTransformer) -> None:
     assert relative_error(found[1], expected[1]) < 1e-4
 
 
-def test_blocks_with_and_without_a_norm_in_the_mlp_are_left_to_the_ops() -> None:
-    options = {"img_size": 32, "depth": 2, "scale_mlp_norm": True}
+@pytest.mark.parametrize("name", ["attn", "mlp"])
+def test_blocks_with_and_without_an_inner_norm_are_left_to_the_ops(name: str) -> None:
+    options = {"img_size": 32, "depth": 2, "scale_attn_norm": True, "scale_mlp_norm": True}
     model = make_teacher("vit_tiny_patch16_224", **options)
-    model.blocks[1].mlp.norm = nn.Identity()
+    getattr(model.blocks[1], name).norm = nn.Identity()
     reason = CpuEngine(model.blocks).why_not(torch.device("cpu"), torch.float32)
     assert reason is not None and reason.startswith("blocks.1 has ")
 

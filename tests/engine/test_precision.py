@@ -120,6 +120,7 @@ def test_first_rows_are_those_of_the_rounded_block(
         ("vit_tiny_patch16_224 average with class token", {}),
         ("eva02_tiny_patch14_224", {}),
         ("eva02_base_patch14_224", {"depth": 2, "img_size": 84}),  # a norm inside of the MLP
+        ("eva02_base_patch16_clip_224", {}),  # and one inside of attention
         ("vit_small_patch16_dinov3", {}),
         ("vit_small_patch16_rope_mixed_224", {}),
         ("aimv2_huge_patch14_224", {}),

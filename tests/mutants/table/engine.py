@@ -43,6 +43,12 @@ MUTANTS = (
             "LayerNorm has the gradient of a subtraction of the mean.",
         ),
         Mutant(
+            "steps-bias-alone",
+            "sum += added ? load_n(added + i, n) + term : term;",
+            "sum += added ? load_n(added + i, n) + term : V{};",
+            "A bias without a residual is not added.",
+        ),
+        Mutant(
             "steps-rms-mean",
             "centred ? sum_of<T>(sums) / static_cast<T>(width) : T{0};\n  for",
             "sum_of<T>(sums) / static_cast<T>(width);\n  for",
@@ -231,9 +237,16 @@ MUTANTS = (
             f"{ENGINE}::test_every_norm_has_its_own_eps",
         ),
         Mutant(
+            "blocks-inner-norm",
+            "normalize_inner_backward(d_attended, own[2], own[3], centred);",
+            "normalize_inner_backward(d_attended, own[count - 2], own[count - 1], centred);",
+            "The gradient of attention's norm reads what that of the MLP saved.",
+            f"{ENGINE}::test_every_inner_norm_has_its_own_eps",
+        ),
+        Mutant(
             "blocks-order",
-            "const Tensor &qkv = saved[count * i], &derivative",
-            "const Tensor &qkv = saved[count * (blocks.size() - 1 - i)], &derivative",
+            "const Tensor* own = &saved[count * i];",
+            "const Tensor* own = &saved[count * (blocks.size() - 1 - i)];",
             "The gradient of a block reads what another block saved.",
         ),
     ),
@@ -253,6 +266,14 @@ MUTANTS = (
             "The gradient doesn't pass by the last block.",
         ),
         Mutant(
+            "last-block-inner-norm",
+            "d_attended = normalize_inner_backward(d_attended, saved[8], saved[9], centred);",
+            "d_attended = normalize_inner_backward(d_attended, saved[count - 2], saved[count - 1],"
+            " centred);",
+            "The gradient of attention's norm reads what that of the MLP saved.",
+            f"{ENGINE}::test_every_inner_norm_has_its_own_eps",
+        ),
+        Mutant(
             "last-block-ragged",
             "T* own = rows + offsets[i] * width;",
             "T* own = rows + i * count;",
@@ -269,6 +290,13 @@ MUTANTS = (
             "all(_is_layer_norm(norm) or _is_rms_norm(norm) for norm in norms)",
             "The second norm of a block is computed as the first.",
             f"{ENGINE}::test_norms_of_one_kind_run_together",
+        ),
+        Mutant(
+            "folding-inner-value-bias",
+            "v_bias if kind.attention_norm else None",
+            "0 * v_bias if kind.attention_norm else None",
+            "The norm inside of attention doesn't see the bias of v.",
+            f"{ENGINE}::test_every_inner_norm_has_its_own_eps",
         ),
         Mutant(
             "folding-key-bias",
@@ -325,8 +353,8 @@ MUTANTS = (
         ),
         Mutant(
             "folding-gelus",
-            "has_mlp_norm(block.mlp), _approximation(block.mlp)",
-            'has_mlp_norm(block.mlp), "none"',
+            "mlp_norm, _approximation(block.mlp))",
+            'mlp_norm, "none")',
             "The GELU of all blocks is that of the first.",
             f"{ENGINE}::test_another_gelu_is_left_to_the_ops",
         ),
@@ -351,6 +379,13 @@ MUTANTS = (
     *of_file(
         "smi_fast/engine/cpu.py",
         f"{ENGINE}::test_engine_follows_its_teacher",
+        Mutant(
+            "engine-kinds",
+            "if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):",
+            "if not foldable(block):",
+            "The norms of all blocks are computed as those of the first.",
+            f"{ENGINE}::test_norms_of_one_kind_run_together",
+        ),
         Mutant(
             "engine-overlap",
             "buffers, self.free = self.free, None",

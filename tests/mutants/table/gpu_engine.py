@@ -146,9 +146,15 @@ MUTANTS = (
         f"{CHOOSE}::test_the_engine_of_gpus_says_what_it_does_not_run",
         Mutant(
             "gpu-eva",
-            "return plain and foldable(block) and",
-            "return foldable(block) and",
+            "if type(block) is not Block or type(block.mlp) is not Mlp or not foldable(block):",
+            "if not foldable(block):",
             "The steps of Eva are left out.",
+        ),
+        Mutant(
+            "gpu-inner-norms",
+            "return not (kind.attention_norm or kind.mlp_norm)",
+            "return not kind.mlp_norm",
+            "The norm inside of attention is left out.",
         ),
         Mutant(
             "gpu-follows",
