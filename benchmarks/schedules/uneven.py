@@ -16,9 +16,16 @@ from torch import Tensor
 from benchmarks.harness.environment import record
 from benchmarks.harness.timing import alternate, ratios, rounded, spread
 from benchmarks.schedules.contenders import FINISH
-from benchmarks.schedules.timed import labels
 from benchmarks.speed.loops import QUICK_BATCH, Workload, deit
-from smi_fast import InversionResult, Selection, SparseInverter, SparseViT, load_teacher, recipes
+from smi_fast import (
+    EarlyFinish,
+    InversionResult,
+    Selection,
+    SparseInverter,
+    SparseViT,
+    load_teacher,
+    recipes,
+)
 from smi_fast.inversion import InversionState
 
 BATCHES, ROUNDS = {"deit_tiny": 8, "deit_small": 8}, 9
@@ -28,14 +35,18 @@ KEPT = 46
 # The engine packs its weights in the thirteenth iteration.
 WARM, TIMED = 14, 6
 RECIPES = {"published": recipes.smi, "default": recipes.clear}
-IMAGES, PLACES, ITERATIONS = 160, 40, 100
-QUICK_IMAGES, QUICK_PLACES = 8, 4
+ITERATIONS, REFILLED_ROUNDS = 100, 5
+IN_A_ROW = 5
+# (images, places) of each teacher.
+REFILLED = {"fashion-canvas": (400, 40), "deit_tiny": (40, 8)}
+QUICK_REFILLED = {"fashion-canvas": (8, 4)}
 METHOD = (
-    "ragged_over_fixed: an iteration in which the images of a batch keep from half to one and a "
+    "ragged: an iteration in which the images of a batch keep from half to one and a "
     "half times 46 patches over one in which each keeps 46; medians of six iterations in turn. "
-    "refilled_over_full: a run of the embedded teacher whose images leave when it is sure of "
-    "them, over the same iterations of each image at the price that they have in a run of full "
-    "batches, in turn."
+    "refilled: a run whose images leave when the teacher is sure of them, over the same "
+    "iterations of each image at the price that they have in a run of one full batch, in turn. "
+    "DeiT has random "
+    "weights: it is sure at the median probability of its images after 40 iterations."
 )
 
 
@@ -97,11 +108,12 @@ def ragged_over_fixed(workload: Workload, recipe: str, rounds: int) -> dict[str,
 
 
 def inversion(inverter: SparseInverter, images: int) -> Callable[[], InversionResult]:
-    """A contender that inverts the classes in turn."""
+    """A contender that inverts the first classes in turn."""
+    wanted = torch.arange(images) % inverter.teacher.num_classes
 
     def run() -> InversionResult:
         generator = torch.Generator().manual_seed(0)
-        return inverter.invert(labels(images), generator=generator, progress=False)
+        return inverter.invert(wanted, generator=generator, progress=False)
 
     return run
 
@@ -114,23 +126,21 @@ def price(result: InversionResult, ages: Sequence[int], stop: int) -> float:
     return sum(stop * early + (age - stop) * late for age in ages)
 
 
-def refilled_over_full(images: int, places: int, rounds: int) -> dict[str, Any]:
+def refilled_over_full(name: str, images: int, places: int, rounds: int) -> dict[str, Any]:
     """What refilling adds to a run."""
-    teacher = SparseViT(load_teacher("fashion-canvas"))
-    options = recipes.clear().options(iterations=ITERATIONS)
-    turnover = SparseInverter(teacher, finish=FINISH, max_batch=places, **options)
+    teacher, options = _teacher(name), recipes.clear().options(iterations=ITERATIONS)
+    full = SparseInverter(teacher, **options)
+    finish = FINISH if name == "fashion-canvas" else _reached(teacher, options, places)
+    turnover = SparseInverter(teacher, finish=finish, max_batch=places, **options)
     (stop,) = turnover.schedule.at
-    contenders = {
-        "refilled": inversion(turnover, images),
-        "full": inversion(SparseInverter(teacher, **options), places),
-    }
+    contenders = {"refilled": inversion(turnover, images), "full": inversion(full, places)}
     alternate(contenders, 1)
     found = alternate(contenders, rounds)
     ages = found["refilled"][0].ages.tolist()
     seconds = [result.seconds for result in found["refilled"]]
     prices = [price(result, ages, stop) for result in found["full"]]
     return {
-        "finish": repr(FINISH),
+        "finish": repr(finish),
         "images": images,
         "places": places,
         "iterations_of_an_image": rounded(sum(ages) / len(ages)),
@@ -139,9 +149,20 @@ def refilled_over_full(images: int, places: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def _teacher(name: str) -> SparseViT:
+    return SparseViT(load_teacher(name) if name == "fashion-canvas" else deit(name, 1).vit)
+
+
+def _reached(teacher: SparseViT, options: dict[str, Any], images: int) -> EarlyFinish:
+    """What half of the images of a batch reach after 40 iterations."""
+    shorter = SparseInverter(teacher, **{**options, "iterations": 40})
+    return EarlyFinish(inversion(shorter, images)().confidence.median().item(), IN_A_ROW)
+
+
 def main(quick: bool = False) -> None:
     batches, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if quick else (BATCHES, ROUNDS)
-    images, places = (QUICK_IMAGES, QUICK_PLACES) if quick else (IMAGES, PLACES)
+    refilled = QUICK_REFILLED if quick else REFILLED
+    refilled_rounds = QUICK_ROUNDS if quick else REFILLED_ROUNDS
     found = {
         "method": METHOD,
         "rounds": rounds,
@@ -151,6 +172,9 @@ def main(quick: bool = False) -> None:
             }
             for name, batch in batches.items()
         },
-        "refilled": refilled_over_full(images, places, rounds),
+        "refilled": {
+            name: refilled_over_full(name, images, places, refilled_rounds)
+            for name, (images, places) in refilled.items()
+        },
     }
     record("uneven_batches", found, quick=quick)

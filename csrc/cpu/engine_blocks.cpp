@@ -7,21 +7,25 @@ namespace smi_fast {
 namespace {
 
 // A frozen weight [out, in] and its transpose. The packed copies of the two serve GEMMs of
-// `packed_rows` rows; without copies, packed_rows is -1.
+// `packed_rows` rows, or with 0 of any number of rows; without copies, packed_rows is -1.
 struct Linear {
   const Tensor *weight, *transposed, *packed, *packed_transposed;
   int64_t packed_rows;
 
   // x [rows, in] · weightᵀ.
   Tensor forward(const Tensor& x) const {
-    if (x.size(0) != packed_rows) return product(x, *transposed);
+    if (!is_packed_for(x)) return product(x, *transposed);
     return packed_product(x, *weight, *packed);
   }
 
   // Gradient of x, given that of the output [rows, out].
   Tensor backward(const Tensor& gradient) const {
-    if (gradient.size(0) != packed_rows) return product(gradient, *weight);
+    if (!is_packed_for(gradient)) return product(gradient, *weight);
     return packed_product(gradient, *transposed, *packed_transposed);
+  }
+
+  bool is_packed_for(const Tensor& x) const {
+    return x.size(0) > 0 && (packed_rows == 0 || packed_rows == x.size(0));
   }
 };
 

@@ -20,7 +20,6 @@ class Buffers:
 
     Attributes:
         shape: (batch, tokens) of the pass that it was last fitted to.
-        passes: number of passes of this shape.
     """
 
     def __init__(self, blocks: list[FoldedBlock], rows: int, saves: bool) -> None:
@@ -48,7 +47,7 @@ class Buffers:
 
     def fit(self, batch: int, tokens: int) -> None:
         """Give the passes from here on the rows that they need."""
-        self.shape, self.passes = (batch, tokens), 0
+        self.shape = batch, tokens
         rows, width = batch * tokens, self._attended.shape[1]
         self.normalized = [tensor[:rows] for tensor in self._normalized]
         shape = batch, tokens, self._heads, width // self._heads

@@ -52,8 +52,8 @@ Layout = tuple[list[Tensor], bool] | tuple[Tensor | None]
 _MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 # MKL and oneDNN repack the weights in every GEMM, up to a fifth of its time when there are few
-# rows. Packing once costs about one pass: do it at pass _PASSES_UNPACKED, for at most
-# _MOST_ROWS_PACKED rows.
+# rows. Packing once costs about one pass: do it from pass _PASSES_UNPACKED on, at the first one of
+# at most _MOST_ROWS_PACKED rows. MKL packs for one number of rows, oneDNN for any.
 _PASSES_UNPACKED = 12
 _MOST_ROWS_PACKED = 512
 
@@ -184,6 +184,8 @@ class FoldedRun:
         self.eps = [eps for block in self.blocks for eps in block.eps]
         self.centred, self.approximate = self.blocks[0].centred, self.blocks[0].approximate
         self.weights = [tensor for block in self.blocks for tensor in _weights(block, rotary)]
+        self._by_onednn = bool(torch.ops.smi_fast.products_by_onednn(self.weights[0]))
+        self._passes = 0
         self.packed: list[Tensor] = []
         self.packed_rows = 0
 
@@ -202,7 +204,9 @@ class FoldedRun:
 
     @property
     def weights_for_gemm(self) -> tuple[list[Tensor], list[Tensor], int]:
-        """The weights, the packed weights (or none), and the number of rows they are packed for."""
+        """The weights, the packed weights (or none), and the number of rows they are packed for, 0
+        for any number.
+        """
         return self.weights, self.packed, self.packed_rows
 
     def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
@@ -211,25 +215,23 @@ class FoldedRun:
         if buffers is None or not buffers.hold(batch * tokens, saves):
             buffers = Buffers(self.blocks, batch * tokens, saves)
         if buffers.shape != (batch, tokens):
-            self.packed, self.packed_rows = [], 0
             buffers.fit(batch, tokens)
-        buffers.passes += 1
-        if buffers.passes == _PASSES_UNPACKED and batch * tokens <= _MOST_ROWS_PACKED:
+            if not self._by_onednn:
+                self.packed, self._passes = [], 0
+        self._passes += 1
+        few = 0 < batch * tokens <= _MOST_ROWS_PACKED
+        if few and not self.packed and self._passes >= _PASSES_UNPACKED:
             self._pack(batch * tokens)
         return _BufferLease(self, buffers)
 
     def _pack(self, rows: int) -> None:
-        """Pack the weights and their transposes for GEMMs of this many rows."""
-        weight = self.weights[0]
-        if not rows:
-            return
-        if torch.ops.smi_fast.products_by_onednn(weight):
-            pack = torch.ops.mkldnn._reorder_linear_weight
-        elif _MKL_PACKS and weight.dtype == torch.float32:
-            pack = torch.ops.mkl._mkl_reorder_linear_weight
+        """Pack the weights and their transposes: by MKL for GEMMs of this many rows only."""
+        if self._by_onednn:
+            pack, self.packed_rows = torch.ops.mkldnn._reorder_linear_weight, 0
+        elif _MKL_PACKS and self.weights[0].dtype == torch.float32:
+            pack, self.packed_rows = torch.ops.mkl._mkl_reorder_linear_weight, rows
         else:
             return
-        self.packed_rows = rows
         self.packed = [
             pack(matrix.contiguous(), rows)
             for block in self.blocks

@@ -125,6 +125,7 @@ class Turnover:
         self._patches: dict[int, int] = {}
         self._passes: defaultdict[int, int] = defaultdict(int)
         self._seconds: defaultdict[int, float] = defaultdict(float)
+        self._mark = 0.0
         self._progress = ImagesProgress(batch, shown)
 
     def invert(self, remaining: float | None) -> InversionResult:
@@ -136,7 +137,7 @@ class Turnover:
         Raises:
             NonFiniteLoss: an objective or the gradient is infinite or not a number.
         """
-        interrupted = False
+        interrupted, self._mark = False, time.perf_counter()
         try:
             while self._waiting or self._work is not None:
                 if self._waiting and self._free >= self._enough:
@@ -166,10 +167,9 @@ class Turnover:
         self._young = young = subset(self._whole, index)
         loop = Loop(young, frozenset(self._stops), Progress(self._iterations, shown=False), None)
         for first, end in pairwise((0, *self._stops)):
-            start = time.perf_counter()
             importance = loop.run(range(first, end))
             assert importance is not None
-            self._count(young, first, end - first, start)
+            self._count(young, first, end - first)
             self._take_stop(young, end, importance)
         self._work = young if self._work is None else joined(self._work, young)
         self._sure = torch.cat([self._sure, self._sure.new_zeros(len(index))])
@@ -177,7 +177,7 @@ class Turnover:
 
     def _iterate(self) -> None:
         """Take one iteration of the images at work, and let the finished ones leave."""
-        state, start = self._work, time.perf_counter()
+        state = self._work
         assert state is not None
         found = state.evaluate()
         last = int(state.iteration[-1])
@@ -193,18 +193,21 @@ class Turnover:
             in_a_row >= self._finish.iterations or age == self._iterations
             for in_a_row, age in zip(self._sure.tolist(), ages, strict=True)
         ]
-        self._count(state, self._stops[-1] if self._stops else 0, 1, start)
         if any(done):
             self._hold(subset(state, [image for image, out in enumerate(done) if out]))
             stay = [image for image, out in enumerate(done) if not out]
             self._sure = self._sure[stay]
             self._work = subset(state, stay) if stay else None
             self._progress.show(len(done) - len(stay))
+        self._count(state, self._stops[-1] if self._stops else 0, 1)
 
-    def _count(self, state: InversionState, phase: int, passes: int, start: float) -> None:
+    def _count(self, state: InversionState, phase: int, passes: int) -> None:
+        """Add passes to those of a phase, and to its seconds the time since the last call."""
         self._patches[phase] = max(self._patches.get(phase, 0), state.kept.shape[1])
         self._passes[phase] += passes
-        self._seconds[phase] += time.perf_counter() - start
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._mark
+        self._mark = now
 
     def _hold(self, state: InversionState) -> None:
         """Hold on to the images of a state, as they are."""

@@ -145,7 +145,7 @@ def test_nothing_to_compute(engine: FoldedRun) -> None:
 def test_packed_products_are_the_same(
     engine: FoldedRun, teacher: VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They start when a shape has come often, and end with another one."""
+    """They start when a shape has come often; MKL's end with another one."""
     packed_product = "mkldnn::packed" if by_onednn(torch.float32) else "mkl::packed"
 
     def products() -> int:
@@ -159,7 +159,7 @@ def test_packed_products_are_the_same(
         return bool(engine.packed)
 
     assert products() == 0
-    for count, packed in (
+    by_shape = (
         (7, True),
         (9, False),
         (7, False),
@@ -168,7 +168,9 @@ def test_packed_products_are_the_same(
         (9, False),
         (9, True),
         (7, False),
-    ):
+    )
+    any_shape = ((7, True), (9, True), (7, True))
+    for count, packed in any_shape if by_onednn(torch.float32) else by_shape:
         check(engine, teacher, tokens(2, count))
         assert is_packed() == packed
     check(engine, teacher, tokens(2, 7))
@@ -178,7 +180,7 @@ def test_packed_products_are_the_same(
     assert relative_error(gradients(of_x, x), gradients(plain(teacher, x), x)) < 1e-5
     for _ in range(2):
         check(engine, teacher, tokens(40, 17))
-        assert not is_packed(), "many rows hide the packing"
+        assert is_packed() == by_onednn(torch.float32), "many rows hide the packing"
     assert relative_error(of_other, plain(teacher, other)) < 1e-5
 
 

@@ -218,7 +218,7 @@ MUTANTS = (
         BLOCKS,
         Mutant(
             "blocks-packed",
-            "if (x.size(0) != packed_rows) return product(x, *transposed);",
+            "if (!is_packed_for(x)) return product(x, *transposed);",
             "return product(x, *transposed);",
             "Packed weights are never used.",
             f"{ENGINE}::test_packed_products_are_the_same",
