@@ -102,9 +102,20 @@ def _multiplied_product(
     PRECISION: tl.constexpr,
 ):
     row, column, at, exists = _tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
-    strides = stride_k, stride_f
     product = _product(
-        grad, weight, row, column, *strides, ROWS, K, F, BLOCK_ROWS, BLOCK_F, BLOCK_K, PRECISION
+        grad,
+        weight,
+        row,
+        column,
+        stride_k,
+        stride_f,
+        ROWS,
+        K,
+        F,
+        BLOCK_ROWS,
+        BLOCK_F,
+        BLOCK_K,
+        PRECISION,
     )
     product *= tl.load(factors + at, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + at, product, mask=exists)

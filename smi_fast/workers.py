@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -17,6 +18,8 @@ from smi_fast.pool.pictures import draw_loss
 from smi_fast.soft_stop import SoftStop
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+# A plot takes a tenth of a second, in which Python computes nothing else, as long as a small batch.
+_SECONDS_BETWEEN_PLOTS = 10.0
 
 
 class Worker:
@@ -36,6 +39,7 @@ class Worker:
         self._pool, self._last_is_held, self._last = pool, last in plan.ahead, last
         self._stop, self._progress = stop, progress
         self._made = Tally()
+        self._drawn = -math.inf
 
     def turns(self, count: int) -> Iterator[int]:
         """The batches that this process makes, among those that are left."""
@@ -58,7 +62,8 @@ class Worker:
             seconds=made.seconds,
             moments=made.moments,
         )
-        draw_loss(self._pool)
+        if time.monotonic() - self._drawn >= _SECONDS_BETWEEN_PLOTS:
+            self._draw()
         self._count(made)
         self._progress.show(self._made)
 
@@ -69,12 +74,18 @@ class Worker:
             PoolError: they can't be written.
         """
         self._pool.add_unfinished(images)
+        self._draw()
 
     def close(self) -> None:
         """Let other processes open what this one has added to."""
 
     def finish(self) -> None:
         """Complete the pool after the last batch."""
+        self._draw()
+
+    def _draw(self) -> None:
+        draw_loss(self._pool)
+        self._drawn = time.monotonic()
 
     def _count(self, made: MadeBatch) -> None:
         self._made += Tally.of(made.records)
@@ -155,7 +166,7 @@ class GroupWorker(Worker):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         self._show()
         self._pool.gather()
-        draw_loss(self._pool)
+        self._draw()
 
     def _at_work(self) -> bool:
         begun, holding = self._group.at_work()

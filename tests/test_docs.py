@@ -236,6 +236,23 @@ def test_page_of_calibration_has_the_recorded_accuracies() -> None:
     assert table("quantise", "calibration") == expected and len(expected) == 10
 
 
+def test_page_of_schedules_has_the_recorded_speed() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/schedule_speed.json").read_text())
+    tiny, small = (recorded["models"][name]["loops"] for name in ("deit_tiny", "deit_small"))
+    expected = []
+    for name in tiny:
+        cells = []
+        for loops in (tiny, small):
+            found = loops[name]
+            cells += [f"{found['seconds_per_image']['median']:g}"]
+            cells += [f"{found['times_as_fast']['median']:.1f}"]
+        share = recorded["memory"].get(name)
+        expected.append(
+            [name, *cells, f"{share['share_of_dense']:.2f}" if share else "not measured"]
+        )
+    assert table("schedule speed", "schedules") == expected and len(expected) == 9
+
+
 def around_mean(found: dict[str, Any]) -> str:
     """The mean in percent, and of several seeds how far they go from it."""
     mean, seeds = found["mean"], found["seeds"]

@@ -23,6 +23,7 @@ from smi_fast import (
     Schedule,
     SparseInverter,
     recipes,
+    workers,
 )
 from smi_fast.fill import fill
 from smi_fast.pool import LOSS_CURVES, SECONDS, Pool, PoolError
@@ -233,6 +234,19 @@ def test_images_that_are_finished_early_have_their_iterations(
     assert describe(inverter)["finish"] == "EarlyFinish(confidence=1e-09, iterations=2)"
     with pytest.raises(ValueError, match="expected a strip of 0 moments with finish"):
         filled(tmp_path / "strip", inverter, strip=2)
+
+
+def test_the_curves_are_drawn_now_and_then_and_at_the_end(
+    teacher: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    monkeypatch.setattr(workers, "draw_loss", lambda pool: held.append(len(pool.records)))
+    filled(tmp_path / "soon", make(teacher))
+    assert held == [2, 5]
+    held.clear()
+    monkeypatch.setattr(workers, "_SECONDS_BETWEEN_PLOTS", 0.0)
+    filled(tmp_path / "always", make(teacher))
+    assert held == [2, 4, 5, 5]
 
 
 @quick

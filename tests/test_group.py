@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,17 +28,23 @@ pytestmark = pytest.mark.skipif(
 
 def arguments(pool: Path, *options: str) -> list[str]:
     """The arguments that make a pool of ten images in batches of one."""
-    found = ["invert", "--out", str(pool), "--schedule", "dense", "--iterations", "40", "--quiet"]
+    found = ["invert", "--out", str(pool), "--schedule", "dense", "--quiet"]
+    found += [] if "--iterations" in options else ["--iterations", "40"]
     return [*found, "--classes", "0-4", "--per-class", "2", "--batch-size", "1", *options]
 
 
 def start(pool: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
     """Starts two processes by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--max-restarts", str(restarts), "--nproc-per-node", "2", "-m", "smi_fast"]
+    options_of_it = ["--standalone", "--max-restarts", str(restarts), "--nproc-per-node", "2"]
+    return torchrun(options_of_it, pool, *options)
+
+
+def torchrun(options_of_it: list[str], pool: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *options_of_it, "-m", "smi_fast"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*torchrun, *arguments(pool, *options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [*command, *arguments(pool, *options)],
+        env={**environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -116,6 +123,25 @@ def test_torchrun_restarts_a_group(tmp_path: Path, expected: dict[str, bytes]) -
     assert group.returncode == 0, err
     assert files(pool) == expected
     assert (pool / "masks/0000/000000.png").stat().st_mtime_ns == first  # it was not made again
+
+
+def test_a_machine_joins_a_running_group(tmp_path: Path) -> None:
+    """torchrun ends the processes that are at work and starts all of them, which go on."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    elastic += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", "last_call_timeout=1"]
+    pool, options = tmp_path / "pool", ("--iterations", "150", "--resume")
+    machines = [torchrun(elastic, pool, *options)]
+    while not pool.is_dir() or not written(pool):
+        assert machines[0].poll() is None, machines[0].communicate()[1]
+        time.sleep(0.01)
+    machines.append(torchrun(elastic, pool, *options))
+    errors = [machine.communicate(timeout=300)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert any("SIGTERM" in error for error in errors), "the second came when the first was done"
+    alone(tmp_path / "one", *options)
+    assert files(pool) == files(tmp_path / "one")
 
 
 def test_a_store_of_other_processes_is_refused() -> None:

@@ -35,7 +35,7 @@ def pictures(count: int, kept: int = GRID**2) -> Pictures:
     side = GRID * PATCH
     order = torch.rand(count, GRID**2, generator=generator).argsort(1)
     pixels = torch.rand(count, 3, side, side, generator=generator)
-    return Pictures(pixels, (order < kept).view(count, GRID, GRID), seconds=8.0)
+    return Pictures(pixels, (order < kept).view(count, GRID, GRID))
 
 
 def test_masks_move_with_their_images() -> None:
@@ -56,9 +56,31 @@ def test_batches_take_each_image_once_before_one_comes_again() -> None:
     assert [len(batch) for batch in batches(5, 3, torch.Generator())] == [5, 5, 5]
 
 
-def test_fewer_images_take_their_share_of_the_seconds() -> None:
-    made = pictures(4).first(1)
-    assert len(made.pixels) == len(made.masks) == 1 and made.seconds == 2.0
+def test_fewer_images_are_the_first_ones() -> None:
+    made = pictures(4)
+    assert torch.equal(made.first(1).pixels, made.pixels[:1]) and len(made.first(1).masks) == 1
+
+
+def test_images_cost_what_their_schedule_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "result_file", lambda name: tmp_path / name)
+    assert study._seconds_of("default", 400, study._prices()) is None
+    found = {"default": {"100": {"seconds_per_image": 0.05}}, "rebirth, v = 4": {"200": {}}}
+    (tmp_path / "schedules.json").write_text(json.dumps({"contenders": found}))
+    prices = study._prices()
+    for name in ("default", "default, tokens", "default, kept patches over mean"):
+        assert study._seconds_of(name, 400, prices) == 20
+    assert study._seconds_of("real", 400, prices) is None
+    assert study._seconds_of(study.CLOSED_LOOP, 400, prices) is None
+    assert {iterations for _, iterations in sources.SCHEDULES.values()} <= {100, 200, 400}
+
+
+def test_a_step_on_tokens_takes_less_time(teacher: SparseViT) -> None:
+    made = study.Study.__new__(study.Study)
+    made.teacher, made.pictures = teacher, lambda *_: pictures(64, kept=16)
+    found = study.time_on_tokens(made, 64, 1)
+    assert (found["kept"], found["of"]) == (16, 64) and found["over_whole"]["median"] < 0.8
 
 
 def test_sources_without_a_teacher_differ_by_seed_and_keep_every_patch() -> None:
@@ -86,7 +108,7 @@ def test_a_student_learns_its_teacher(teacher: SparseViT, name: str) -> None:
 
     training._step = watched  # type: ignore[method-assign]
     training.learn(made, None, 40)
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10]) and training.seconds > 0
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
 def distance(training: Training, teacher: SparseViT, images: Tensor, masks: Tensor) -> float:
@@ -114,7 +136,7 @@ def test_the_closed_loop_goes_on_with_images_of_its_student(
 ) -> None:
     monkeypatch.setattr(closed_loop, "ITERATIONS", 6)
     training, made = closed_loop.trained("CNN", teacher, 8, 4, seed=0)
-    assert len(made.pixels) == 8 and made.seconds > 0
+    assert len(made.pixels) == 8
     assert training._rate.last_epoch == 4
     first = closed_loop.trained("CNN", teacher, 8, 4, seed=0)[1]
     torch.testing.assert_close(first.pixels[:2], made.pixels[:2])
@@ -128,7 +150,7 @@ def test_trials_differ_and_are_not_run_twice(folder: Path, monkeypatch: pytest.M
 
     def run(self: object, trial: Trial) -> dict[str, Any]:
         runs.append(trial)
-        return {"accuracy": 0.5, "training_seconds": 1.0, "synthesis_seconds": 2.0, "commits": []}
+        return {"accuracy": 0.5, "commits": []}
 
     monkeypatch.setattr(study.Study, "_run", run)
     monkeypatch.setattr(study.Study, "__init__", lambda self: None)
@@ -139,12 +161,12 @@ def test_trials_differ_and_are_not_run_twice(folder: Path, monkeypatch: pytest.M
 
 
 def test_the_picture_has_a_curve_for_each_timed_source() -> None:
-    def entry(accuracy: float, seconds: float) -> dict[str, Any]:
-        return {"accuracy": {"mean": accuracy}, "synthesis_seconds": {"mean": seconds}}
+    def entry(accuracy: float, seconds: float | None) -> dict[str, Any]:
+        return {"accuracy": {"mean": accuracy}, "synthesis_seconds": seconds}
 
     rows = {
         "default": {"400": entry(0.6, 4.0), "100": entry(0.4, 1.0)},
-        "real": {"400": entry(0.7, 0.0)},
+        "real": {"400": entry(0.7, None)},
     }
     (axes,) = study.draw(rows, 0.88).axes
     curve, ceiling = axes.lines

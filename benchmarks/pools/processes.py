@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from benchmarks.harness.timing import rounded, spread
+from benchmarks.harness.timing import alternate, ratios, rounded, spread
 from smi_fast.group import Group
 from smi_fast.job_progress import Tally
 from smi_fast.pool import Pool
@@ -27,39 +29,99 @@ BATCH = 2
 CALLS_OF_A_BATCH = 3
 
 
-def batches_an_hour(pool: Path, processes: int, batches: int, iterations: int) -> float:
+def together(pool: Path, processes: int, batches: int, iterations: int) -> float:
     """Batches an hour that processes of torchrun make together, of one thread each.
 
     It counts from the moment at which each process can have made one to that at which the first has
     none left, so that neither their start nor their end counts.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "smi_fast", "invert", "--quiet"]
-    command += ["--out", str(pool), "--iterations", str(iterations), "--schedule", "dense"]
-    command += ["--classes", "0", "--per-class", str(batches * BATCH), "--batch-size", str(BATCH)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    _wait([_start(launch, pool, batches, iterations)])
+    every = _times(pool)
+    times = every[processes : len(every) - processes + 1]
+    return 3600 * (len(times) - 1) / (times[-1] - times[0])
+
+
+def apart(folder: Path, processes: int, batches: int, iterations: int) -> float:
+    """The same by processes that know nothing of each other, each with a pool of its own.
+
+    It counts while all of them are at work.
+    """
+    pools = [folder / str(number) for number in range(processes)]
+    folder.mkdir()
+    _wait([_start([], pool, batches // processes, iterations) for pool in pools])
+    found = [_times(pool) for pool in pools]
+    first, last = max(times[0] for times in found), min(times[-1] for times in found)
+    inside = sum(first <= each <= last for times in found for each in times)
+    return 3600 * (inside - 1) / (last - first)
+
+
+def _start(
+    launch: Sequence[str], pool: Path, batches: int, iterations: int
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *launch, "-m", "smi_fast", "invert", "--quiet", "--out", str(pool)]
+    command += ["--iterations", str(iterations), "--schedule", "dense", "--classes", "0"]
+    command += ["--per-class", str(batches * BATCH), "--batch-size", str(BATCH)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment, capture_output=True, check=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise RuntimeError(f"a process ended with {max(codes, key=abs)}")
+
+
+def _times(pool: Path) -> list[float]:
+    """When each batch of a pool was written, ascending."""
     last: dict[int, float] = {}
     for record in Pool(pool).records:
         written = (pool / record["mask_file_name"]).stat().st_mtime
         last[record["batch"]] = max(last.get(record["batch"], 0), written)
-    times = sorted(last.values())[processes : len(last) - processes + 1]
-    return 3600 * (len(times) - 1) / (times[-1] - times[0])
+    return sorted(last.values())
 
 
 def coordination(folder: Path, batches: int, iterations: int, rounds: int) -> dict[str, Any]:
-    """Images an hour by 2 and by 4 processes on the cores of this machine."""
-    rates: dict[int, list[float]] = {2: [], 4: []}
-    for turn in range(rounds):
-        for processes, found in rates.items():
-            pool = folder / f"{processes} processes {turn}"
-            found.append(BATCH * batches_an_hour(pool, processes, batches, iterations))
-    lost = [1 - four / two for two, four in zip(rates[2], rates[4], strict=True)]
+    """Images an hour by 2 and by 4 processes, as a group and each for itself, in turn.
+
+    What 4 lose that are for themselves is the price of more processes than cores. Coordination
+    costs what a group loses beyond it.
+    """
+    ways = {"a group": together, "each for itself": apart}
+    rates = {
+        (way, processes): partial(
+            _images_an_hour, run, folder, processes, batches, iterations, itertools.count(), way
+        )
+        for way, run in ways.items()
+        for processes in (2, 4)
+    }
+    found = alternate(rates, rounds)
+    kept = {way: ratios(found[way, 4], found[way, 2]) for way in ways}
+    beyond = ratios(kept["a group"], kept["each for itself"])
     return {
         "cores": os.cpu_count(),
-        "images_an_hour": {f"{key} processes": spread(found) for key, found in rates.items()},
-        "lost_by_4_against_2": spread(lost, 3),
+        "images_an_hour": {
+            f"{processes} processes, {way}": spread(each)
+            for (way, processes), each in found.items()
+        },
+        "lost_by_4_against_2": {
+            way: spread([1 - share for share in each], 3) for way, each in kept.items()
+        },
+        "lost_to_coordination": spread([1 - share for share in beyond], 3),
     }
+
+
+def _images_an_hour(
+    run: Callable[[Path, int, int, int], float],
+    folder: Path,
+    processes: int,
+    batches: int,
+    iterations: int,
+    turns: Iterator[int],
+    way: str,
+) -> float:
+    place = folder / f"{processes} processes, {way}, {next(turns)}"
+    return BATCH * run(place, processes, batches, iterations)
 
 
 def store(clients: Sequence[int], calls: int) -> dict[str, Any]:

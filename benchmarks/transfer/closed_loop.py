@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from benchmarks.schedules.timed import labels
@@ -26,19 +24,17 @@ def trained(
     """
     training = Training(STUDENTS[student], teacher, steps, seed)
     generator = torch.Generator().manual_seed(seed)
-    pixels, masks, seconds = [], [], 0.0
+    pixels, masks = [], []
     for number in range(ROUNDS):
         objectives = [CrossEntropy()]
         if number:
             objectives.append(AdversarialJS(training.student, WEIGHT))
         options = recipes.clear().options(iterations=ITERATIONS, objectives=objectives)
-        start = time.perf_counter()
         result = SparseInverter(teacher, **options).invert(
             labels(count // ROUNDS), generator=generator, progress=False
         )
-        seconds += time.perf_counter() - start
         pixels.append(result.images)
         masks.append(result.masks)
-        pictures = Pictures(torch.cat(pixels), torch.cat(masks), seconds)
+        pictures = Pictures(torch.cat(pixels), torch.cat(masks))
         training.learn(pictures, None, steps // ROUNDS)
     return training, pictures

@@ -34,19 +34,16 @@ class Pictures:
     Attributes:
         pixels: [N, 3, H, W] in [0, 1].
         masks: bool [N, rows, columns], the kept patches.
-        seconds: of their synthesis; 0 where none was timed.
         commits: at which they were inverted.
     """
 
     pixels: Tensor
     masks: Tensor
-    seconds: float = 0.0
     commits: tuple[str, ...] = ()
 
     def first(self, count: int) -> Pictures:
-        """The first images, at their share of the seconds."""
-        share = count / len(self.pixels)
-        return Pictures(self.pixels[:count], self.masks[:count], share * self.seconds, self.commits)
+        """The first images."""
+        return Pictures(self.pixels[:count], self.masks[:count], self.commits)
 
 
 # Makes a number of images of a seed.
@@ -80,7 +77,7 @@ def one_over_f(vit: VisionTransformer, count: int, seed: int) -> Pictures:
 
 
 def inverted(name: str, iterations: int, vit: VisionTransformer, count: int, seed: int) -> Pictures:
-    """Images of a contender of ``python -m benchmarks schedules``, timed."""
+    """Images of a contender of ``python -m benchmarks schedules``."""
     parts = [
         timed(vit, Job(name, iterations, seed + NEXT_SEED * number, min(count, BATCH)))
         for number in range(math.ceil(count / BATCH))
@@ -88,31 +85,34 @@ def inverted(name: str, iterations: int, vit: VisionTransformer, count: int, see
     return Pictures(
         torch.cat([part.images.pixels for part in parts]),
         torch.cat([part.images.masks for part in parts]),
-        sum(part.seconds for part in parts),
         tuple(sorted({part.images.commit for part in parts})),
     ).first(count)
 
 
 def published_in_full(name: str, vit: VisionTransformer, count: int, seed: int) -> Pictures:
-    """Images of the published recipe after its 4000 iterations, by our loop, not timed."""
+    """Images of the published recipe after its 4000 iterations, by our loop."""
     run = Run(name, RECIPES[name], LONG, seed, PER_CLASS)
     made = images_of(SparseViT(vit), run)
     # All classes come in turn, as in the other sources.
     turned = torch.arange(len(made.pixels)).view(-1, PER_CLASS).mT.flatten()[:count]
-    return Pictures(made.pixels[turned], made.masks[turned], 0.0, (made.commit,))
+    return Pictures(made.pixels[turned], made.masks[turned], (made.commit,))
 
 
+# The contenders of ``schedules`` among the sources, and their iterations.
+SCHEDULES = {
+    "published, dense": ("published, dense", 100),
+    "published, sparse": ("published, sparse", 100),
+    "dense": ("dense", 100),
+    "default": ("default", 100),
+    "rebirth, v = 2": ("rebirth, v = 2", 100),
+    "rebirth, v = 4": ("rebirth, v = 4", 200),
+    "rebirth, v = 7": ("rebirth, v = 7", 400),
+}
 SOURCES: dict[str, Source] = {
     "real": real,
     "Gaussian noise": gaussian,
     "1/f noise": one_over_f,
-    "published, dense": partial(inverted, "published, dense", 100),
-    "published, sparse": partial(inverted, "published, sparse", 100),
     "published, dense, 4000 iterations": partial(published_in_full, "published, dense"),
     "published, sparse, 4000 iterations": partial(published_in_full, "published, 14 of 64 patches"),
-    "dense": partial(inverted, "dense", 100),
-    "default": partial(inverted, "default", 100),
-    "rebirth, v = 2": partial(inverted, "rebirth, v = 2", 100),
-    "rebirth, v = 4": partial(inverted, "rebirth, v = 4", 200),
-    "rebirth, v = 7": partial(inverted, "rebirth, v = 7", 400),
+    **{name: partial(inverted, *run) for name, run in SCHEDULES.items()},
 }

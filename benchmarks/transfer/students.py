@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -93,12 +92,11 @@ class Training:
 
     Attributes:
         student: the network.
-        seconds: of all steps so far.
     """
 
     def __init__(self, chosen: Student, teacher: SparseViT, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
-        self.student, self.seconds = chosen.make(), 0.0
+        self.student = chosen.make()
         self._on_tokens, self._teacher = chosen.on_tokens, teacher
         self._generator = torch.Generator().manual_seed(seed)
         self._adam = torch.optim.AdamW(self.student.parameters(), weight_decay=0.02)
@@ -119,11 +117,9 @@ class Training:
         if background is not None and not self._on_tokens:
             shown = over(shown, pictures.masks, background)
         self.student.train()
-        start = time.perf_counter()
         for batch in batches(len(shown), steps, self._generator):
             images, masks = moved(shown[batch], pictures.masks[batch], self._generator)
             self._step(normalise(recoloured(images, self._generator)), masks)
-        self.seconds += time.perf_counter() - start
         self.student.eval()
 
     def _step(self, images: Tensor, masks: Tensor) -> None:

@@ -2,15 +2,17 @@
 
 Students have random weights. They learn the teacher's distribution, at a temperature of 4, on a
 fixed number of images in a fixed number of steps, and are tested on 10 000 real canvases that
-nobody trained on. Images of all sources are moved by up to a patch, mirrored and recoloured.
-Images and figures stay in the folder of :mod:`benchmarks.quality.images`, so a run goes on where it
-was cut off.
+nobody trained on. Images of all sources are moved by up to a patch, mirrored and recoloured. What
+the images of a schedule cost is the price per image in ``schedules.json``, which is recorded on
+idle cores; so this study may share its machine. Images and figures stay in the folder of
+:mod:`benchmarks.quality.images`, so a run goes on where it was cut off.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,16 +26,17 @@ from timm.models.vision_transformer import VisionTransformer
 from benchmarks.fashion_canvas.data import TEST_SEED, canvases
 from benchmarks.fashion_canvas.train_teacher import accuracy
 from benchmarks.harness.environment import commit, record, result_file
-from benchmarks.harness.timing import rounded
+from benchmarks.harness.timing import alternate, clocked, ratios, rounded, spread
 from benchmarks.quality.images import figures_of, folder
 from benchmarks.quality.verdicts import over_seeds
 from benchmarks.transfer import closed_loop
-from benchmarks.transfer.sources import SOURCES, Pictures
+from benchmarks.transfer.sources import SCHEDULES, SOURCES, Pictures
 from benchmarks.transfer.students import STUDENTS, Training
 from smi_fast import SparseViT, load_teacher
 
 COUNT, SEEDS, STEPS = 400, (0, 1, 2), 600
 QUICK_COUNT, QUICK_SEEDS, QUICK_STEPS = 40, (0,), 20
+TIMED_STEPS, ROUNDS, QUICK_ROUNDS = 4, 7, 1
 FEWER, MORE = (100, 200), 2000
 # The sources of which fewer images, and more, are compared too.
 CURVES = ("real", "published, dense", "dense", "default", "rebirth, v = 4")
@@ -139,10 +142,27 @@ class Study:
             training.learn(pictures, background, trial.steps)
         return {
             "accuracy": accuracy(training.student, self.images, self.labels),
-            "training_seconds": rounded(training.seconds),
-            "synthesis_seconds": rounded(pictures.seconds),
             "commits": sorted({*pictures.commits, commit()}),
         }
+
+
+def time_on_tokens(study: Study, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a ViT's steps on kept tokens over those of its steps on whole images, in turn."""
+    pictures = study.pictures("default", count, 0)
+
+    def contender(student: str) -> Callable[[], float]:
+        steps = (rounds + 1) * TIMED_STEPS
+        training = Training(STUDENTS[student], study.teacher, steps, 0)
+        return clocked(partial(training.learn, pictures, None, TIMED_STEPS))
+
+    contenders = {student: contender(student) for student in ("ViT", "ViT on kept tokens")}
+    alternate(contenders, 1)
+    whole, tokens = alternate(contenders, rounds).values()
+    return {
+        "kept": int(pictures.masks[0].sum()),
+        "of": pictures.masks[0].numel(),
+        "over_whole": spread(ratios(tokens, whole)),
+    }
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
@@ -156,14 +176,23 @@ def measure(quick: bool = False) -> dict[str, Any]:
         by_count = rows.setdefault(trial.student, {}).setdefault(trial.name, {})
         by_count.setdefault(str(trial.count), []).append(said)
     first = next(trials(quick))
+    prices = _prices()
+    rounds = QUICK_ROUNDS if quick else ROUNDS
     return {
         "steps": first.steps,
         "seeds": QUICK_SEEDS if quick else SEEDS,
         "teacher": rounded(accuracy(study.vit, study.images, study.labels)),
         "made_at": sorted(commits),
+        "time_on_kept_tokens": time_on_tokens(study, first.count, rounds),
         "students": {
             student: {
-                name: {count: over_seeds(found) for count, found in by_count.items()}
+                name: {
+                    count: {
+                        "accuracy": over_seeds(found)["accuracy"],
+                        "synthesis_seconds": _seconds_of(name, int(count), prices),
+                    }
+                    for count, found in by_count.items()
+                }
                 for name, by_count in by_name.items()
             }
             for student, by_name in rows.items()
@@ -175,7 +204,7 @@ def draw(by_name: dict[str, Any], teacher: float) -> Figure:
     """The accuracy of CNNs against the seconds that their images took."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    timed = {name: found for name, found in by_name.items() if _seconds(found)[-1]}
+    timed = {name: found for name, found in by_name.items() if all(_seconds(found))}
     for index, (name, by_count) in enumerate(timed.items()):
         means = [entry["accuracy"]["mean"] for entry in by_count.values()]
         points = sorted(zip(_seconds(by_count), means, strict=True))
@@ -188,8 +217,28 @@ def draw(by_name: dict[str, Any], teacher: float) -> Figure:
     return figure
 
 
-def _seconds(by_count: dict[str, Any]) -> list[float]:
-    return [entry["synthesis_seconds"]["mean"] for entry in by_count.values()]
+def _seconds(by_count: dict[str, Any]) -> list[float | None]:
+    return [entry["synthesis_seconds"] for entry in by_count.values()]
+
+
+def _prices() -> dict[str, Any]:
+    """The figures of ``schedules.json``, or none before it is recorded."""
+    path = result_file("schedules.json")
+    return json.loads(path.read_text())["contenders"] if path.exists() else {}
+
+
+def _seconds_of(name: str, count: int, prices: dict[str, Any]) -> float | None:
+    """Seconds that the images of a trial took, or None where their source has no price."""
+    source = next((each for each in SCHEDULES if name in _names(each)), None)
+    if source is None or not prices:
+        return None
+    contender, iterations = SCHEDULES[source]
+    return rounded(count * prices[contender][str(iterations)]["seconds_per_image"])
+
+
+def _names(source: str) -> tuple[str, ...]:
+    """What the trials of a source are called."""
+    return source, *(f"{source}, {shown}" for shown in SHOWN.values())
 
 
 def main(quick: bool = False) -> None:

@@ -19,8 +19,8 @@ class MassSchedule:
     order, then other patches as padding, which get no gradient and don't move. A callback sees the
     same ``kept``. It takes a teacher whose head reads its class token, and objectives without taps.
 
-    On the CPU the rows of all images are concatenated, so that padding costs nothing. Rotary
-    positions and a GPU compute padded rows and mask them.
+    On the CPU the rows of all images are concatenated, so that padding costs the blocks
+    nothing. Rotary positions and a GPU compute padded rows and mask them.
 
     >>> result = invert(teacher, [3, 7], schedule=MassSchedule(0.6, at=(5,)), iterations=20,
     ...                 progress=False)

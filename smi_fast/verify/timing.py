@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smi_fast import recipes
+from smi_fast.engine.precision import FLOAT32, PRECISIONS
 from smi_fast.inversion import SparseInverter
 from smi_fast.inversion.cuda_graph import CapturedCall
 from smi_fast.ops import backends, reference
@@ -30,8 +31,11 @@ HEADS, WIDTH, PATCH, SIDE = 6, 64, 16, 224
 # K: all patches of an image, and as many as the published schedule keeps.
 KEPT = (196, 46)
 WARM_UP, REPEATS = 5, 30
-# The ways to take an iteration: eager PyTorch, and what auto takes.
-STEPS = tuple((backend, kept) for backend in ("reference", backends.AUTO) for kept in KEPT)
+# The ways to take an iteration: eager PyTorch, and what auto takes in each precision.
+STEPS = (
+    *(("reference", kept, FLOAT32) for kept in KEPT),
+    *((backends.AUTO, kept, precision) for precision in PRECISIONS for kept in KEPT),
+)
 # Pairs of a backend and an op that compute something wrong.
 Wrong = frozenset[tuple[str, str]]
 # Larger than the L2 cache of any GPU.
@@ -107,20 +111,22 @@ def entries(device: torch.device, wrong: Wrong, limit: float) -> Iterator[dict[s
     """
     for op in dict.fromkeys(call.op for call in _deit_calls(batch=1)):
         yield from _isolated({"op": op}, _send_op_times, op, wrong, device=device, limit=limit)
-    times: list[float | None] = []
-    for backend, kept in STEPS:
-        entry: dict[str, Any] = {"step": f"{kept} of {KEPT[0]} patches", "backend": backend}
-        named = _wrong_in_step(device, wrong) if backend == backends.AUTO else []
-        if named:
-            found = [entry | {"not_timed": f"{', '.join(named)} is wrong"}]
+    times: dict[tuple[str, int, str], float | None] = {}
+    for step in STEPS:
+        backend, kept, precision = step
+        named = {"backend": backend, "precision": precision}
+        entry: dict[str, Any] = {"step": f"{kept} of {KEPT[0]} patches", **named}
+        wrong_ones = _wrong_in_step(device, wrong) if backend == backends.AUTO else []
+        if wrong_ones:
+            found = [entry | {"not_timed": f"{', '.join(wrong_ones)} is wrong"}]
         else:
-            work = (_send_step_time, backend, kept)
-            found = list(_isolated(entry, *work, device=device, limit=limit))
+            found = list(_isolated(entry, _send_step_time, *step, device=device, limit=limit))
         yield from found
-        times.append(found[0].get("milliseconds"))
-    if times[0] is not None and times[-1] is not None:
-        ratio = times[0] / times[-1]
-        yield {"step": "dense eager PyTorch over sparse smi_fast", "ratio": ratio}
+        times[step] = found[0].get("milliseconds")
+    dense = times["reference", KEPT[0], FLOAT32]
+    sparse = times[backends.AUTO, KEPT[-1], FLOAT32]
+    if dense is not None and sparse is not None:
+        yield {"step": "dense eager PyTorch over sparse smi_fast", "ratio": dense / sparse}
 
 
 def _isolated(
@@ -139,12 +145,12 @@ def _send_op_times(send: Callable[[object], None], device: str, op: str, wrong: 
         send(entry)
 
 
-def _send_step_time(send: Callable[[object], None], device: str, backend: str, kept: int) -> None:
+def _send_step_time(send: Callable[[object], None], device: str, *step: Any) -> None:
     import timm
 
     torch.set_float32_matmul_precision("highest")
     teacher = timm.create_model("deit_small_patch16_224")
-    send(step_time(torch.device(device), teacher, backend, kept))
+    send(step_time(torch.device(device), teacher, *step))
 
 
 def _wrong_in_step(device: torch.device, wrong: Wrong) -> list[str]:
@@ -232,7 +238,12 @@ def _sdpa_backward(grad: Tensor, qkv: Tensor) -> Callable[[], object]:
 
 
 def step_time(
-    device: torch.device, teacher: nn.Module, backend: str, kept: int, batch: int = 32
+    device: torch.device,
+    teacher: nn.Module,
+    backend: str,
+    kept: int,
+    precision: str = FLOAT32,
+    batch: int = 32,
 ) -> dict[str, Any]:
     """Milliseconds of one iteration.
 
@@ -241,6 +252,7 @@ def step_time(
         teacher: a Vision Transformer with any weights.
         backend: of the ops.
         kept: patches of each image that are kept, of every ``KEPT[0]``.
+        precision: of the teacher's products.
         batch: images inverted together.
     """
     inverter = SparseInverter(
@@ -248,6 +260,7 @@ def step_time(
         mean=[0.5] * 3,
         std=[0.25] * 3,
         backend=backend,
+        precision=precision,
         **recipes.smi().options(schedule=Dense(), iterations=WARM_UP + REPEATS),
     )
     state = inverter.start([0] * batch)
@@ -259,6 +272,7 @@ def step_time(
     return {
         "step": f"{batch} images, {count} patches",
         "backend": backend,
+        "precision": precision,
         "captured": graph,
         "milliseconds": milliseconds(step, device),
     }

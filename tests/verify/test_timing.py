@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = tuple((backend, kept) for backend in ("reference", "auto") for kept in (4, 2))
+    backends = ("reference", "auto")
+    steps = tuple((backend, kept, "float32") for backend in backends for kept in (4, 2))
     sizes = {"SIDE": 32, "KEPT": (4, 2), "STEPS": steps, "WARM_UP": 0, "REPEATS": 1}
     for name, value in sizes.items():
         monkeypatch.setattr(timing, name, value)
@@ -62,7 +63,7 @@ def test_crash_of_one_entry_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -
     def messages(work: object, place: str, *arguments: object, **_: object) -> Iterator[object]:
         if "adam_clamp_" in arguments:
             raise Ended("its process was ended by SIGSEGV")
-        if arguments == (timing.backends.AUTO, 2):
+        if arguments == (timing.backends.AUTO, 2, "float32"):
             raise Ended("its process took longer than 5 s")
         yield {"of": arguments, "milliseconds": 1.0}
 
@@ -82,3 +83,5 @@ def test_iteration_with_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPa
     said = [entry["not_timed"] for entry in entries if "not_timed" in entry]
     assert said == [f"{chosen} adam_clamp_ is wrong"] * 2
     assert not any("ratio" in entry for entry in entries)
+    said = timing._wrong_in_step(CPU, frozenset({("triton", "linear_gelu_")}))
+    assert said == ["triton linear_gelu_"]

@@ -27,12 +27,19 @@ from smi_fast.engine.gpu import GpuEngine
 from smi_fast.engine.gpu_steps import BACKEND
 from smi_fast.engine.precision import products_in
 from smi_fast.verify.budget import errors
+from smi_fast.verify.cases import random_kept
 from tests.backends.triton import runs
 from tests.helpers.engine_steps import in_float64, run_by_steps
 from tests.helpers.host_guard import HostGuard
 from tests.helpers.inversions import make
 from tests.helpers.launches import Launches
-from tests.helpers.teachers import random_images, relative_error, tiny_vit, with_gradient
+from tests.helpers.teachers import (
+    make_teacher,
+    random_images,
+    relative_error,
+    tiny_vit,
+    with_gradient,
+)
 
 BF16 = torch.bfloat16
 # Width of tokens and number of heads.
@@ -236,6 +243,22 @@ def followed_weights() -> None:
     assert relative_error(after, expected) < 0.01
     assert relative_error(gradient, expected_gradient) < 0.01
     assert torch.equal(with_gradient(copy.deepcopy(ours), images)[0], after)
+
+
+def teacher(name: str, narrow: dict[int, float] | None) -> list[float]:
+    """Errors of the logits, the gradient and the importance that a teacher has on kept patches."""
+    _interpret()
+    torch.manual_seed(0)
+    vit = make_teacher(name, img_size=64, depth=3)
+    options = {"narrow": narrow, "probe": narrow is None}
+    ours, plain = (SparseViT(vit, backend=each, **options) for each in (BACKEND, "reference"))
+    assert ours._blocks.engine_for(ours.device, ours.dtype).backend == BACKEND
+    images, kept = random_images(vit), random_kept(2, 7, ours.num_patches)
+    found = [
+        (*with_gradient(model, images, kept), model(images, kept, importance=True).importance)
+        for model in (ours, plain)
+    ]
+    return [relative_error(*pair) for pair in zip(*found, strict=True)]
 
 
 def images() -> dict[str, float]:

@@ -78,6 +78,19 @@ def test_it_follows_its_teacher_and_copies_of_it(interpreted: Run) -> None:
     interpreted(engine_runs.followed_weights)
 
 
+@pytest.mark.parametrize(
+    ("name", "narrow"),
+    [
+        ("deit_tiny_distilled_patch16_224", None),
+        ("vit_tiny_patch16_224 average with class token", None),
+        ("vit_tiny_patch16_224 no bias", {1: 0.6}),
+    ],
+)
+def test_teachers(interpreted: Run, name: str, narrow: dict[int, float] | None) -> None:
+    """With two rows that the head reads, with all, and with fewer tokens from a block on."""
+    assert max(interpreted(engine_runs.teacher, name, narrow)) < 1e-4
+
+
 @needs_cpp
 def test_three_iterations_give_the_images_of_the_cpu_engine(interpreted: Run) -> None:
     found = interpreted(engine_runs.images)

@@ -212,6 +212,12 @@ MUTANTS = (
             "_BYTES = 1 << 20",
             "Each pass maps its memory anew.",
         ),
+        Mutant(
+            "memory-products",
+            '_PRODUCTS = "8192"',
+            '_PRODUCTS = "1024"',
+            "The code of a batch's products is generated again where images leave it.",
+        ),
     ),
     *of_file(
         "csrc/cpu/engine_blocks.cpp",

@@ -92,8 +92,8 @@ MUTANTS = (
         ),
         Mutant(
             "triton-products-strides",
-            "strides = stride_k, stride_f",
-            "strides = stride_f, stride_k",
+            "        stride_k,\n        stride_f,\n        ROWS,\n        K,",
+            "        stride_f,\n        stride_k,\n        ROWS,\n        K,",
             "The gradient passes through the transpose of the weights.",
             f"{STEP} multiplied",
         ),
