@@ -47,6 +47,10 @@ __global__ void _mark_patches(const int64_t* __restrict__ active,  // [B, K]
                               int64_t count, int64_t active_per_image, int64_t patches) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count || active[i] < 0 || active[i] >= patches) return;
+  // Only the first thread of a patch that repeats marks it: no two threads write to one place.
+  for (int64_t j = i - i % active_per_image; j < i; ++j) {
+    if (active[j] == active[i]) return;
+  }
   mask[i / active_per_image * patches + active[i]] = 1;
 }
 

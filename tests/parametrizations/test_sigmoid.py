@@ -158,7 +158,7 @@ def test_the_teacher_sees_the_images_of_a_subclass(teacher: VisionTransformer) -
     state.shift, state.flip = torch.zeros_like(state.shift), torch.zeros_like(state.flip)
     state.step()
     entropy = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 4]))
-    assert state.history()["cross_entropy"] == pytest.approx([entropy.item()], rel=1e-9)
+    assert state.history(1)["cross_entropy"] == pytest.approx([entropy.item()], rel=1e-9)
 
 
 def test_a_field_of_the_wrong_size_is_refused(teacher: VisionTransformer) -> None:

@@ -130,7 +130,7 @@ def test_iterations_that_read_logits_or_score_run_every_block() -> None:
         teacher, objectives=[NeuronTarget(0, channel=1)], iterations=30, **SPACE
     )
     state = inverter.start(batch=1, generator=torch.Generator().manual_seed(0))
-    _, importance = state.evaluate(score=True)
+    importance = state.evaluate(score=True).importance
     assert importance is not None and importance.shape == (1, 16)
 
     class Seldom(CrossEntropy):
