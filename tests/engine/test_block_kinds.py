@@ -1,4 +1,4 @@
-"""Which blocks the engine of the CPU computes, by family, norm and GELU; and that they are timm's."""
+"""Which blocks the engine of the CPU computes, by family, norm and GELU, as timm does."""
 
 from __future__ import annotations
 
