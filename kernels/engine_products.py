@@ -13,22 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from .engine_steps import gelu_constants, gelu_with_derivative
+from .engine_steps import gelu_constants, gelu_with_derivative, tile
 
 # Large tiles read less from memory, but only enough of them keep every multiprocessor busy.
 LARGE, SMALL = 128, 64
 ENOUGH_TILES = 128
 # Bytes that a tile has along the inner dimension: a whole line of memory.
 INNER_BYTES = 128
-
-
-@triton.jit
-def _tile(ROWS, F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The rows and columns of a program's tile, offsets into [ROWS, F], and what exists."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    exists = (row < ROWS)[:, None] & (column < F)[None, :]
-    return row, column, row[:, None] * F + column[None, :], exists
 
 
 @triton.jit
@@ -77,7 +68,7 @@ def _linear_gelu(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row, column, at, exists = _tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
+    row, column, at, exists = tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
     y = _product(x, weight, row, column, 1, K, ROWS, K, F, BLOCK_ROWS, BLOCK_F, BLOCK_K, PRECISION)
     y += tl.load(bias + column, mask=column < F, other=0.0)[None, :]
     value, slope = gelu_with_derivative(y, SLOPE, CUBIC)
@@ -101,7 +92,7 @@ def _multiplied_product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row, column, at, exists = _tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
+    row, column, at, exists = tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
     product = _product(
         grad,
         weight,

@@ -32,6 +32,15 @@ def _rows(ROWS, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
+def tile(ROWS, F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The rows and columns of a program's tile, offsets into [ROWS, F], and what exists."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    exists = (row < ROWS)[:, None] & (column < F)[None, :]
+    return row, column, row[:, None] * F + column[None, :], exists
+
+
+@triton.jit
 def _add_normalize(
     x,  # float32 [ROWS, D], changed if there is something to add
     added,  # [ROWS, D], or None
@@ -116,10 +125,7 @@ def _gelu(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    exists = (row < ROWS)[:, None] & (column < F)[None, :]
-    at = row[:, None] * F + column[None, :]
+    _, column, at, exists = tile(ROWS, F, BLOCK_ROWS, BLOCK_F)
     constant = tl.load(bias + column, mask=column < F, other=0.0)
     y = tl.load(x + at, mask=exists, other=0.0).to(tl.float32) + constant[None, :]
     value, derivative = gelu_with_derivative(y, SLOPE, CUBIC)
@@ -196,8 +202,8 @@ def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> No
     rows, width = x.shape
     block_rows = TILE // COLUMNS
     grid = triton.cdiv(rows, block_rows), triton.cdiv(width, COLUMNS)
-    tile = {"BLOCK_ROWS": block_rows, "BLOCK_F": COLUMNS, "num_warps": 4}
-    launch(_gelu, grid, x, x, bias, out, rows, F=width, **gelu_constants(approximate), **tile)
+    sizes = {"BLOCK_ROWS": block_rows, "BLOCK_F": COLUMNS, "num_warps": 4}
+    launch(_gelu, grid, x, x, bias, out, rows, F=width, **gelu_constants(approximate), **sizes)
 
 
 def multiply_(x: Tensor, factors: Tensor) -> None:

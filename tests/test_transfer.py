@@ -69,11 +69,12 @@ def test_images_cost_what_their_schedule_does(
     found = {"default": {"100": {"seconds_per_image": 0.05}}, "rebirth, v = 4": {"200": {}}}
     (tmp_path / "schedules.json").write_text(json.dumps({"contenders": found}))
     prices = study._prices()
-    for name in ("default", "default, tokens", "default, kept patches over mean"):
-        assert study._seconds_of(name, 400, prices) == 20
+    for shown in ("whole", "tokens", "mean"):
+        trial = Trial("default", shown, "CNN", 400, 0, 600)
+        assert study._seconds_of(trial.source, 400, prices) == 20
     assert study._seconds_of("real", 400, prices) is None
     assert study._seconds_of(study.CLOSED_LOOP, 400, prices) is None
-    assert {iterations for _, iterations in sources.SCHEDULES.values()} <= {100, 200, 400}
+    assert {*sources.ITERATIONS.values()} <= {100, 200, 400}
 
 
 def test_a_step_on_tokens_takes_less_time(teacher: SparseViT) -> None:

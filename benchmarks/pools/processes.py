@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,14 +87,19 @@ def coordination(folder: Path, batches: int, iterations: int, rounds: int) -> di
     costs what a group loses beyond it.
     """
     ways = {"a group": together, "each for itself": apart}
-    rates = {
-        (way, processes): partial(
-            _images_an_hour, run, folder, processes, batches, iterations, itertools.count(), way
-        )
-        for way, run in ways.items()
-        for processes in (2, 4)
-    }
-    found = alternate(rates, rounds)
+
+    def contender(way: str, processes: int) -> Callable[[], float]:
+        turns = itertools.count()
+
+        def images_an_hour() -> float:
+            place = folder / f"{processes} processes, {way}, {next(turns)}"
+            return BATCH * ways[way](place, processes, batches, iterations)
+
+        return images_an_hour
+
+    found = alternate(
+        {(way, count): contender(way, count) for way in ways for count in (2, 4)}, rounds
+    )
     kept = {way: ratios(found[way, 4], found[way, 2]) for way in ways}
     beyond = ratios(kept["a group"], kept["each for itself"])
     return {
@@ -109,19 +113,6 @@ def coordination(folder: Path, batches: int, iterations: int, rounds: int) -> di
         },
         "lost_to_coordination": spread([1 - share for share in beyond], 3),
     }
-
-
-def _images_an_hour(
-    run: Callable[[Path, int, int, int], float],
-    folder: Path,
-    processes: int,
-    batches: int,
-    iterations: int,
-    turns: Iterator[int],
-    way: str,
-) -> float:
-    place = folder / f"{processes} processes, {way}, {next(turns)}"
-    return BATCH * run(place, processes, batches, iterations)
 
 
 def store(clients: Sequence[int], calls: int) -> dict[str, Any]:

@@ -36,18 +36,18 @@ KEPT = 46
 WARM, TIMED = 14, 6
 RECIPES = {"published": recipes.smi, "default": recipes.clear}
 ITERATIONS, REFILLED_ROUNDS = 100, 5
-# Of the median probability after 40 iterations, which is of images without jitter.
+# DeiT's bound, as a share of the median probability after 40 iterations, which has no jitter.
 SHARE_REACHED, IN_A_ROW = 0.6, 5
 # (images, places) of each teacher.
 REFILLED = {"fashion-canvas": (400, 40), "deit_tiny": (40, 8)}
 QUICK_REFILLED = {"fashion-canvas": (8, 4)}
 METHOD = (
-    "ragged: an iteration in which the images of a batch keep from half to one and a "
-    "half times 46 patches over one in which each keeps 46; medians of six iterations in turn. "
+    "ragged: an iteration in which the images of a batch keep from half to one and a half times "
+    "46 patches over one in which each keeps 46; medians of six iterations in turn. "
     "refilled: a run whose images leave when the teacher is sure of them, over the same "
     "iterations of each image at the price that they have in a run of one full batch, in turn. "
-    "DeiT has random "
-    "weights: it is sure at 0.6 times the median probability of its images after 40 iterations."
+    "DeiT has random weights: it is sure at 0.6 times the median probability of its images after "
+    "40 iterations."
 )
 
 

@@ -98,15 +98,15 @@ def published_in_full(name: str, vit: VisionTransformer, count: int, seed: int) 
     return Pictures(made.pixels[turned], made.masks[turned], (made.commit,))
 
 
-# The contenders of ``schedules`` among the sources, and their iterations.
-SCHEDULES = {
-    "published, dense": ("published, dense", 100),
-    "published, sparse": ("published, sparse", 100),
-    "dense": ("dense", 100),
-    "default": ("default", 100),
-    "rebirth, v = 2": ("rebirth, v = 2", 100),
-    "rebirth, v = 4": ("rebirth, v = 4", 200),
-    "rebirth, v = 7": ("rebirth, v = 7", 400),
+# Iterations of the sources that are contenders of ``schedules``, by their names there.
+ITERATIONS = {
+    "published, dense": 100,
+    "published, sparse": 100,
+    "dense": 100,
+    "default": 100,
+    "rebirth, v = 2": 100,
+    "rebirth, v = 4": 200,
+    "rebirth, v = 7": 400,
 }
 SOURCES: dict[str, Source] = {
     "real": real,
@@ -114,5 +114,5 @@ SOURCES: dict[str, Source] = {
     "1/f noise": one_over_f,
     "published, dense, 4000 iterations": partial(published_in_full, "published, dense"),
     "published, sparse, 4000 iterations": partial(published_in_full, "published, 14 of 64 patches"),
-    **{name: partial(inverted, *run) for name, run in SCHEDULES.items()},
+    **{name: partial(inverted, name, count) for name, count in ITERATIONS.items()},
 }

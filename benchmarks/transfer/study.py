@@ -2,9 +2,9 @@
 
 Students have random weights. They learn the teacher's distribution, at a temperature of 4, on a
 fixed number of images in a fixed number of steps, and are tested on 10 000 real canvases that
-nobody trained on. Images of all sources are moved by up to a patch, mirrored and recoloured. What
-the images of a schedule cost is the price per image in ``schedules.json``, which is recorded on
-idle cores; so this study may share its machine. Images and figures stay in the folder of
+nobody trained on. Images of all sources are moved by up to a patch, mirrored and recoloured. The
+seconds of an image are those of ``schedules.json``, which is recorded on idle cores, so this study
+may share its machine. Images and figures stay in the folder of
 :mod:`benchmarks.quality.images`, so a run goes on where it was cut off.
 """
 
@@ -30,7 +30,7 @@ from benchmarks.harness.timing import alternate, clocked, ratios, rounded, sprea
 from benchmarks.quality.images import figures_of, folder
 from benchmarks.quality.verdicts import over_seeds
 from benchmarks.transfer import closed_loop
-from benchmarks.transfer.sources import SCHEDULES, SOURCES, Pictures
+from benchmarks.transfer.sources import ITERATIONS, SOURCES, Pictures
 from benchmarks.transfer.students import STUDENTS, Training
 from smi_fast import SparseViT, load_teacher
 
@@ -169,10 +169,12 @@ def measure(quick: bool = False) -> dict[str, Any]:
     """Train and test all students."""
     study = Study(QUICK_COUNT, 500) if quick else Study(COUNT)
     rows: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    sources: dict[str, str] = {}
     commits: set[str] = set()
     for trial in trials(quick):
         said = study.found(trial)
         commits |= set(said.pop("commits"))
+        sources[trial.name] = trial.source
         by_count = rows.setdefault(trial.student, {}).setdefault(trial.name, {})
         by_count.setdefault(str(trial.count), []).append(said)
     first = next(trials(quick))
@@ -189,7 +191,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
                 name: {
                     count: {
                         "accuracy": over_seeds(found)["accuracy"],
-                        "synthesis_seconds": _seconds_of(name, int(count), prices),
+                        "synthesis_seconds": _seconds_of(sources[name], int(count), prices),
                     }
                     for count, found in by_count.items()
                 }
@@ -227,18 +229,12 @@ def _prices() -> dict[str, Any]:
     return json.loads(path.read_text())["contenders"] if path.exists() else {}
 
 
-def _seconds_of(name: str, count: int, prices: dict[str, Any]) -> float | None:
-    """Seconds that the images of a trial took, or None where their source has no price."""
-    source = next((each for each in SCHEDULES if name in _names(each)), None)
-    if source is None or not prices:
+def _seconds_of(source: str, count: int, prices: dict[str, Any]) -> float | None:
+    """Seconds that images of a source took, or None where it has no price."""
+    if source not in ITERATIONS or not prices:
         return None
-    contender, iterations = SCHEDULES[source]
-    return rounded(count * prices[contender][str(iterations)]["seconds_per_image"])
-
-
-def _names(source: str) -> tuple[str, ...]:
-    """What the trials of a source are called."""
-    return source, *(f"{source}, {shown}" for shown in SHOWN.values())
+    price = prices[source][str(ITERATIONS[source])]["seconds_per_image"]
+    return rounded(count * price)
 
 
 def main(quick: bool = False) -> None:

@@ -1,6 +1,8 @@
-"""Memory that the CPU engine plans once."""
+"""Memory that the CPU engine plans once, and how passes of both engines take and return theirs."""
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class Buffers:
         self._d_qkv = new(rows, 3 * width)
 
     def hold(self, rows: int, saves: bool) -> bool:
-        """Whether a pass of so many rows finds its memory here."""
+        """Whether the memory suffices for a pass of this many rows, and is of its kind."""
         return rows <= self._rows and saves == self._saves
 
     def fit(self, batch: int, tokens: int) -> None:
@@ -53,3 +55,23 @@ class Buffers:
         shape = batch, tokens, self._heads, width // self._heads
         self.attended = self._attended[:rows].view(shape)
         self.hidden, self.d_qkv = self._hidden[:rows], self._d_qkv[:rows]
+
+
+class _Lender(Protocol):
+    free: Any
+
+
+class Lease:
+    """Gives buffers back to their run when the autograd graph that holds this is freed.
+
+    Args:
+        run: it keeps them as ``free``; None for buffers that are used once.
+        buffers: of one pass.
+    """
+
+    def __init__(self, run: _Lender | None, buffers: Any) -> None:
+        self.run, self.buffers = run, buffers
+
+    def __del__(self) -> None:
+        if self.run is not None:
+            self.run.free = self.buffers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
-from smi_fast.engine.buffers import Buffers
+from smi_fast.engine.buffers import Buffers, Lease
 from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
@@ -30,7 +30,7 @@ from smi_fast.engine.folding import (
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
-from smi_fast.engine.weights import WeightWatch
+from smi_fast.engine.weights import FollowsWeights
 from smi_fast.ops import backends, native
 
 # Overloads, not packets: looking an overload up costs as much as a call.
@@ -58,7 +58,7 @@ _PASSES_UNPACKED = 12
 _MOST_ROWS_PACKED = 512
 
 
-class CpuEngine:
+class CpuEngine(FollowsWeights["FoldedRun", "LastBlock"]):
     """Runs the blocks of one teacher in C++; folds them anew after their weights have changed.
 
     Args:
@@ -72,14 +72,12 @@ class CpuEngine:
     backend = "cpp"
 
     def __init__(self, blocks: nn.Sequential, precision: str = FLOAT32) -> None:
+        super().__init__(blocks)
         self._blocks = list(blocks)
         self._precision = precision
         self._stored = stored_type(precision)
         self._unfoldable = _first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
-        self._watch = WeightWatch(blocks)
-        self._runs: dict[tuple[int, int, bool], FoldedRun] = {}
-        self._last: dict[tuple[int, bool], LastBlock] = {}
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
@@ -139,20 +137,6 @@ class CpuEngine:
             self._last[key] = LastBlock(self._blocks[-1], rows, rotary, self._stored)
         return self._last[key](tokens, None if rotations is None else rotations[-1], offsets)
 
-    def refresh(self) -> None:
-        """Forget what was folded."""
-        self._watch.forget()
-        self._runs, self._last = {}, {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles fold anew: packed weights are in MKL's own format."""
-        return {**vars(self), "_runs": {}, "_last": {}}
-
-    def _follow_weights(self) -> None:
-        """Forget what was folded from other weights: the owner of the teacher may change them."""
-        if self._watch.changed():
-            self._runs, self._last = {}, {}
-
 
 def _first_unfoldable(blocks: list[Any]) -> int | None:
     """The first block that can't be folded, or can't run with the first one."""
@@ -209,7 +193,7 @@ class FoldedRun:
         """
         return self.weights, self.packed, self.packed_rows
 
-    def acquire(self, batch: int, tokens: int, saves: bool) -> _BufferLease:
+    def acquire(self, batch: int, tokens: int, saves: bool) -> Lease:
         """Buffers for one pass: those of the last pass when they are free and large enough."""
         buffers, self.free = self.free, None
         if buffers is None or not buffers.hold(batch * tokens, saves):
@@ -222,7 +206,7 @@ class FoldedRun:
         few = 0 < batch * tokens <= _MOST_ROWS_PACKED
         if few and not self.packed and self._passes >= _PASSES_UNPACKED:
             self._pack(batch * tokens)
-        return _BufferLease(self, buffers)
+        return Lease(self, buffers)
 
     def _pack(self, rows: int) -> None:
         """Pack the weights and their transposes: by MKL for GEMMs of this many rows only."""
@@ -238,16 +222,6 @@ class FoldedRun:
             for weight in _matrices(block)
             for matrix in (weight, weight.T)
         ]
-
-
-class _BufferLease:
-    """Gives buffers back to their run when the autograd graph that holds this is freed."""
-
-    def __init__(self, run: FoldedRun, buffers: Buffers) -> None:
-        self.run, self.buffers = run, buffers
-
-    def __del__(self) -> None:
-        self.run.free = self.buffers
 
 
 def _matrices(block: FoldedBlock) -> tuple[Tensor, ...]:

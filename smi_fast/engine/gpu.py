@@ -30,11 +30,11 @@ from smi_fast.engine.gpu_last_rows import LastRows
 from smi_fast.engine.gpu_run import PlannedRun
 from smi_fast.engine.gpu_steps import BACKEND
 from smi_fast.engine.precision import FLOAT32
-from smi_fast.engine.weights import WeightWatch
+from smi_fast.engine.weights import FollowsWeights
 from smi_fast.ops import backends
 
 
-class GpuEngine:
+class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
     """Runs the blocks of one teacher on a GPU; folds them anew after their weights have changed.
 
     Args:
@@ -51,13 +51,11 @@ class GpuEngine:
     def __init__(
         self, blocks: nn.Sequential, precision: str = FLOAT32, attention: str = backends.AUTO
     ) -> None:
+        super().__init__(blocks)
         self._blocks = list(blocks)
         self._precision, self._attention = precision, attention
         others = (i for i, block in enumerate(blocks) if not _is_computed(block))
         self._other = next(others, None)
-        self._watch = WeightWatch(blocks)
-        self._runs: dict[tuple[int, int], PlannedRun] = {}
-        self._last: dict[int, LastRows] = {}
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
@@ -103,19 +101,6 @@ class GpuEngine:
         if rows not in self._last:
             self._last[rows] = LastRows(self._blocks[-1], rows, self._precision)
         return self._last[rows](tokens)
-
-    def refresh(self) -> None:
-        """Forget what was folded."""
-        self._watch.forget()
-        self._runs, self._last = {}, {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles fold anew."""
-        return {**vars(self), "_runs": {}, "_last": {}}
-
-    def _follow_weights(self) -> None:
-        if self._watch.changed():
-            self._runs, self._last = {}, {}
 
 
 def _is_computed(block: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from smi_fast.engine.buffers import Lease
 from smi_fast.engine.folding import FoldedBlock
 from smi_fast.engine.gpu_steps import Steps
 from smi_fast.engine.precision import products_in
@@ -42,7 +43,7 @@ class PlannedRun:
         result: Tensor = _RunBlocks.apply(tokens, self, saves)
         return result
 
-    def acquire(self, tokens: Tensor, saves: bool) -> _Lease:
+    def acquire(self, tokens: Tensor, saves: bool) -> Lease:
         """Buffers for one pass: those of the last pass when they are free and fit.
 
         A CUDA graph has buffers of its own, in its memory, because it is replayed at any time. They
@@ -55,7 +56,7 @@ class PlannedRun:
             del buffers
             with torch.inference_mode(False):  # else no other pass could write into them
                 buffers = _Buffers(self.blocks, key)
-        return _Lease(None if captured else self, buffers)
+        return Lease(None if captured else self, buffers)
 
     def attention_for(self, tokens: Tensor, saves: bool) -> Any:
         """The functions of the backend that computes attention among tokens [B, N, D]."""
@@ -161,17 +162,6 @@ class _Buffers:
         self.d_attended = new((batch, tokens, width) if saves else (0, 0, width))
         half = first.qkv.dtype != first.q_bias.dtype
         self.operand = new(rows, channels) if half and saves else None
-
-
-class _Lease:
-    """Gives buffers back to their run when the autograd graph that holds this is freed."""
-
-    def __init__(self, run: PlannedRun | None, buffers: _Buffers) -> None:
-        self.run, self.buffers = run, buffers
-
-    def __del__(self) -> None:
-        if self.run is not None:
-            self.run.free = self.buffers
 
 
 class _RunBlocks(torch.autograd.Function):

@@ -1,8 +1,14 @@
-"""Whether the weights that something was derived from are still the same."""
+"""What was derived from weights, and whether these are still the same."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
 from torch import Tensor, nn
+
+Run = TypeVar("Run")
+Last = TypeVar("Last")
 
 
 class WeightWatch:
@@ -47,3 +53,30 @@ class WeightWatch:
     def __getstate__(self) -> dict[str, object]:
         """A copy has other weights."""
         return {**vars(self), "_state": [], "_held": []}
+
+
+class FollowsWeights(Generic[Run, Last]):
+    """An engine's runs of blocks and of the last block, folded anew after weights have changed.
+
+    Args:
+        blocks: all blocks of a teacher, frozen.
+    """
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        self._watch = WeightWatch(blocks)
+        self._runs: dict[Hashable, Run] = {}
+        self._last: dict[Hashable, Last] = {}
+
+    def refresh(self) -> None:
+        """Forget what was folded."""
+        self._watch.forget()
+        self._runs, self._last = {}, {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles fold anew: packed weights are in a format of MKL or oneDNN."""
+        return {**vars(self), "_runs": {}, "_last": {}}
+
+    def _follow_weights(self) -> None:
+        """Forget what was folded from other weights: the owner of the teacher may change them."""
+        if self._watch.changed():
+            self._runs, self._last = {}, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -22,13 +23,7 @@ class Progress:
         self._iterations, self._shown = iterations, shown
         self._in_terminal = sys.stderr.isatty()
         self._start = time.perf_counter()
-        self._bar = tqdm(
-            total=iterations,
-            disable=not (shown and self._in_terminal),
-            unit="it",
-            leave=None,  # below the bar of a pool it goes when the batch is done
-            dynamic_ncols=True,
-        )
+        self._bar = _bar(iterations, "it", shown and self._in_terminal)
 
     def show(self, state: InversionState, number: int) -> None:
         """Move the bar behind iteration ``number``."""
@@ -64,16 +59,10 @@ class ImagesProgress:
 
     def __init__(self, images: int, shown: bool) -> None:
         self._images, self._done = images, 0
-        self._in_terminal = sys.stderr.isatty()
-        self._lines = shown and not self._in_terminal
+        in_terminal = sys.stderr.isatty()
+        self._lines = shown and not in_terminal
         self._start = time.perf_counter()
-        self._bar = tqdm(
-            total=images,
-            disable=not (shown and self._in_terminal),
-            unit="images",
-            leave=None,  # below the bar of a pool it goes when the batch is done
-            dynamic_ncols=True,
-        )
+        self._bar = _bar(images, "images", shown and in_terminal)
 
     def show(self, finished: int) -> None:
         """Count further images that are finished."""
@@ -87,3 +76,8 @@ class ImagesProgress:
             seconds = time.perf_counter() - self._start
             line = f"finished {self._done} of {self._images} images in {seconds:.1f} s"
             print(line, file=sys.stderr, flush=True)
+
+
+def _bar(total: int, unit: str, shown: bool) -> tqdm[NoReturn]:
+    """A bar that goes when it ends below the bar of a pool, and stays otherwise."""
+    return tqdm(total=total, disable=not shown, unit=unit, leave=None, dynamic_ncols=True)

@@ -60,8 +60,8 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-captured",
-            "_Lease(None if captured else self, buffers)",
-            "_Lease(self, buffers)",
+            "Lease(None if captured else self, buffers)",
+            "Lease(self, buffers)",
             "Passes write into the buffers of a CUDA graph.",
             MEMORY,
         ),
@@ -155,13 +155,6 @@ MUTANTS = (
             "return not (kind.attention_norm or kind.mlp_norm)",
             "return not kind.mlp_norm",
             "The norm inside of attention is left out.",
-        ),
-        Mutant(
-            "gpu-follows",
-            "        if self._watch.changed():\n",
-            "        if False:\n",
-            "Weights that change are not noticed.",
-            f"{ENGINE}::test_it_follows_its_teacher_and_copies_of_it",
         ),
         Mutant(
             "gpu-types",

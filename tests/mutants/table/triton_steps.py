@@ -62,8 +62,8 @@ MUTANTS = (
         ),
         Mutant(
             "triton-steps-columns",
-            "exists = (row < ROWS)[:, None] & (column < F)[None, :]\n    at",
-            "exists = (row < ROWS)[:, None] & (column >= 0)[None, :]\n    at",
+            "exists = (row < ROWS)[:, None] & (column < F)[None, :]\n    return",
+            "exists = (row < ROWS)[:, None] & (column >= 0)[None, :]\n    return",
             "Columns past the last one are those of the next row.",
             f"{STEP} gelu",
         ),
