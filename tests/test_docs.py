@@ -19,6 +19,7 @@ from smi_fast import load_teacher, recipes
 from smi_fast.ops import backends, native
 
 ROOT = Path(__file__).parents[1]
+PRIORS = ("without_prior", "with_prior")
 README = (ROOT / "README.md").read_text()
 FROM_PYTHON, OWN_LOOP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -234,6 +235,27 @@ def test_page_of_calibration_has_the_recorded_accuracies() -> None:
         for source in recorded["W2, GPTQ"]
     ]
     assert table("quantise", "calibration") == expected and len(expected) == 10
+
+
+def test_page_of_results_has_the_recorded_shares() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/independent_judge.json").read_text())
+    rows = {
+        "judge": (
+            ("dense", "dense", "judge"),
+            ("sparse, whole image", "sparse", "judge"),
+            ("sparse, the 14 kept patches only", "sparse", "judge_of_kept_patches"),
+        ),
+        "teacher": (
+            ("dense", "dense", "teacher"),
+            ("sparse, the 14 kept patches only", "sparse", "teacher"),
+        ),
+    }
+    for name, lines in rows.items():
+        expected = [
+            [line, *(percent(recorded[kind][prior][key]) for prior in PRIORS)]
+            for line, kind, key in lines
+        ]
+        assert table(name, "results") == expected
 
 
 def test_page_of_schedules_has_the_recorded_speed() -> None:
