@@ -24,8 +24,8 @@ from smi_fast.ops.grid import widened
 from smi_fast.schedules import Schedule, images_of_a_trajectory
 from smi_fast.teacher import SparseViT
 
-# New images begin together when this share of the places is free. They take the iterations in front
-# of the last stop alone, and what an iteration costs whatever its images is paid for by more of them.
+# New images begin together when this share of the places is free. They take the iterations in
+# front of the last stop alone, and more of them share what an iteration costs for any batch.
 FREE = 0.5
 
 # Takes a stop: (state, iteration, importance).
