@@ -152,12 +152,20 @@ def verify(
         str, typer.Option(help="cpu, cuda or cuda:1; all: the CPU and every CUDA device.")
     ] = "all",
     limit: Annotated[
-        float, typer.Option(min=1, help="Seconds for each op of a backend, in its own process.")
+        float, typer.Option(min=1, help="Seconds for each op of a backend on the CPU.")
     ] = 300,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Minutes for all stages of each GPU.")
+    ] = 9,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Such a file of an earlier run: say what takes longer now."),
+    ] = None,
 ) -> None:
     """Check the kernels of this machine against float64, and time those of a GPU.
 
-    The exit code is 1 if a kernel is wrong, raises an error, crashes or takes too long.
+    A GPU has stages, each in processes of its own; none needs another. The exit code is 1 if a
+    kernel is wrong, raises an error, crashes or takes too long.
     """
     folder = out.resolve().parent
     there = out if out.exists() else folder
@@ -170,7 +178,7 @@ def verify(
     with options.wrong_options():
         one = None if device == "all" else torch.device(options.parse_device(device))
     chosen = correctness.devices() if one is None else [one]
-    right = report.verify(out, chosen, limit)
+    right = report.verify(out, chosen, limit, 60 * minutes, old=compare)
     print(f"all figures are in {out}")
     raise typer.Exit(0 if right else 1)
 

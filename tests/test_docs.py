@@ -275,6 +275,25 @@ def test_page_of_schedules_has_the_recorded_speed() -> None:
     assert table("schedule speed", "schedules") == expected and len(expected) == 9
 
 
+def test_page_of_schedules_has_the_recorded_uneven_batches() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/uneven_batches.json").read_text())
+    expected = [
+        [f"ragged, {model}, {recipe} recipe", with_quartiles(found["over_fixed"])]
+        for model, by_recipe in recorded["ragged"].items()
+        for recipe, found in by_recipe.items()
+    ]
+    expected += [
+        [f"refilled, {model}, {found['places']} places", with_quartiles(found["over_full"])]
+        for model, found in recorded["refilled"].items()
+    ]
+    assert table("uneven", "schedules") == expected and len(expected) == 6
+
+
+def with_quartiles(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['median']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def around_mean(found: dict[str, Any]) -> str:
     """The mean in percent, and of several seeds how far they go from it."""
     mean, seeds = found["mean"], found["seeds"]

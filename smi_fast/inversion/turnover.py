@@ -24,9 +24,9 @@ from smi_fast.ops.grid import widened
 from smi_fast.schedules import Schedule, images_of_a_trajectory
 from smi_fast.teacher import SparseViT
 
-# New images begin together when this share of the places is free, so that the iterations in front
-# of the last stop, which they take alone, are of several images.
-FREE = 0.25
+# New images begin together when this share of the places is free. They take the iterations in
+# front of the last stop alone, and more of them share what an iteration costs for any batch.
+FREE = 0.5
 
 # Takes a stop: (state, iteration, importance).
 TakeStop = Callable[[InversionState, int, Tensor], None]

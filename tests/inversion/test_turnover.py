@@ -177,19 +177,23 @@ def test_places_are_taken_in_order(teacher: VisionTransformer) -> None:
     assert result.sparse_images().age.tolist() == [8] * 5
 
 
-def test_images_begin_when_a_quarter_of_the_places_is_free(teacher: VisionTransformer) -> None:
+@pytest.mark.parametrize("places", [2, 3])
+def test_images_begin_when_half_of_the_places_are_free(
+    teacher: VisionTransformer, places: int
+) -> None:
     watched, sizes = Watched(teacher, schedule=Dense()), Sizes()
-    # One image is finished first, alone: of three places its one is more than a quarter.
-    first = watched.confidence[:, :3].cummax(0).values
+    # One image is finished first, alone. Its place is half of two, and less than half of three.
+    first = watched.confidence[:, :places].cummax(0).values
     at, image = next(
         (t, int(row.argmax())) for t, row in enumerate(first) if row.max() > first[0].max()
     )
     finish = EarlyFinish(float(first[at, image]) * (1 - 1e-6), 1)
     terms = (*TERMS, sizes)
-    inverter = made(teacher, schedule=Dense(), objectives=terms, finish=finish, max_batch=3)
+    inverter = made(teacher, schedule=Dense(), objectives=terms, finish=finish, max_batch=places)
     inverted(inverter)
-    assert sizes.seen[at] == [0, 1, 2]
-    assert sizes.seen[at + 1] == [i for i in range(3) if i != image] + [3]
+    assert sizes.seen[at] == list(range(places))
+    stayed = [i for i in range(places) if i != image]
+    assert sizes.seen[at + 1] == [*stayed, *([2] if places == 2 else [])]
 
 
 def test_an_interrupted_batch_has_all_images(teacher: VisionTransformer) -> None:

@@ -36,7 +36,14 @@ MUTANTS = (
             "max(1, round(FREE * self._places))",
             "self._places",
             "New images begin only when all places are free.",
-            f"{TURNOVER}::test_images_begin_when_a_quarter_of_the_places_is_free",
+            f"{TURNOVER}::test_images_begin_when_half_of_the_places_are_free",
+        ),
+        Mutant(
+            "turnover-too-early",
+            "max(1, round(FREE * self._places))",
+            "1",
+            "New images begin as soon as a place is free.",
+            f"{TURNOVER}::test_images_begin_when_half_of_the_places_are_free",
         ),
         Mutant(
             "turnover-young",
