@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,10 +258,9 @@ def _score(
 
 def _weight(objective: Objective, value: Tensor, share: float) -> Tensor:
     """The factor of an objective's value in the loss, with the value's data type and device."""
-    weight = objective.weight
-    if not isinstance(weight, Tensor):
-        weight = constant(weight, value)
-    weight = weight.to(value).reshape(())
+    given: Any = objective.weight  # a number, or a tensor that its owner may change
+    weight: Tensor = given.to(value) if isinstance(given, Tensor) else constant(given, value)
+    weight = weight.reshape(())
     return weight if share == 1 else weight * share
 
 

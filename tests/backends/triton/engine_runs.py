@@ -339,7 +339,8 @@ def loss() -> list[float]:
             value = cross_entropy(x, targets)
             grads = constant(weight, x), constant(weight, z)
             ours, theirs = (
-                torch.autograd.grad(*pair) for pair in zip((value, exact), (x, z), grads)
+                torch.autograd.grad(*pair)
+                for pair in zip((value, exact), (x, z), grads, strict=True)
             )
             found += [relative_error(value, exact), relative_error(ours[0], theirs[0])]
     return found

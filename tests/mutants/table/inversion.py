@@ -185,8 +185,8 @@ MUTANTS = (
         ),
         Mutant(
             "views-weight",
-            "weight = constant(weight, value)",
-            "weight = constant(1, value)",
+            "else constant(given, value)",
+            "else constant(1, value)",
             "Weights are not read.",
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),
