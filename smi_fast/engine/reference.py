@@ -13,6 +13,7 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.ops.reference import gather_attention, gather_attention_backward, sum_dtype
@@ -259,3 +260,14 @@ def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:
     """qkv with q_bias added to its queries, in the data type of q_bias."""
     q, k, v = qkv.to(q_bias.dtype).unbind(2)
     return torch.stack([q + q_bias.view(qkv.shape[3:]), k, v], dim=2)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy [B] of each row of logits [B, classes] with its class, targets int64 [B].
+
+    Also the gradient [B, classes] that their mean has for the logits.
+    """
+    values = logits.to(sum_dtype(logits.dtype))
+    wanted = F.one_hot(targets, logits.shape[1])
+    gradient = (values.softmax(dim=1) - wanted) / max(1, len(logits))
+    return F.cross_entropy(values, targets, reduction="none"), gradient.to(logits.dtype)

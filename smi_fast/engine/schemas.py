@@ -37,7 +37,8 @@ _STEPS = {
 }
 
 # Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
-# never concatenated there. The last two are fused into a product, which no other kernels are.
+# never concatenated there. The last three have no other kernels: two are fused into a product, and
+# one is the loss behind the blocks.
 _TRITON_STEPS = {
     **{
         name: _STEPS[name]
@@ -55,6 +56,7 @@ _TRITON_STEPS = {
     "multiplied_product_": (
         "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out, int side=0) -> ()"
     ),
+    "cross_entropy": "(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
 }
 
 # Whole blocks, or the first rows of the last block, without rotary positions and with them; whether

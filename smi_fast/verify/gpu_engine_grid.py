@@ -1,4 +1,4 @@
-"""The calls of the steps of a block that the Triton kernels are checked on."""
+"""The calls of the engine's steps that the Triton kernels are checked on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from smi_fast.verify.cases import OpCall
+from smi_fast.verify.cases import OpCall, strided
 from smi_fast.verify.engine_grid import engine_calls
 
 # The steps that have Triton kernels.
@@ -19,6 +19,7 @@ GPU_STEPS = (
     "attend_rows_backward",
     "linear_gelu_",
     "multiplied_product_",
+    "cross_entropy",
 )
 
 # How labels begin of what no Triton kernel computes: concatenated images, and norms inside of
@@ -69,3 +70,9 @@ def _more_calls() -> Iterator[OpCall]:
     # Scores above 88, whose exponential overflows float32 unless the largest is subtracted.
     q, q_bias, kv = 20 * torch.randn(1, 1, 64), torch.randn(64), torch.randn(1, 70, 2, 2, 32)
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))
+    for batch, classes in ((5, 10), (47, 33), (3, 1000), (2, 5000), (0, 8)):
+        logits, targets = 3 * torch.randn(batch, classes), torch.randint(classes, (batch,))
+        label = f"{batch}x{classes}"
+        yield OpCall(label, "cross_entropy", (logits, targets))
+        yield OpCall(f"{label}-strided", "cross_entropy", (strided(logits), targets))
+    yield OpCall("large-logits", "cross_entropy", (200 * torch.randn(9, 70), torch.arange(9)))

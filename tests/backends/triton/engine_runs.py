@@ -18,6 +18,7 @@ import torch
 from timm.layers import GELUTanh, QuickGELU, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smi_fast import SparseViT
@@ -25,7 +26,9 @@ from smi_fast.engine import gpu_run
 from smi_fast.engine.folding import FoldedBlock
 from smi_fast.engine.gpu import GpuEngine
 from smi_fast.engine.gpu_steps import BACKEND
+from smi_fast.engine.loss import cross_entropy
 from smi_fast.engine.precision import products_in
+from smi_fast.ops.constants import constant
 from smi_fast.verify.budget import errors
 from smi_fast.verify.cases import random_kept
 from tests.backends.triton import runs
@@ -321,4 +324,23 @@ def kernels_of_blocks(precision: str) -> Iterator[Counter[str]]:
             torch.autograd.grad(y, x, torch.ones_like(y))
         counter.kernels.pop("aten.ones_like.default")
         found.append(Counter(counter.kernels))
+    return found
+
+
+def loss() -> list[float]:
+    """Errors of cross-entropy and of its gradient, with weights, of classes and probabilities."""
+    _interpret()
+    found, classes = [], torch.tensor([3, 0, 11, 3])
+    for targets in (classes, torch.rand(4, 12)):
+        for weight in (1.0, 0.3):
+            x = torch.randn(4, 12, requires_grad=True)
+            z = x.detach().double().requires_grad_()
+            exact = F.cross_entropy(z, targets if targets is classes else targets.double())
+            value = cross_entropy(x, targets)
+            grads = constant(weight, x), constant(weight, z)
+            ours, theirs = (
+                torch.autograd.grad(*pair)
+                for pair in zip((value, exact), (x, z), grads, strict=True)
+            )
+            found += [relative_error(value, exact), relative_error(ours[0], theirs[0])]
     return found

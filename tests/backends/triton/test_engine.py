@@ -70,6 +70,10 @@ def test_products_see_the_precision_and_nothing_else_does(
     assert interpreted(engine_runs.settings_of_products, precision) == [(expected, False)]
 
 
+def test_the_loss_is_that_of_pytorch(interpreted: Run) -> None:
+    assert max(interpreted(engine_runs.loss)) < 1e-6
+
+
 def test_memory_is_planned_once_and_of_one_pass(interpreted: Run) -> None:
     interpreted(engine_runs.memory)
 

@@ -121,6 +121,7 @@ def test_same_bytes_again(interpreted: Run) -> None:
         "multiply_",
         "attend_rows",
         "attend_rows_backward",
+        "cross_entropy",
     ],
 )
 def test_bytes_moved(interpreted: Run, op: str) -> None:

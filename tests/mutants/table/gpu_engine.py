@@ -173,4 +173,30 @@ MUTANTS = (
             "What is asked for in tf32 is computed in float32 on a CPU.",
         ),
     ),
+    *of_file(
+        "smi_fast/engine/loss.py",
+        f"{ENGINE}::test_the_loss_is_that_of_pytorch",
+        Mutant(
+            "gpu-loss-weight",
+            "gradient if is_one(grad) else gradient * grad.to(gradient.dtype)",
+            "gradient",
+            "The weight of cross-entropy has no effect.",
+        ),
+        Mutant(
+            "gpu-loss-soft",
+            "targets.dtype == torch.int64 and _has_kernel",
+            "_has_kernel",
+            "Probabilities as targets are read as classes.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/ops/constants.py",
+        f"{ENGINE}::test_the_loss_is_that_of_pytorch",
+        Mutant(
+            "constants-one",
+            "scalar.data_ptr() == one.data_ptr() and scalar.shape == one.shape",
+            "scalar.shape == one.shape",
+            "Any weight is taken for 1.",
+        ),
+    ),
 )

@@ -152,4 +152,26 @@ MUTANTS = (
             "The gradient of queries lacks the scale.",
         ),
     ),
+    *of_file(
+        "kernels/cross_entropy.py",
+        f"{STEP} cross_entropy",
+        Mutant(
+            "triton-loss-largest",
+            "tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)",
+            "tl.exp(largest - larger) + tl.sum(tl.exp(x), 0)",
+            "Large logits overflow.",
+        ),
+        Mutant(
+            "triton-loss-wanted",
+            "tl.where(start + column == target, 1.0, 0.0)",
+            "tl.where(column == target, 1.0, 0.0)",
+            "Classes past the first tile have no gradient of their own.",
+        ),
+        Mutant(
+            "triton-loss-mean",
+            "1 / max(1, batch)",
+            "1.0",
+            "The gradient is that of the sum over images.",
+        ),
+    ),
 )
