@@ -111,6 +111,8 @@ def _choice(op: str, device: torch.device) -> str:
     except backends.BackendUnavailable as error:
         return str(error)
     first, why = backends.ON_GPU[op]
+    if chosen == backends.TUNED:
+        return "the fastest for each size, see smi-fast tune"
     return f"{chosen}: {why}" if chosen == first else chosen
 
 
@@ -141,6 +143,23 @@ def _describe(device: torch.device) -> str:
     if not torch.cuda.is_available():
         return "none is visible; what would run on one"
     return torch.cuda.get_device_name(device)
+
+
+@app.command()
+def tune() -> None:
+    """Print what was found to be the fastest on each GPU, and where that is kept.
+
+    It is timed when an inversion first needs it. SMI_FAST_TUNE=0 takes the shipped choices.
+    """
+    import torch
+
+    from smi_fast.ops import tuning
+
+    if not torch.cuda.is_available():
+        print("nothing is tuned: no CUDA device is visible")
+        return
+    for index in range(torch.cuda.device_count()):
+        print("\n".join(tuning.table_of(torch.device("cuda", index)).lines()))
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
 from smi_fast.engine.folding import FoldedBlock
 from smi_fast.engine.precision import FLOAT32, TF32, stored_type
-from smi_fast.ops import backends
+from smi_fast.ops import backends, tuning
 
 # The backend of the kernels between products.
 BACKEND = "triton"
+# The sides of tiles that kernels of products can have.
+SIDES = (64, 128)
 
 
 class Steps:
@@ -23,7 +27,7 @@ class Steps:
     Attributes:
         precision: of the products.
         functions: the kernels.
-        fused: whether GELU and its derivative are fused into products.
+        fused: whether GELU and its derivative may be fused into products.
     """
 
     def __init__(self, precision: str) -> None:
@@ -41,19 +45,43 @@ class Steps:
 
     def activate(self, block: FoldedBlock, x: Tensor, derivative: Tensor, hidden: Tensor) -> None:
         """Write GELU of the MLP's first layer into hidden [rows, F], and its derivative."""
-        if self.fused:
-            written = derivative, hidden, block.approximate
-            self.functions.linear_gelu_(x, block.fc1, block.fc1_bias, *written)
-        else:
+
+        def separate() -> None:
             torch.mm(x, block.fc1.T, out=derivative)
             self.functions.gelu_(derivative, block.fc1_bias, hidden, block.approximate)
+
+        arguments = x, block.fc1, block.fc1_bias, derivative, hidden, block.approximate
+        self._run("linear_gelu_", (x, block.fc1), arguments, separate)
 
     def activate_backward(
         self, block: FoldedBlock, grad: Tensor, derivative: Tensor, d_fc1: Tensor
     ) -> None:
         """Write the gradient of the first layer into d_fc1 [rows, F], from that of the second."""
-        if self.fused:
-            self.functions.multiplied_product_(grad, block.fc2, derivative, d_fc1)
-        else:
+
+        def separate() -> None:
             torch.mm(grad, block.fc2, out=d_fc1)
             self.functions.multiply_(d_fc1, derivative)
+
+        arguments = grad, block.fc2, derivative, d_fc1
+        self._run("multiplied_product_", (grad, block.fc2), arguments, separate)
+
+    def _run(
+        self,
+        fused: str,
+        factors: tuple[Tensor, Tensor],
+        arguments: tuple[Any, ...],
+        separate: Callable[[], None],
+    ) -> None:
+        """Run a product and the step after it, in one kernel or in two.
+
+        On a GPU the fastest is taken, and untuned the fused one that chooses its tiles by itself.
+        """
+        if not self.fused:
+            separate()
+            return
+        function = partial(getattr(self.functions, fused), *arguments)
+        ways: dict[str, Callable[[], object]] = {"fused": function}
+        ways |= {f"fused, tiles of {side}": partial(function, side=side) for side in SIDES}
+        ways["separate"] = separate
+        key = f"{fused} {self.precision} {tuning.described(factors)}"
+        ways[tuning.fastest(factors[0].device, key, ways)]()

@@ -171,18 +171,25 @@ def linear_gelu_(
     derivative: Tensor,
     out: Tensor,
     approximate: str = "none",
+    side: int = 0,
 ) -> None:
     """:func:`gelu_` of the product x weightᵀ [rows, F], which isn't rounded before.
 
-    ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative.
+    ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative. A
+    kernel may divide the result into tiles with this side; 0 leaves it the choice.
     """
     y = x.to(bias.dtype) @ weight.to(bias.dtype).T
     gelu_(y, bias, out, approximate)
     derivative.copy_(y)
 
 
-def multiplied_product_(grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor) -> None:
-    """out = (grad weight) ∘ factors, for grad [rows, D] and weight [D, F], rounded once."""
+def multiplied_product_(
+    grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor, side: int = 0
+) -> None:
+    """out = (grad weight) ∘ factors, for grad [rows, D] and weight [D, F], rounded once.
+
+    ``side`` is that of :func:`linear_gelu_`.
+    """
     computed = sum_dtype(grad.dtype)
     out.copy_(grad.to(computed) @ weight.to(computed) * factors)
 

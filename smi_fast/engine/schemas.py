@@ -50,9 +50,11 @@ _TRITON_STEPS = {
     ),
     "linear_gelu_": (
         "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out,"
-        ' str approximate="none") -> ()'
+        ' str approximate="none", int side=0) -> ()'
     ),
-    "multiplied_product_": "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out) -> ()",
+    "multiplied_product_": (
+        "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out, int side=0) -> ()"
+    ),
     "cross_entropy": "(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
     "add_normalize_rows_": (
         "(Tensor x, Tensor added, Tensor bias, float eps, Tensor(a!) out, Tensor(b!) normalized,"

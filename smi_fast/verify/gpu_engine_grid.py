@@ -64,6 +64,13 @@ def _more_calls() -> Iterator[OpCall]:
             yield OpCall(f"{approximate}-{label}", "linear_gelu_", (*linear, approximate))
         yield OpCall(label, "multiplied_product_", (grad, weight.T.contiguous(), factors, out))
         yield OpCall(f"{label}-transposed", "multiplied_product_", (grad, weight.T, factors, out))
+    x, weight, bias = torch.randn(70, 40), torch.randn(200, 40) / 40**0.5, torch.randn(200)
+    grad, (factors, out) = torch.randn(70, 40), torch.randn(2, 70, 200)
+    for side in (64, 128):
+        tiled = x, weight, bias, torch.empty_like(out), out, "none", side
+        yield OpCall(f"tiles-of-{side}", "linear_gelu_", tiled)
+        product = grad, weight.T.contiguous(), factors, out, side
+        yield OpCall(f"tiles-of-{side}", "multiplied_product_", product)
     # Scores above 88, whose exponential overflows float32 unless the largest is subtracted.
     q, q_bias, kv = 20 * torch.randn(1, 1, 64), torch.randn(64), torch.randn(1, 70, 2, 2, 32)
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))

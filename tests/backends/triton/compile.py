@@ -175,9 +175,12 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         if op == "cross_entropy":
             yield torch.empty(batch, 1000, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
         if op == "linear_gelu_":
-            yield a, weight, hidden_bias, derivative, hidden
+            for side in (0, 64, 128):
+                yield a, weight, hidden_bias, derivative, hidden, "none", side
         if op == "multiplied_product_":
-            yield a, weight.T if dtype == x.dtype else weight.T.contiguous(), derivative, hidden
+            transposed = weight.T if dtype == x.dtype else weight.T.contiguous()
+            for side in (0, 64, 128):
+                yield a, transposed, derivative, hidden, side
 
 
 def compile_op(capability: int, op: str, dtype: str) -> list[Compiled]:
