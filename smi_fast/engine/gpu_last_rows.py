@@ -41,10 +41,12 @@ class LastRows:
         """The first rows [B, R, D] after the blocks and a norm, for tokens [B, N, D], and their
         attention probabilities [B, H, R, N] in the last block, which have no gradient.
         """
-        fused = norm if is_foldable_norm(norm) else None
+        behind = None if norm is None or is_foldable_norm(norm) else norm
         saves = torch.is_grad_enabled() and tokens.requires_grad
-        result, probabilities = _RunToRows.apply(tokens, self, fused, saves)
-        return result if norm is fused else norm(result), probabilities
+        result, probabilities = _RunToRows.apply(
+            tokens, self, norm if behind is None else None, saves
+        )
+        return result if behind is None else behind(result), probabilities
 
     def forward(self, pending: Pending, norm: Any) -> tuple[Tensor, Tensor, _Saved]:
         """The rows [B, R, D] after the last block and the norm, probabilities, and what backward

@@ -83,7 +83,8 @@ class PlannedRun:
 
     def forward(self, tokens: Tensor, buffers: _Buffers, attention: Any) -> Pending:
         """The tokens [B, N, D] after the blocks, as a sum that is still to be taken."""
-        steps, x, pending = self.steps.functions, tokens.flatten(0, 1), (None, None)
+        steps, x = self.steps.functions, tokens.flatten(0, 1)
+        pending: tuple[Tensor | None, Tensor | None] = (None, None)
         for block, qkv_bias, saved in zip(self.blocks, self.qkv_biases, buffers.saved, strict=True):
             to_attention, to_mlp = saved.to_attention, saved.to_mlp
             (eps, mlp_eps), (rstd, mlp_rstd), centred = block.eps, saved.rstd, block.centred
@@ -192,6 +193,7 @@ class _RunBlocks(torch.autograd.Function):
         with products_in(run.steps.precision):
             x, added, bias = run.forward(tokens.contiguous(), ctx.lease.buffers, ctx.attention)
         ctx.save_for_backward()
+        assert added is not None and bias is not None
         x += added.view_as(x)
         x += bias
         return x

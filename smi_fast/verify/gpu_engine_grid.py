@@ -109,5 +109,6 @@ def _row_calls() -> Iterator[OpCall]:
                 call = d, n, rstd, weight, empty, None if copy is None else added, centred
                 yield OpCall(kind, "final_norm_backward_", call)
         for moved in (shift, None):
-            call = d, added, bias, weight, moved, 1e-6, n, rstd, empty, moved is not None
-            yield OpCall(f"{label}-{moved is None}", "final_norm_", call)
+            sums, results = (d, added, bias), (n, rstd, empty)
+            final = *sums, weight, moved, 1e-6, *results, moved is not None
+            yield OpCall(f"{label}-{moved is None}", "final_norm_", final)

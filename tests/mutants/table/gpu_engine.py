@@ -116,7 +116,7 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-rows-norm",
-            "result if norm is fused else norm(result)",
+            "result if behind is None else behind(result)",
             "result",
             "A norm that isn't fused is left out.",
             f"{ENGINE}::test_a_norm_of_another_kind_stays_behind_the_rows",
