@@ -18,6 +18,20 @@ from smi_fast.ops import backends
 from smi_fast.ops.limits import AttentionSize
 
 
+class Pending(NamedTuple):
+    """Tokens x [B, N, D] as a sum x + added + bias, which the next norm takes in its kernel.
+
+    Attributes:
+        x: float32 [B, N, D].
+        added: [B·N, D]; None where x is the sum.
+        bias: float32 [D], or None.
+    """
+
+    x: Tensor
+    added: Tensor | None = None
+    bias: Tensor | None = None
+
+
 class PlannedRun:
     """Consecutive blocks as one autograd function of their tokens.
 
@@ -67,29 +81,36 @@ class PlannedRun:
         )
         return chosen.functions
 
-    def forward(self, x: Tensor, buffers: _Buffers, attention: Any) -> None:
-        """Change tokens x [B·N, D] into those after the blocks."""
-        steps, added, bias = self.steps.functions, None, None
+    def forward(self, tokens: Tensor, buffers: _Buffers, attention: Any) -> Pending:
+        """The tokens [B, N, D] after the blocks, as a sum that is still to be taken."""
+        steps, x = self.steps.functions, tokens.flatten(0, 1)
+        pending: tuple[Tensor | None, Tensor | None] = (None, None)
         for block, qkv_bias, saved in zip(self.blocks, self.qkv_biases, buffers.saved, strict=True):
             to_attention, to_mlp = saved.to_attention, saved.to_mlp
             (eps, mlp_eps), (rstd, mlp_rstd), centred = block.eps, saved.rstd, block.centred
-            steps.add_normalize_(x, added, bias, eps, to_attention, rstd, centred)
+            steps.add_normalize_(x, *pending, eps, to_attention, rstd, centred)
             torch.addmm(qkv_bias, to_attention, block.qkv.T, out=saved.qkv.flatten(2).flatten(0, 1))
             attended, _ = attention.gather_attention(saved.qkv, None, None, False)
             torch.mm(attended.flatten(0, 1), block.proj.T, out=buffers.of_rows)
-            added, bias = buffers.of_rows, block.proj_bias
-            steps.add_normalize_(x, added, bias, mlp_eps, to_mlp, mlp_rstd, centred)
+            of_attention, normalized = (buffers.of_rows, block.proj_bias), (to_mlp, mlp_rstd)
+            if pending[0] is None:  # the tokens are someone else's, so they don't change
+                x = torch.empty_like(x)
+                written = mlp_eps, x, *normalized, centred
+                steps.add_normalize_rows_(tokens, *of_attention, *written)
+            else:
+                steps.add_normalize_(x, *of_attention, mlp_eps, *normalized, centred)
             self.steps.activate(block, to_mlp, saved.derivative, buffers.hidden)
             torch.mm(buffers.hidden, block.fc2.T, out=buffers.of_rows)
-            bias = block.fc2_bias
-        x += buffers.of_rows
-        x += self.blocks[-1].fc2_bias
+            pending = buffers.of_rows, block.fc2_bias
+        return Pending(x.view_as(tokens), *pending)
 
     def backward(self, gradient: Tensor, buffers: _Buffers, attention: Any) -> None:
-        """Change the gradient [B·N, D] of tokens after the blocks into that before them."""
-        steps = self.steps.functions
-        copy = buffers.operand
-        operand = gradient if copy is None else copy.copy_(gradient)
+        """Change the gradient [B·N, D] of tokens after the blocks into that before them.
+
+        The buffers' operand has a copy of it where products are of another data type.
+        """
+        steps, copy = self.steps.functions, buffers.operand
+        operand = gradient if copy is None else copy
         for block, saved in zip(reversed(self.blocks), reversed(buffers.saved), strict=True):
             (rstd, mlp_rstd), centred = saved.rstd, block.centred
             self.steps.activate_backward(block, operand, saved.derivative, buffers.hidden)
@@ -167,19 +188,26 @@ class _Buffers:
 class _RunBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool) -> Tensor:
-        result = tokens.clone(memory_format=torch.contiguous_format)
         ctx.run, ctx.lease = run, run.acquire(tokens, saves)
         ctx.attention = run.attention_for(tokens, saves)
         with products_in(run.steps.precision):
-            run.forward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention)
+            x, added, bias = run.forward(tokens.contiguous(), ctx.lease.buffers, ctx.attention)
         ctx.save_for_backward()
-        return result
+        assert added is not None and bias is not None
+        x += added.view_as(x)
+        x += bias
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         _ = ctx.saved_tensors  # raises when the graph has been freed
-        result = grad.clone(memory_format=torch.contiguous_format)
+        result, operand = (
+            grad.clone(memory_format=torch.contiguous_format),
+            ctx.lease.buffers.operand,
+        )
+        if operand is not None:
+            operand.copy_(result.flatten(0, 1))
         with products_in(ctx.run.steps.precision):
             ctx.run.backward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention)
         return result, None, None

@@ -66,6 +66,80 @@ def normalize_backward_(
         copy.copy_(gradient)
 
 
+def add_normalize_rows_(
+    x: Tensor,
+    added: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    centred: bool = True,
+) -> None:
+    """:func:`add_normalize_` of the first rows of images, x [B, R, D], which don't change.
+
+    The rows of an image follow each other; those of the next one may be further away. ``out``
+    [B·R, D] gets the sum.
+    """
+    out.copy_(x.flatten(0, 1))
+    add_normalize_(out, added, bias, eps, normalized, rstd, centred)
+
+
+def normalize_backward_rows_(
+    of_rows: Tensor,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
+) -> None:
+    """:func:`normalize_backward_` where only the first rows of images pass a gradient by the norm.
+
+    That is of_rows [B, R, D]; gradient [B·N, D] is written, whatever it was.
+    """
+    images = gradient.unflatten(0, (len(of_rows), len(gradient) // max(1, len(of_rows))))
+    images.zero_()
+    images[:, : of_rows.shape[1]] = of_rows
+    normalize_backward_(gradient, grad, normalized, rstd, copy, centred)
+
+
+def final_norm_(
+    x: Tensor,
+    added: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    normalized: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+    centred: bool = True,
+) -> None:
+    """The norm behind the blocks: out = normalized * weight + shift.
+
+    ``normalized`` is that of x + added + bias, see :func:`add_normalize_`; x doesn't change.
+    """
+    add_normalize_(x + added, None, bias, eps, normalized, rstd, centred)
+    out.copy_(normalized * weight if shift is None else normalized * weight + shift)
+
+
+def final_norm_backward_(
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
+) -> None:
+    """Write the gradient of x in :func:`final_norm_` into gradient, and into copy if there is one,
+    all [rows, D], from grad, that of out.
+    """
+    gradient.zero_()
+    normalize_backward_(gradient, grad * weight, normalized, rstd, copy, centred)
+
+
 def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> None:
     """out = gelu(x + bias) for x [rows, F]; then x becomes the derivative there.
 

@@ -37,8 +37,7 @@ _STEPS = {
 }
 
 # Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
-# never concatenated there. The last three have no other kernels: two are fused into a product, and
-# one is the loss behind the blocks.
+# never concatenated there. Those from linear_gelu_ on have no other kernels: they fuse more.
 _TRITON_STEPS = {
     **{
         name: _STEPS[name]
@@ -57,6 +56,22 @@ _TRITON_STEPS = {
         "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out, int side=0) -> ()"
     ),
     "cross_entropy": "(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
+    "add_normalize_rows_": (
+        "(Tensor x, Tensor added, Tensor bias, float eps, Tensor(a!) out, Tensor(b!) normalized,"
+        " Tensor(c!) rstd, bool centred=True) -> ()"
+    ),
+    "normalize_backward_rows_": (
+        "(Tensor of_rows, Tensor grad, Tensor normalized, Tensor rstd, Tensor(a!) gradient,"
+        " Tensor(b!)? copy, bool centred=True) -> ()"
+    ),
+    "final_norm_": (
+        "(Tensor x, Tensor added, Tensor bias, Tensor weight, Tensor? shift, float eps,"
+        " Tensor(a!) normalized, Tensor(b!) rstd, Tensor(c!) out, bool centred=True) -> ()"
+    ),
+    "final_norm_backward_": (
+        "(Tensor grad, Tensor normalized, Tensor rstd, Tensor weight, Tensor(a!) gradient,"
+        " Tensor(b!)? copy, bool centred=True) -> ()"
+    ),
 }
 
 # Whole blocks, or the first rows of the last block, without rotary positions and with them; whether

@@ -153,6 +153,16 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield x, None, None, 1e-6, b, rstd
         if op == "normalize_backward_":
             yield x, a, b, rstd, None if dtype == x.dtype else a
+        last, of_rows = torch.empty(batch, width), torch.empty(batch, 1, width)
+        if op == "add_normalize_rows_":
+            yield x.view(batch, count, -1), a, bias, 1e-6, torch.empty_like(x), b, rstd
+            yield x.view(batch, count, -1)[:, :1], q[:, 0], bias, 1e-6, last, q[:, 0], rstd[:batch]
+        if op == "normalize_backward_rows_":
+            yield of_rows, a, b, rstd, x, None if dtype == x.dtype else a
+        if op == "final_norm_":
+            yield last, q[:, 0], bias, bias, bias, 1e-6, last, rstd[:batch], last
+        if op == "final_norm_backward_":
+            yield last, last, rstd[:batch], bias, last, None if dtype == x.dtype else q[:, 0]
         if op == "gelu_":
             yield derivative, hidden_bias, hidden
             yield derivative, hidden_bias, hidden, "tanh"

@@ -15,13 +15,13 @@ MUTANTS = (
         BLOCKS,
         Mutant(
             "gpu-run-bias",
-            "            bias = block.fc2_bias\n",
-            "",
+            "pending = buffers.of_rows, block.fc2_bias",
+            "pending = buffers.of_rows, block.proj_bias",
             "The bias of the MLP is that of attention.",
         ),
         Mutant(
             "gpu-run-last-bias",
-            "        x += self.blocks[-1].fc2_bias\n",
+            "        x += bias\n",
             "",
             "The bias of the last layer is missing.",
         ),
@@ -33,8 +33,8 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-eps",
-            "steps.add_normalize_(x, added, bias, mlp_eps,",
-            "steps.add_normalize_(x, added, bias, eps,",
+            "steps.add_normalize_(x, *of_attention, mlp_eps,",
+            "steps.add_normalize_(x, *of_attention, eps,",
             "The second norm has the eps of the first.",
         ),
         Mutant(
@@ -85,8 +85,8 @@ MUTANTS = (
         ROWS,
         Mutant(
             "gpu-rows-residual",
-            "        result[:, :rows] = gradient.unflatten(0, q.shape[:2])\n",
-            "",
+            "steps.normalize_backward_rows_(gradient.view(q.shape), d",
+            "steps.normalize_backward_rows_(0 * gradient.view(q.shape), d",
             "The gradient doesn't pass by the last block.",
         ),
         Mutant(
@@ -97,14 +97,34 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-rows-queries",
-            "        of_images[:, :rows] += torch.mm",
-            "        of_images[:, :1] += torch.mm",
+            "for row in range(self.rows):",
+            "for row in range(1):",
             "Only the first row has a gradient by its query.",
         ),
         Mutant(
+            "gpu-rows-operand",
+            "saved.rstd, result, operand, centred",
+            "saved.rstd, result, None, centred",
+            "In bfloat16 the blocks before the last one have no gradient.",
+            f"{ENGINE}::test_three_iterations_give_the_images_of_the_cpu_engine",
+        ),
+        Mutant(
+            "gpu-rows-pending",
+            "steps.add_normalize_(x, *pending[1:], block.eps[0]",
+            "steps.add_normalize_(x, None, None, block.eps[0]",
+            "What the block before adds is lost.",
+        ),
+        Mutant(
+            "gpu-rows-norm",
+            "result if behind is None else behind(result)",
+            "result",
+            "A norm that isn't fused is left out.",
+            f"{ENGINE}::test_a_norm_of_another_kind_stays_behind_the_rows",
+        ),
+        Mutant(
             "gpu-rows-settings",
-            "        with products_in(ctx.block.steps.precision):\n",
-            "        if True:\n",
+            "        with products_in(rows.steps.precision):\n            result =",
+            "        if True:\n            result =",
             "The gradient of the last block is in the precision that the process allows.",
             SETTINGS,
         ),
