@@ -60,8 +60,10 @@ def embed(
     if engine is None or not isinstance(project.norm, nn.Identity):
         tokens = patch_tokens(vit, patches, positions)
     else:
-        weights = project.proj.weight.flatten(1), project.proj.bias
-        tokens = engine.embed(patches, positions, Embedding(*weights, *_embeddings(vit)))
+        weight, bias = project.proj.weight.flatten(1), project.proj.bias
+        prefix, at, table = _embeddings(vit)
+        embedding = Embedding(weight, bias, prefix, at, table)
+        tokens = engine.embed(patches, positions, embedding)
     embedded: Tensor = vit.norm_pre(tokens)
     return embedded
 
