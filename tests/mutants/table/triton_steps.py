@@ -211,8 +211,8 @@ MUTANTS = (
         "tests/backends/triton/test_engine.py::test_teachers",
         Mutant(
             "triton-patches-stride",
-            "grad + batch * stride + slot",
-            "grad + batch * (K * C * P * P) + slot",
+            "+ batch * stride\n",
+            "+ batch * (K * C * P * P)\n",
             "Images behind the first have the gradient of other tokens.",
         ),
     ),
