@@ -48,8 +48,8 @@ TENSORS = (
 
 
 class PhaseGraphs:
-    """The graphs of one phase: one for each set of objectives that are due, and where all always are
-    one of several iterations.
+    """The graphs of one phase: one for each set of objectives that are due, and where all of them
+    always are one of several iterations.
 
     They read the weights that an engine folded, and hold them, whatever the engine does meanwhile.
 
