@@ -8,6 +8,7 @@ only when a kernel is first called.
 from .adam_clamp import adam_clamp_
 from .attend_rows import attend_rows, attend_rows_backward
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
+from .engine_eva import rotate_, rotate_backward_, swiglu_, swiglu_backward_
 from .engine_products import linear_gelu_, multiplied_product_
 from .engine_steps import add_normalize_, gelu_, multiply_, normalize_backward_
 from .gather_attention import gather_attention, gather_attention_backward
@@ -33,6 +34,10 @@ __all__ = [
     "multiplied_product_",
     "multiply_",
     "normalize_backward_",
+    "rotate_",
+    "rotate_backward_",
+    "swiglu_",
+    "swiglu_backward_",
     "total_variation",
     "total_variation_backward",
 ]

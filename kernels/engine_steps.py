@@ -42,7 +42,7 @@ def tile(ROWS, F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr)
 
 @triton.jit
 def _add_normalize(
-    x,  # float32 [ROWS, D], changed if there is something to add
+    x,  # [ROWS, D], in float32 and changed if there is something to add
     added,  # [ROWS, D], or None
     bias,  # float32 [D], or None
     normalized,  # [ROWS, D]
@@ -55,7 +55,7 @@ def _add_normalize(
     BLOCK_D: tl.constexpr,
 ):
     row, at, exists = _rows(ROWS, D, BLOCK_ROWS, BLOCK_D)
-    values = tl.load(x + at, mask=exists, other=0.0)
+    values = tl.load(x + at, mask=exists, other=0.0).to(tl.float32)
     if added is not None:
         column = tl.arange(0, BLOCK_D)
         constant = tl.load(bias + column, mask=column < D, other=0.0)

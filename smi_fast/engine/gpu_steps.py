@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from smi_fast.ops import backends
 
 # The backend of the kernels between products.
 BACKEND = "triton"
+
+
+class Normalized(NamedTuple):
+    """What a norm inside of a block leaves for backward: rows [rows, W], float32 rstd [rows]."""
+
+    rows: Tensor
+    rstd: Tensor
 
 
 class Steps:
@@ -39,21 +46,64 @@ class Steps:
             folded = replace(folded, fc2=folded.fc2.T.contiguous().T)
         return folded
 
+    def normalize(
+        self, x: Tensor, eps: float | None, to: Normalized | None, centred: bool
+    ) -> Tensor:
+        """Rows [rows, W] after a norm inside of a block, written into ``to``; x without one."""
+        if eps is None or to is None:
+            return x
+        self.functions.add_normalize_(x, None, None, eps, *to, centred)
+        return to.rows
+
+    def normalize_backward(self, grad: Tensor, of: Normalized | None, centred: bool) -> Tensor:
+        """The gradient [rows, W] in front of a norm inside of a block, from that behind it."""
+        if of is None:
+            return grad
+        gradient = torch.zeros_like(grad, dtype=of.rstd.dtype)
+        copy = None if grad.dtype == gradient.dtype else torch.empty_like(grad)
+        self.functions.normalize_backward_(gradient, grad, *of, copy, centred)
+        return gradient if copy is None else copy
+
     def activate(self, block: FoldedBlock, x: Tensor, derivative: Tensor, hidden: Tensor) -> None:
-        """Write GELU of the MLP's first layer into hidden [rows, F], and its derivative."""
-        if self.fused:
+        """Write the MLP's hidden layer into hidden [rows, F], and the derivatives of GELU [rows, F]
+        or of SwiGLU [rows, 2F].
+        """
+        if self.fused and not block.gated:
             written = derivative, hidden, block.approximate
             self.functions.linear_gelu_(x, block.fc1, block.fc1_bias, *written)
+            return
+        torch.mm(x, block.fc1.T, out=derivative)
+        if block.gated:
+            self.functions.swiglu_(derivative, block.fc1_bias, hidden)
         else:
-            torch.mm(x, block.fc1.T, out=derivative)
             self.functions.gelu_(derivative, block.fc1_bias, hidden, block.approximate)
 
     def activate_backward(
-        self, block: FoldedBlock, grad: Tensor, derivative: Tensor, d_fc1: Tensor
-    ) -> None:
-        """Write the gradient of the first layer into d_fc1 [rows, F], from that of the second."""
-        if self.fused:
-            self.functions.multiplied_product_(grad, block.fc2, derivative, d_fc1)
-        else:
-            torch.mm(grad, block.fc2, out=d_fc1)
-            self.functions.multiply_(d_fc1, derivative)
+        self,
+        block: FoldedBlock,
+        grad: Tensor,
+        derivative: Tensor,
+        normalized: Normalized | None,
+        d_hidden: Tensor,
+        d_gated: Tensor | None,
+    ) -> Tensor:
+        """The gradient of the MLP's first layer, from that of its second.
+
+        Args:
+            block: which one.
+            grad: [rows, D].
+            derivative: what :meth:`activate` wrote.
+            normalized: what the norm in front of the second layer left, where there is one.
+            d_hidden: [rows, F], is written.
+            d_gated: [rows, 2F], is written with SwiGLU.
+        """
+        if self.fused and normalized is None and d_gated is None:
+            self.functions.multiplied_product_(grad, block.fc2, derivative, d_hidden)
+            return d_hidden
+        torch.mm(grad, block.fc2, out=d_hidden)
+        d_hidden = self.normalize_backward(d_hidden, normalized, block.centred)
+        if d_gated is None:
+            self.functions.multiply_(d_hidden, derivative)
+            return d_hidden
+        self.functions.swiglu_backward_(d_hidden, derivative, d_gated)
+        return d_gated

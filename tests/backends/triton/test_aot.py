@@ -58,6 +58,9 @@ BUDGET = {
     "_normalize_backward": Budget(24, loads=True, stores=True),
     "_gelu": Budget(32, loads=True, stores=True),
     "_multiply": Budget(48, loads=True, stores=True),
+    "_swiglu": Budget(32, loads=True, stores=True),
+    "_swiglu_backward": Budget(32, loads=True, stores=True),
+    "_rotate": Budget(32),
     "_attend_rows_fwd": Budget(16, loads=True),
     "_attend_rows_bwd": Budget(12, loads=True, stores=True),
     # As many warps as share the tiles of a product.
