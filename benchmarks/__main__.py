@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import figures, quantise
+from benchmarks import figures, gpu, quantise
 from benchmarks.pools import measure as pools
 from benchmarks.quality import (
     class_accuracy,
@@ -50,6 +51,7 @@ MEASUREMENTS = {
     "end-to-end": end_to_end.main,
     "objectives": objectives.main,
     "roofline": roofline.main,
+    "gpu": gpu.main,
     "figures": figures.main,
     "photographs": photographs.main,
     "pools": pools.main,
@@ -76,8 +78,18 @@ def main() -> None:
         help="a checkout of github.com/Egg-Hu/SMI: yardstick, too, which compares it with our "
         "restatement",
     )
+    parser.add_argument(
+        "--minutes", type=float, default=gpu.MINUTES, help="of gpu: the time for all its stages"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="PATH",
+        help="of gpu: a file that it wrote before; say what takes longer now",
+    )
     options = parser.parse_args()
-    measurements = dict(MEASUREMENTS)
+    measurements: dict[str, Callable[[bool], object]] = dict(MEASUREMENTS)
+    measurements["gpu"] = partial(gpu.main, minutes=options.minutes, compare=options.compare)
     if options.published is not None:
         measurements["yardstick"] = partial(yardstick.main, checkout=options.published)
     names = options.names or list(measurements)

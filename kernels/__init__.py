@@ -8,9 +8,19 @@ only when a kernel is first called.
 from .adam_clamp import adam_clamp_
 from .attend_rows import attend_rows, attend_rows_backward
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
+from .cross_entropy import cross_entropy
 from .engine_eva import rotate_, rotate_backward_, swiglu_, swiglu_backward_
 from .engine_products import linear_gelu_, multiplied_product_
-from .engine_steps import add_normalize_, gelu_, multiply_, normalize_backward_
+from .engine_steps import (
+    add_normalize_,
+    add_normalize_rows_,
+    final_norm_,
+    final_norm_backward_,
+    gelu_,
+    multiply_,
+    normalize_backward_,
+    normalize_backward_rows_,
+)
 from .gather_attention import gather_attention, gather_attention_backward
 from .gather_patches import gather_patches, gather_patches_backward
 from .gather_sigmoid_patches import gather_sigmoid_patches, gather_sigmoid_patches_backward
@@ -19,10 +29,14 @@ from .total_variation import total_variation, total_variation_backward
 __all__ = [
     "adam_clamp_",
     "add_normalize_",
+    "add_normalize_rows_",
     "attend_rows",
     "attend_rows_backward",
     "batch_norm_matching",
     "batch_norm_matching_backward",
+    "cross_entropy",
+    "final_norm_",
+    "final_norm_backward_",
     "gather_attention",
     "gather_attention_backward",
     "gather_patches",
@@ -34,6 +48,7 @@ __all__ = [
     "multiplied_product_",
     "multiply_",
     "normalize_backward_",
+    "normalize_backward_rows_",
     "rotate_",
     "rotate_backward_",
     "swiglu_",

@@ -112,10 +112,12 @@ def _multiplied_product(
     tl.store(out + at, product, mask=exists)
 
 
-def _tiles(a: Tensor, columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid and the constants of a product of a [rows, K] with this many columns."""
+def _tiles(a: Tensor, columns: int, side: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid and the constants of a product of a [rows, K] with this many columns, in tiles of a
+    side that is LARGE or SMALL, or for 0 chosen by these sizes.
+    """
     rows, inner = a.shape
-    side = LARGE if rows * columns >= ENOUGH_TILES * LARGE**2 else SMALL
+    side = side or (LARGE if rows * columns >= ENOUGH_TILES * LARGE**2 else SMALL)
     constants = {
         "K": inner,
         "F": columns,
@@ -136,19 +138,22 @@ def linear_gelu_(
     derivative: Tensor,
     out: Tensor,
     approximate: str = "none",
+    side: int = 0,
 ) -> None:
     """See :func:`smi_fast.engine.reference.linear_gelu_`."""
-    grid, constants = _tiles(x, len(weight))
+    grid, constants = _tiles(x, len(weight), side)
     tensors = x, weight, bias, derivative, out
     launch(_linear_gelu, grid, x, *tensors, len(x), **gelu_constants(approximate), **constants)
 
 
-def multiplied_product_(grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor) -> None:
+def multiplied_product_(
+    grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor, side: int = 0
+) -> None:
     """See :func:`smi_fast.engine.reference.multiplied_product_`; weight may have any strides.
 
     Tensor cores of sm_90 take TF32 only along the inner dimension: there weight should be the
     transpose of a contiguous tensor.
     """
-    grid, constants = _tiles(grad, weight.shape[1])
+    grid, constants = _tiles(grad, weight.shape[1], side)
     tensors, sizes = (grad, weight, factors, out), (*weight.stride(), len(grad))
     launch(_multiplied_product, grid, grad, *tensors, *sizes, **constants)

@@ -42,12 +42,18 @@ def tile(ROWS, F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr)
 
 @triton.jit
 def _add_normalize(
-    x,  # [ROWS, D], in float32 and changed if there is something to add
+    x,  # [ROWS, D], or the first R rows of images, each with a stride
     added,  # [ROWS, D], or None
     bias,  # float32 [D], or None
+    out,  # float32 [ROWS, D], gets the sum; or None
     normalized,  # [ROWS, D]
     rstd,  # float32 [ROWS]
+    weight,  # float32 [D], or None
+    shift,  # float32 [D], or None
+    scaled,  # float32 [ROWS, D], gets normalized * weight + shift; or None
     eps,
+    R,
+    stride,
     ROWS,
     D: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -55,12 +61,16 @@ def _add_normalize(
     BLOCK_D: tl.constexpr,
 ):
     row, at, exists = _rows(ROWS, D, BLOCK_ROWS, BLOCK_D)
-    values = tl.load(x + at, mask=exists, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK_D)
+    x_at = at
+    if R is not None:
+        x_at = (row // R * stride + row % R * D)[:, None] + column[None, :]
+    values = tl.load(x + x_at, mask=exists, other=0.0).to(tl.float32)
     if added is not None:
-        column = tl.arange(0, BLOCK_D)
         constant = tl.load(bias + column, mask=column < D, other=0.0)
         values += tl.load(added + at, mask=exists, other=0.0).to(tl.float32) + constant[None, :]
-        tl.store(x + at, values, mask=exists)
+    if out is not None:
+        tl.store(out + at, values, mask=exists)
     centred = values
     if CENTRED:
         mean = tl.sum(values, 1) / D
@@ -69,16 +79,26 @@ def _add_normalize(
     # A variance that overflows would make a row of zeros, which looks like a result.
     scale = tl.where(variance < float("inf"), tl.rsqrt(variance + eps), float("nan"))
     tl.store(rstd + row, scale, mask=row < ROWS)
-    tl.store(normalized + at, centred * scale[:, None], mask=exists)
+    result = centred * scale[:, None]
+    tl.store(normalized + at, result, mask=exists)
+    if scaled is not None:
+        result *= tl.load(weight + column, mask=column < D, other=0.0)[None, :]
+        if shift is not None:
+            result += tl.load(shift + column, mask=column < D, other=0.0)[None, :]
+        tl.store(scaled + at, result, mask=exists)
 
 
 @triton.jit
 def _normalize_backward(
-    gradient,  # float32 [ROWS, D], changed
+    residual,  # float32 [ROWS, D], or [images, R, D] of the first rows of images of N; or None
     grad,  # [ROWS, D]
     normalized,  # [ROWS, D]
     rstd,  # float32 [ROWS]
+    weight,  # float32 [D], or None
+    gradient,  # float32 [ROWS, D]
     copy,  # [ROWS, D], or None
+    R,
+    N,
     ROWS,
     D: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -86,7 +106,10 @@ def _normalize_backward(
     BLOCK_D: tl.constexpr,
 ):
     row, at, exists = _rows(ROWS, D, BLOCK_ROWS, BLOCK_D)
+    column = tl.arange(0, BLOCK_D)
     d = tl.load(grad + at, mask=exists, other=0.0).to(tl.float32)
+    if weight is not None:
+        d *= tl.load(weight + column, mask=column < D, other=0.0)[None, :]
     n = tl.load(normalized + at, mask=exists, other=0.0).to(tl.float32)
     scale = tl.load(rstd + row, mask=row < ROWS, other=0.0)
     # dx = rstd (d − mean(d) − n mean(d ∘ n)), without mean(d) in RMSNorm.
@@ -95,7 +118,14 @@ def _normalize_backward(
     if CENTRED:
         mean = tl.sum(d, 1) / D
         change -= mean[:, None]
-    total = tl.load(gradient + at, mask=exists, other=0.0) + scale[:, None] * change
+    total = scale[:, None] * change
+    if residual is not None:
+        from_at = at
+        has = exists
+        if R is not None:
+            from_at = ((row // N * R + row % N) * D)[:, None] + column[None, :]
+            has = exists & (row % N < R)[:, None]
+        total += tl.load(residual + from_at, mask=has, other=0.0)
     tl.store(gradient + at, total, mask=exists)
     if copy is not None:
         tl.store(copy + at, total, mask=exists)
@@ -180,7 +210,44 @@ def add_normalize_(
     if added is None or bias is None:
         added = bias = None
     grid, constants = _whole_rows(x, centred)
-    launch(_add_normalize, grid, x, x, added, bias, normalized, rstd, eps, len(x), **constants)
+    results = None if added is None else x, normalized, rstd, None, None, None
+    sizes = eps, None, None, len(x)
+    launch(_add_normalize, grid, x, x, added, bias, *results, *sizes, **constants)
+
+
+def add_normalize_rows_(
+    x: Tensor,
+    added: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    centred: bool = True,
+) -> None:
+    """See :func:`smi_fast.engine.reference.add_normalize_rows_`."""
+    grid, constants = _whole_rows(out, centred)
+    tensors = x, added, bias, out, normalized, rstd, None, None, None
+    sizes = eps, x.shape[1], x.stride(0), len(out)
+    launch(_add_normalize, grid, x, *tensors, *sizes, **constants)
+
+
+def final_norm_(
+    x: Tensor,
+    added: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    normalized: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+    centred: bool = True,
+) -> None:
+    """See :func:`smi_fast.engine.reference.final_norm_`."""
+    grid, constants = _whole_rows(x, centred)
+    tensors = x, added, bias, None, normalized, rstd, weight, shift, out
+    launch(_add_normalize, grid, x, *tensors, eps, None, None, len(x), **constants)
 
 
 def normalize_backward_(
@@ -193,8 +260,40 @@ def normalize_backward_(
 ) -> None:
     """See :func:`smi_fast.engine.reference.normalize_backward_`."""
     grid, constants = _whole_rows(gradient, centred)
-    tensors = gradient, grad, normalized, rstd, copy
-    launch(_normalize_backward, grid, gradient, *tensors, len(gradient), **constants)
+    tensors = gradient, grad, normalized, rstd, None, gradient, copy
+    launch(_normalize_backward, grid, grad, *tensors, None, None, len(gradient), **constants)
+
+
+def normalize_backward_rows_(
+    of_rows: Tensor,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
+) -> None:
+    """See :func:`smi_fast.engine.reference.normalize_backward_rows_`."""
+    grid, constants = _whole_rows(gradient, centred)
+    tensors = of_rows, grad, normalized, rstd, None, gradient, copy
+    count = len(gradient) // max(1, len(of_rows))
+    sizes = of_rows.shape[1], count, len(gradient)
+    launch(_normalize_backward, grid, grad, *tensors, *sizes, **constants)
+
+
+def final_norm_backward_(
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
+) -> None:
+    """See :func:`smi_fast.engine.reference.final_norm_backward_`."""
+    grid, constants = _whole_rows(gradient, centred)
+    tensors = None, grad, normalized, rstd, weight, gradient, copy
+    launch(_normalize_backward, grid, grad, *tensors, None, None, len(gradient), **constants)
 
 
 def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> None:

@@ -111,6 +111,8 @@ def _choice(op: str, device: torch.device) -> str:
     except backends.BackendUnavailable as error:
         return str(error)
     first, why = backends.ON_GPU[op]
+    if chosen == backends.TUNED:
+        return "the fastest for each size, see smi-fast tune"
     return f"{chosen}: {why}" if chosen == first else chosen
 
 
@@ -144,6 +146,23 @@ def _describe(device: torch.device) -> str:
 
 
 @app.command()
+def tune() -> None:
+    """Print what was found to be the fastest on each GPU, and where that is kept.
+
+    It is timed when an inversion first needs it. SMI_FAST_TUNE=0 takes the shipped choices.
+    """
+    import torch
+
+    from smi_fast.ops import tuning
+
+    if not torch.cuda.is_available():
+        print("nothing is tuned: no CUDA device is visible")
+        return
+    for index in range(torch.cuda.device_count()):
+        print("\n".join(tuning.table_of(torch.device("cuda", index)).lines()))
+
+
+@app.command()
 def verify(
     out: Annotated[
         Path, typer.Option(help="File for all figures, in JSON lines, written as they come.")
@@ -152,12 +171,20 @@ def verify(
         str, typer.Option(help="cpu, cuda or cuda:1; all: the CPU and every CUDA device.")
     ] = "all",
     limit: Annotated[
-        float, typer.Option(min=1, help="Seconds for each op of a backend, in its own process.")
+        float, typer.Option(min=1, help="Seconds for each op of a backend on the CPU.")
     ] = 300,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Minutes for all stages of each GPU.")
+    ] = 9,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="Such a file of an earlier run: say what takes longer now."),
+    ] = None,
 ) -> None:
     """Check the kernels of this machine against float64, and time those of a GPU.
 
-    The exit code is 1 if a kernel is wrong, raises an error, crashes or takes too long.
+    A GPU has stages, each in processes of its own; none needs another. The exit code is 1 if a
+    kernel is wrong, raises an error, crashes or takes too long.
     """
     folder = out.resolve().parent
     there = out if out.exists() else folder
@@ -170,7 +197,7 @@ def verify(
     with options.wrong_options():
         one = None if device == "all" else torch.device(options.parse_device(device))
     chosen = correctness.devices() if one is None else [one]
-    right = report.verify(out, chosen, limit)
+    right = report.verify(out, chosen, limit, 60 * minutes, old=compare)
     print(f"all figures are in {out}")
     raise typer.Exit(0 if right else 1)
 

@@ -285,6 +285,7 @@ _BY_NAME: dict[str, Callable[..., Recipe]] = {
     "sardfq": sardfq,
     "mimiq": mimiq,
 }
+NAMES = tuple(_BY_NAME)
 WITH_CNN = ("deepinversion", "gradvit")
 
 

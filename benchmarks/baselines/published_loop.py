@@ -49,7 +49,7 @@ def invert(
     """
     images = init.clone().requires_grad_()
     adam = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.99))
-    kept = torch.arange(vit.patch_embed.num_patches).expand(len(targets), -1)
+    kept = torch.arange(vit.patch_embed.num_patches, device=init.device).expand(len(targets), -1)
     drop_at = dict(zip(stops, drop, strict=True))
     without_jitter = {stop - before for stop in stops for before in (0, 1)}
     importance, best = None, float("inf")

@@ -51,6 +51,18 @@ class Engine(Protocol):
         ``offsets[b]`` up to ``offsets[b + 1]``, int64.
         """
 
+    def run_to_rows(
+        self,
+        tokens: Tensor,
+        start: int,
+        rows: int,
+        norm: nn.Module,
+        rotations: Rotations = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first rows [B, R, D] after the blocks from ``start`` on and the norm behind them, and
+        their attention probabilities [B, H, R, N] in the last block, which have no gradient.
+        """
+
     def last_block_rows(
         self,
         tokens: Tensor,

@@ -114,6 +114,23 @@ class CpuEngine(FollowsWeights["FoldedRun", "LastBlock"]):
             self._runs[key] = FoldedRun(self._blocks[start:stop], rotary, self._stored)
         return self._runs[key]
 
+    def run_to_rows(
+        self,
+        tokens: Tensor,
+        start: int,
+        rows: int,
+        norm: nn.Module,
+        rotations: Rotations = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first rows [B, R, D] after the blocks from ``start`` on and the norm behind them, and
+        their attention probabilities [B, H, R, N], which have no gradient.
+        """
+        last = len(self._blocks) - 1
+        if start < last:
+            tokens = self.run(tokens, start, last, rotations)
+        found, probabilities = self.last_block_rows(tokens, rows, rotations)
+        return norm(found), probabilities
+
     def last_block_rows(
         self,
         tokens: Tensor,

@@ -106,6 +106,16 @@ def has_eva_steps(block: Any) -> bool:
     return not plain or Kind.of(block) != (True, False, False, "none")
 
 
+def is_foldable_norm(norm: Any) -> bool:
+    """Whether a norm is LayerNorm or RMSNorm with its affine part, and not one of a subclass."""
+    return _is_layer_norm(norm) or _is_rms_norm(norm)
+
+
+def is_centred(norm: Any) -> bool:
+    """Whether a norm that is foldable subtracts the mean: LayerNorm, but not RMSNorm."""
+    return _is_layer_norm(norm)
+
+
 def _is_layer_norm(norm: Any) -> bool:
     return type(norm) in _LAYER_NORMS and norm.bias is not None
 

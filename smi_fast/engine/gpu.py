@@ -1,7 +1,8 @@
 """The engine of GPUs: frozen blocks as products of torch, and one kernel between two of them.
 
 - The affine part of norms and LayerScale are folded into the weights, as on the CPU.
-- The residual add is fused into the next norm. On tensor cores GELU and its derivative are
+- The residual add is fused into the next norm, also that of the last block and the norm behind it,
+  which with the blocks before are one function. On tensor cores GELU and its derivative are
   fused into the products of the MLP, so that a block takes 14 kernels, forward and backward. In
   float32, where a product takes many times as long, all are cuBLAS's, and a block takes 16.
 - Only tokens have a gradient.
@@ -84,6 +85,25 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         """Never called: on a GPU the rows of images stay padded, see ``Blocks.ragged``."""
         raise NotImplementedError("concatenated rows of images are for the CPU")
 
+    def run_to_rows(
+        self,
+        tokens: Tensor,
+        start: int,
+        rows: int,
+        norm: nn.Module | None,
+        rotations: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first rows [B, R, D] after the blocks from ``start`` on and the norm behind them, and
+        their attention probabilities [B, H, R, N], which have no gradient. With rotations, R is at
+        most the number of prefix tokens.
+        """
+        self._follow_weights()
+        key = start, rows, rotations is not None
+        if key not in self._last:
+            arguments = self._blocks[start:], rows, self._precision, self._attention
+            self._last[key] = LastRows(*arguments, rotations is not None)
+        return self._last[key](tokens, norm, None if rotations is None else rotations[start:])
+
     def last_block_rows(
         self,
         tokens: Tensor,
@@ -91,11 +111,5 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         rotations: Sequence[Tensor] | None = None,
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The first rows [B, R, D] after the last block, and their attention probabilities
-        [B, H, R, N], which have no gradient; there are no offsets. With rotations, R is at most the
-        number of prefix tokens.
-        """
-        self._follow_weights()
-        if rows not in self._last:
-            self._last[rows] = LastRows(self._blocks[-1], rows, self._precision)
-        return self._last[rows](tokens, None if rotations is None else rotations[-1])
+        """:meth:`run_to_rows` of the last block, without the norm; there are no offsets."""
+        return self.run_to_rows(tokens, len(self._blocks) - 1, rows, None, rotations)

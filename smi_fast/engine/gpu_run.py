@@ -16,6 +16,23 @@ from smi_fast.engine.precision import products_in
 from smi_fast.ops import backends
 from smi_fast.ops.limits import AttentionSize
 
+# The rotation of patches in each block, see smi_fast.teacher.rotary.rotations; None without any.
+Turns = Sequence[Tensor] | None
+
+
+class Pending(NamedTuple):
+    """Tokens x [B, N, D] as a sum x + added + bias, which the next norm takes in its kernel.
+
+    Attributes:
+        x: float32 [B, N, D].
+        added: [B·N, D]; None where x is the sum.
+        bias: float32 [D], or None.
+    """
+
+    x: Tensor
+    added: Tensor | None = None
+    bias: Tensor | None = None
+
 
 class PlannedRun:
     """Consecutive blocks as one autograd function of their tokens.
@@ -36,11 +53,9 @@ class PlannedRun:
         self.rotary_biases = [block.query_bias(rotary=True) for block in self.blocks if rotary]
         self.free: _Buffers | None = None
 
-    def __call__(self, tokens: Tensor, rotations: Sequence[Tensor] | None) -> Tensor:
+    def __call__(self, tokens: Tensor, rotations: Turns) -> Tensor:
         """Tokens [B, N, D] after the blocks, with the rotation of each where these are rotary."""
         saves = torch.is_grad_enabled() and tokens.requires_grad
-        if rotations is not None:
-            rotations = [rotation.to(tokens.dtype).contiguous() for rotation in rotations]
         result: Tensor = _RunBlocks.apply(tokens, self, saves, rotations)
         return result
 
@@ -69,14 +84,15 @@ class PlannedRun:
         return chosen.functions
 
     def forward(
-        self, x: Tensor, buffers: _Buffers, attention: Any, rotations: Sequence[Tensor] | None
-    ) -> None:
-        """Change tokens x [B·N, D] into those after the blocks."""
-        steps, added, bias = self.steps.functions, None, None
+        self, tokens: Tensor, buffers: _Buffers, attention: Any, rotations: Turns
+    ) -> Pending:
+        """The tokens [B, N, D] after the blocks, as a sum that is still to be taken."""
+        steps, x = self.steps.functions, tokens.flatten(0, 1)
+        pending: tuple[Tensor | None, Tensor | None] = (None, None)
         for index, (block, saved) in enumerate(zip(self.blocks, buffers.saved, strict=True)):
-            (rstd, mlp_rstd), centred = saved.rstd, block.centred
             to_attention, to_mlp = saved.to_attention, saved.to_mlp
-            steps.add_normalize_(x, added, bias, block.eps[0], to_attention, rstd, centred)
+            (rstd, mlp_rstd), centred, mlp_eps = saved.rstd, block.centred, block.eps[1]
+            steps.add_normalize_(x, *pending, block.eps[0], to_attention, rstd, centred)
             qkv, qkv_bias = saved.qkv.flatten(2).flatten(0, 1), self.qkv_biases[index]
             if qkv_bias is None:
                 torch.mm(to_attention, block.qkv.T, out=qkv)
@@ -88,34 +104,34 @@ class PlannedRun:
             attended = attention.gather_attention(saved.qkv, None, None, False)[0].flatten(0, 1)
             attended = self.steps.normalize(attended, block.proj_eps, saved.to_proj, centred)
             torch.mm(attended, block.proj.T, out=buffers.of_rows)
-            added, bias = buffers.of_rows, block.proj_bias
-            steps.add_normalize_(x, added, bias, block.eps[1], to_mlp, mlp_rstd, centred)
+            of_attention, normalized = (buffers.of_rows, block.proj_bias), (to_mlp, mlp_rstd)
+            if pending[0] is None:  # the tokens are someone else's, so they don't change
+                x = torch.empty_like(x)
+                written = mlp_eps, x, *normalized, centred
+                steps.add_normalize_rows_(tokens, *of_attention, *written)
+            else:
+                steps.add_normalize_(x, *of_attention, mlp_eps, *normalized, centred)
+            self.steps.activate(block, to_mlp, saved.derivative, buffers.hidden)
             hidden = buffers.hidden
-            self.steps.activate(block, to_mlp, saved.derivative, hidden)
             hidden = self.steps.normalize(hidden, block.fc2_eps, saved.to_fc2, centred)
             torch.mm(hidden, block.fc2.T, out=buffers.of_rows)
-            bias = block.fc2_bias
-        x += buffers.of_rows
-        x += self.blocks[-1].fc2_bias
+            pending = buffers.of_rows, block.fc2_bias
+        return Pending(x.view_as(tokens), *pending)
 
     def backward(
-        self,
-        gradient: Tensor,
-        buffers: _Buffers,
-        attention: Any,
-        rotations: Sequence[Tensor] | None,
+        self, gradient: Tensor, buffers: _Buffers, attention: Any, rotations: Turns
     ) -> None:
-        """Change the gradient [B·N, D] of tokens after the blocks into that before them."""
-        steps = self.steps.functions
-        copy = buffers.operand
-        operand = gradient if copy is None else copy.copy_(gradient)
+        """Change the gradient [B·N, D] of tokens after the blocks into that before them.
+
+        The buffers' operand has a copy of it where products are of another data type.
+        """
+        steps, copy = self.steps.functions, buffers.operand
+        operand = gradient if copy is None else copy
         for index in reversed(range(len(self.blocks))):
             block, saved = self.blocks[index], buffers.saved[index]
             (rstd, mlp_rstd), centred = saved.rstd, block.centred
-            written = buffers.hidden, buffers.d_gated
-            d_fc1 = self.steps.activate_backward(
-                block, operand, saved.derivative, saved.to_fc2, *written
-            )
+            of_mlp = saved.derivative, saved.to_fc2, buffers.hidden, buffers.d_gated
+            d_fc1 = self.steps.activate_backward(block, operand, *of_mlp)
             d_rows = torch.mm(d_fc1, block.fc1, out=buffers.of_rows)
             steps.normalize_backward_(gradient, d_rows, saved.to_mlp, mlp_rstd, copy, centred)
             d_attended = torch.mm(operand, block.proj, out=buffers.d_attended.flatten(0, 1))
@@ -128,6 +144,13 @@ class PlannedRun:
             # Nothing reads a copy in front of the first block.
             last = None if index == 0 else copy
             steps.normalize_backward_(gradient, d_rows, saved.to_attention, rstd, last, centred)
+
+
+def turns_like(rotations: Turns, tokens: Tensor) -> Turns:
+    """Rotations as kernels read them, in the data type of tokens."""
+    if rotations is None:
+        return None
+    return [rotation.to(tokens.dtype).contiguous() for rotation in rotations]
 
 
 def _qkv_bias(block: FoldedBlock, rotary: bool) -> Tensor | None:
@@ -219,22 +242,27 @@ class _Buffers:
 
 class _RunBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool, rotations: list[Tensor] | None
-    ) -> Tensor:
-        result = tokens.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool, rotations: Turns) -> Tensor:
         ctx.run, ctx.lease = run, run.acquire(tokens, saves)
-        ctx.attention, ctx.rotations = run.attention_for(tokens, saves), rotations
+        ctx.with_tokens = run.attention_for(tokens, saves), turns_like(rotations, tokens)
         with products_in(run.steps.precision):
-            run.forward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention, rotations)
+            x, added, bias = run.forward(tokens.contiguous(), ctx.lease.buffers, *ctx.with_tokens)
         ctx.save_for_backward()
-        return result
+        assert added is not None and bias is not None
+        x += added.view_as(x)
+        x += bias
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _ = ctx.saved_tensors  # raises when the graph has been freed
-        result = grad.clone(memory_format=torch.contiguous_format)
+        result, operand = (
+            grad.clone(memory_format=torch.contiguous_format),
+            ctx.lease.buffers.operand,
+        )
+        if operand is not None:
+            operand.copy_(result.flatten(0, 1))
         with products_in(ctx.run.steps.precision):
-            ctx.run.backward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention, ctx.rotations)
+            ctx.run.backward(result.flatten(0, 1), ctx.lease.buffers, *ctx.with_tokens)
         return result, None, None, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 from smi_fast.engine import schemas  # noqa: F401  (registers torch.ops.smi_fast.*)
 from smi_fast.engine.folding import FoldedBlock
 from smi_fast.engine.precision import FLOAT32, TF32, stored_type
-from smi_fast.ops import backends
+from smi_fast.ops import backends, tuning
 
 # The backend of the kernels between products.
 BACKEND = "triton"
+# The sides of tiles that kernels of products can have.
+SIDES = (64, 128)
 
 
 class Normalized(NamedTuple):
@@ -30,7 +34,7 @@ class Steps:
     Attributes:
         precision: of the products.
         functions: the kernels.
-        fused: whether GELU and its derivative are fused into products.
+        fused: whether GELU and its derivative may be fused into products.
     """
 
     def __init__(self, precision: str) -> None:
@@ -68,15 +72,17 @@ class Steps:
         """Write the MLP's hidden layer into hidden [rows, F], and the derivatives of GELU [rows, F]
         or of SwiGLU [rows, 2F].
         """
-        if self.fused and not block.gated:
-            written = derivative, hidden, block.approximate
-            self.functions.linear_gelu_(x, block.fc1, block.fc1_bias, *written)
-            return
-        torch.mm(x, block.fc1.T, out=derivative)
         if block.gated:
+            torch.mm(x, block.fc1.T, out=derivative)
             self.functions.swiglu_(derivative, block.fc1_bias, hidden)
-        else:
+            return
+
+        def separate() -> None:
+            torch.mm(x, block.fc1.T, out=derivative)
             self.functions.gelu_(derivative, block.fc1_bias, hidden, block.approximate)
+
+        arguments = x, block.fc1, block.fc1_bias, derivative, hidden, block.approximate
+        self._run("linear_gelu_", (x, block.fc1), arguments, separate)
 
     def activate_backward(
         self,
@@ -97,13 +103,40 @@ class Steps:
             d_hidden: [rows, F], is written.
             d_gated: [rows, 2F], is written with SwiGLU.
         """
-        if self.fused and normalized is None and d_gated is None:
-            self.functions.multiplied_product_(grad, block.fc2, derivative, d_hidden)
-            return d_hidden
-        torch.mm(grad, block.fc2, out=d_hidden)
-        d_hidden = self.normalize_backward(d_hidden, normalized, block.centred)
-        if d_gated is None:
+        if normalized is not None or d_gated is not None:
+            torch.mm(grad, block.fc2, out=d_hidden)
+            d_hidden = self.normalize_backward(d_hidden, normalized, block.centred)
+            if d_gated is not None:
+                self.functions.swiglu_backward_(d_hidden, derivative, d_gated)
+                return d_gated
             self.functions.multiply_(d_hidden, derivative)
             return d_hidden
-        self.functions.swiglu_backward_(d_hidden, derivative, d_gated)
-        return d_gated
+
+        def separate() -> None:
+            torch.mm(grad, block.fc2, out=d_hidden)
+            self.functions.multiply_(d_hidden, derivative)
+
+        arguments = grad, block.fc2, derivative, d_hidden
+        self._run("multiplied_product_", (grad, block.fc2), arguments, separate)
+        return d_hidden
+
+    def _run(
+        self,
+        fused: str,
+        factors: tuple[Tensor, Tensor],
+        arguments: tuple[Any, ...],
+        separate: Callable[[], None],
+    ) -> None:
+        """Run a product and the step after it, in one kernel or in two.
+
+        On a GPU the fastest is taken, and untuned the fused one that chooses its tiles by itself.
+        """
+        if not self.fused:
+            separate()
+            return
+        function = partial(getattr(self.functions, fused), *arguments)
+        ways: dict[str, Callable[[], object]] = {"fused": function}
+        ways |= {f"fused, tiles of {side}": partial(function, side=side) for side in SIDES}
+        ways["separate"] = separate
+        key = f"{fused} {self.precision} {tuning.described(factors)}"
+        ways[tuning.fastest(factors[0].device, key, ways)]()

@@ -13,6 +13,7 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.ops.reference import gather_attention, gather_attention_backward, sum_dtype
@@ -65,6 +66,80 @@ def normalize_backward_(
         copy.copy_(gradient)
 
 
+def add_normalize_rows_(
+    x: Tensor,
+    added: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    centred: bool = True,
+) -> None:
+    """:func:`add_normalize_` of the first rows of images, x [B, R, D], which don't change.
+
+    The rows of an image follow each other; those of the next one may be further away. ``out``
+    [B·R, D] gets the sum.
+    """
+    out.copy_(x.flatten(0, 1))
+    add_normalize_(out, added, bias, eps, normalized, rstd, centred)
+
+
+def normalize_backward_rows_(
+    of_rows: Tensor,
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
+) -> None:
+    """:func:`normalize_backward_` where only the first rows of images pass a gradient by the norm.
+
+    That is of_rows [B, R, D]; gradient [B·N, D] is written, whatever it was.
+    """
+    images = gradient.unflatten(0, (len(of_rows), len(gradient) // max(1, len(of_rows))))
+    images.zero_()
+    images[:, : of_rows.shape[1]] = of_rows
+    normalize_backward_(gradient, grad, normalized, rstd, copy, centred)
+
+
+def final_norm_(
+    x: Tensor,
+    added: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    normalized: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+    centred: bool = True,
+) -> None:
+    """The norm behind the blocks: out = normalized * weight + shift.
+
+    ``normalized`` is that of x + added + bias, see :func:`add_normalize_`; x doesn't change.
+    """
+    add_normalize_(x + added, None, bias, eps, normalized, rstd, centred)
+    out.copy_(normalized * weight if shift is None else normalized * weight + shift)
+
+
+def final_norm_backward_(
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    copy: Tensor | None,
+    centred: bool = True,
+) -> None:
+    """Write the gradient of x in :func:`final_norm_` into gradient, and into copy if there is one,
+    all [rows, D], from grad, that of out.
+    """
+    gradient.zero_()
+    normalize_backward_(gradient, grad * weight, normalized, rstd, copy, centred)
+
+
 def gelu_(x: Tensor, bias: Tensor, out: Tensor, approximate: str = "none") -> None:
     """out = gelu(x + bias) for x [rows, F]; then x becomes the derivative there.
 
@@ -96,18 +171,25 @@ def linear_gelu_(
     derivative: Tensor,
     out: Tensor,
     approximate: str = "none",
+    side: int = 0,
 ) -> None:
     """:func:`gelu_` of the product x weightᵀ [rows, F], which isn't rounded before.
 
-    ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative.
+    ``x`` is [rows, D] and ``weight`` [F, D]. ``out`` gets gelu, ``derivative`` its derivative. A
+    kernel may divide the result into tiles with this side; 0 leaves it the choice.
     """
     y = x.to(bias.dtype) @ weight.to(bias.dtype).T
     gelu_(y, bias, out, approximate)
     derivative.copy_(y)
 
 
-def multiplied_product_(grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor) -> None:
-    """out = (grad weight) ∘ factors, for grad [rows, D] and weight [D, F], rounded once."""
+def multiplied_product_(
+    grad: Tensor, weight: Tensor, factors: Tensor, out: Tensor, side: int = 0
+) -> None:
+    """out = (grad weight) ∘ factors, for grad [rows, D] and weight [D, F], rounded once.
+
+    ``side`` is that of :func:`linear_gelu_`.
+    """
     computed = sum_dtype(grad.dtype)
     out.copy_(grad.to(computed) @ weight.to(computed) * factors)
 
@@ -252,3 +334,14 @@ def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:
     """qkv with q_bias added to its queries, in the data type of q_bias."""
     q, k, v = qkv.to(q_bias.dtype).unbind(2)
     return torch.stack([q + q_bias.view(qkv.shape[3:]), k, v], dim=2)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy [B] of each row of logits [B, classes] with its class, targets int64 [B].
+
+    Also the gradient [B, classes] that their mean has for the logits.
+    """
+    values = logits.to(sum_dtype(logits.dtype))
+    wanted = F.one_hot(targets, logits.shape[1])
+    gradient = (values.softmax(dim=1) - wanted) / max(1, len(logits))
+    return F.cross_entropy(values, targets, reduction="none"), gradient.to(logits.dtype)

@@ -37,7 +37,7 @@ _STEPS = {
 }
 
 # Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
-# never concatenated there. The last two are fused into a product, which no other kernels are.
+# never concatenated there. Those from linear_gelu_ on have no other kernels: they fuse more.
 _TRITON_STEPS = {
     **{
         name: _STEPS[name]
@@ -59,9 +59,28 @@ _TRITON_STEPS = {
     ),
     "linear_gelu_": (
         "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) derivative, Tensor(b!) out,"
-        ' str approximate="none") -> ()'
+        ' str approximate="none", int side=0) -> ()'
     ),
-    "multiplied_product_": "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out) -> ()",
+    "multiplied_product_": (
+        "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out, int side=0) -> ()"
+    ),
+    "cross_entropy": "(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
+    "add_normalize_rows_": (
+        "(Tensor x, Tensor added, Tensor bias, float eps, Tensor(a!) out, Tensor(b!) normalized,"
+        " Tensor(c!) rstd, bool centred=True) -> ()"
+    ),
+    "normalize_backward_rows_": (
+        "(Tensor of_rows, Tensor grad, Tensor normalized, Tensor rstd, Tensor(a!) gradient,"
+        " Tensor(b!)? copy, bool centred=True) -> ()"
+    ),
+    "final_norm_": (
+        "(Tensor x, Tensor added, Tensor bias, Tensor weight, Tensor? shift, float eps,"
+        " Tensor(a!) normalized, Tensor(b!) rstd, Tensor(c!) out, bool centred=True) -> ()"
+    ),
+    "final_norm_backward_": (
+        "(Tensor grad, Tensor normalized, Tensor rstd, Tensor weight, Tensor(a!) gradient,"
+        " Tensor(b!)? copy, bool centred=True) -> ()"
+    ),
 }
 
 # Whole blocks, or the first rows of the last block, without rotary positions and with them; whether

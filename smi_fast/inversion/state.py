@@ -66,8 +66,9 @@ class InversionState:
         groups: number of images in each of G groups, which follow each other. The images of a group
             are at the same iteration.
         iteration: int64 [G], iterations done by each group; of a whole batch, one.
-        record: float64 [T, objectives + 1], in each iteration the un-weighted objectives and the
-            sum of the gradient; with ``augment`` before them NaN where its images aren't finite.
+        record: float32 or float64 [T, objectives + 1], in each iteration the un-weighted objectives
+            and the sum of the gradient; with ``augment`` before them NaN where its images aren't
+            finite.
     """
 
     settings: Settings
@@ -101,7 +102,9 @@ class InversionState:
         self._names = [] if augment is None else [f"augment {name_of(augment)}"]
         self._names += [*(objective.name for objective in objectives), "gradient"]
         columns = len(self._names)
-        self.record = self.parameters.new_zeros(len(self.shift), columns, dtype=torch.float64)
+        # In the data type of values, so that none is converted; half precision is too coarse.
+        dtype = torch.promote_types(self.parameters.dtype, torch.float32)
+        self.record = self.parameters.new_zeros(len(self.shift), columns, dtype=dtype)
 
     def _begin(self) -> None:
         """Begin to move the parameters, with moments of 0."""

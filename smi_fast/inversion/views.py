@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.sparse_images import confidence
 from smi_fast.objectives import LossInputs, Objective, value_of
+from smi_fast.ops.constants import constant
 from smi_fast.teacher import SigmoidImages, SparseOutput
 from smi_fast.teacher.taps import blocks_read
 
@@ -201,18 +202,12 @@ def _part(
     values = [value_of(objective, given) if due else leaf.new_zeros(()) for objective, due in pairs]
     if len(own) < batch:
         values = [value * (len(own) / batch) for value in values]
-    # A weight of 1 is left out: it would cost a kernel forward and another backward.
-    loss = torch.stack(
-        [
-            value if objective.weight == 1 else objective.weight * value
-            for objective, value in zip(settings.objectives, values, strict=True)
-        ]
-    ).sum()
-    if inputs.share < 1:
-        loss = loss * inputs.share
     leaves = [leaf] if view is None else [leaf, view]
     of_taps = [output.taps[name] for name in scored if settings.importance.differentiates]
-    found = _gradients(loss, [*leaves, *of_taps])
+    weights = [
+        _weight(*pair, inputs.share) for pair in zip(settings.objectives, values, strict=True)
+    ]
+    found = _gradients(values, weights, [*leaves, *of_taps])
     importance = None
     if output.importance is not None:
         gradients = dict(zip(scored, found[len(leaves) :], strict=False))
@@ -261,11 +256,26 @@ def _score(
     return score(settings.importance, inputs)
 
 
-def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of the loss for tensors; None where it doesn't depend on one."""
-    if not loss.requires_grad:
+def _weight(objective: Objective, value: Tensor, share: float) -> Tensor:
+    """The factor of an objective's value in the loss, with the value's data type and device."""
+    given: Any = objective.weight  # a number, or a tensor that its owner may change
+    weight: Tensor = given.to(value) if isinstance(given, Tensor) else constant(given, value)
+    weight = weight.reshape(())
+    return weight if share == 1 else weight * share
+
+
+def _gradients(
+    values: list[Tensor], weights: list[Tensor], tensors: list[Tensor]
+) -> list[Tensor | None]:
+    """Gradients, for tensors, of the sum of weights times values; None where that depends on none.
+
+    The sum itself is read by nobody, and would cost several kernels.
+    """
+    terms = [pair for pair in zip(values, weights, strict=True) if pair[0].requires_grad]
+    if not terms:
         return [None] * len(tensors)
-    return [*torch.autograd.grad(loss, tensors, allow_unused=True)]
+    values, weights = map(list, zip(*terms, strict=True))
+    return [*torch.autograd.grad(values, tensors, weights, allow_unused=True)]
 
 
 def _sums(found: list[_Part]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smi_fast.engine.loss import cross_entropy
 from smi_fast.objectives.base import LossInputs, Objective
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class CrossEntropy(Objective):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         assert inputs.targets is not None
-        return F.cross_entropy(inputs.logits, inputs.targets)
+        return cross_entropy(inputs.logits, inputs.targets, inputs.backend)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from smi_fast import ops
 from smi_fast.objectives.base import LossInputs, Objective
 from smi_fast.ops.grid import first, patch_mask
+from smi_fast.ops.total_variation import NORMS, variation_norm
 
 if TYPE_CHECKING:
     from smi_fast.teacher import SparseViT
@@ -49,7 +50,7 @@ class TotalVariation(Objective):
     reads_logits = False
 
     def __post_init__(self) -> None:
-        if self.norm not in ("l1", "l2"):
+        if self.norm not in NORMS:
             raise ValueError(f"expected norm l1 or l2, got {self.norm!r}")
 
     @property
@@ -71,10 +72,8 @@ class TotalVariation(Objective):
         return torch.stack(each).mean() if each else images.sum()
 
     def _of(self, images: Tensor, active: Tensor | None, inputs: LossInputs) -> Tensor:
-        l1, l2 = ops.total_variation(
-            images, active, patch_size=inputs.teacher.patch_size, backend=inputs.backend
-        )
-        return l1 if self.norm == "l1" else l2
+        size = inputs.teacher.patch_size
+        return variation_norm(images, active, self.norm, patch_size=size, backend=inputs.backend)
 
 
 @dataclass(frozen=True)
@@ -213,5 +212,5 @@ class VariationTarget(Objective):
     def __call__(self, inputs: LossInputs) -> Tensor:
         if self._target is None:
             raise RuntimeError("begin() draws the target: call it before the first iteration")
-        _, variation = ops.total_variation(inputs.images, backend=inputs.backend)
+        variation = variation_norm(inputs.images, None, "l2", patch_size=1, backend=inputs.backend)
         return (variation - self._target.to(variation.dtype)).abs()

@@ -1,8 +1,9 @@
 """Which implementation runs an op.
 
 Each backend says in one sentence why it can't run a call. ``auto`` takes the first of
-:data:`BACKENDS` that can; on a GPU it first tries the one that :data:`ON_GPU` names for the op. A
-backend asked for by name runs or raises its reason: there is no silent fallback.
+:data:`BACKENDS` that can. On a GPU it takes the fastest, see :mod:`smi_fast.ops.tuning`, and where
+nothing is tuned first tries the one that :data:`ON_GPU` names for the op. A backend asked for by
+name runs or raises its reason: there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from smi_fast.ops import native, reference, schemas
+from smi_fast.ops import native, reference, schemas, tuning
 from smi_fast.ops.limits import AttentionSize, too_large_for_cuda
 
 OPS = (
@@ -128,7 +130,58 @@ BACKENDS = (
     Backend("reference", reference, _reference_why_not),
 )
 
-# What auto prefers on a GPU, and why. Not measured: expected from the kernels' design.
+TUNED = "tuned"
+
+
+class _TunedOps:
+    """The ops, each call by the way that is the fastest for its sizes on the user's GPU.
+
+    Args:
+        backends: the candidates, the preferred one first.
+        device: where they run.
+    """
+
+    def __init__(self, backends: tuple[Backend, ...], device: torch.device) -> None:
+        self._backends, self._device = backends, device
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        functions = {backend.name: getattr(backend.functions, op) for backend in self._backends}
+        if op.startswith("gather_attention") and "triton" in functions:
+            functions["sdpa"] = schemas.sdpa(op)
+
+        def run(*arguments: Any) -> Any:
+            changed = schemas.changed_by(op)
+            trials = {
+                name: partial(function, *arguments)
+                if not changed
+                else _on_copies(function, arguments, changed)
+                for name, function in functions.items()
+            }
+            key = f"{op} {tuning.described(arguments)}"
+            return functions[tuning.fastest(self._device, key, trials)](*arguments)
+
+        return run
+
+
+def _on_copies(
+    function: Callable[..., Any], arguments: tuple[Any, ...], changed: tuple[int, ...]
+) -> Callable[[], object]:
+    """A call that leaves its arguments as they are: it changes copies, made when it first runs."""
+
+    @lru_cache(maxsize=1)
+    def copies() -> tuple[Any, ...]:
+        return tuple(a.clone() if i in changed else a for i, a in enumerate(arguments))
+
+    return lambda: function(*copies())
+
+
+def _tuned(fast: tuple[Backend, ...], device: torch.device) -> Backend:
+    """The fastest of some backends, call by call."""
+    return Backend(TUNED, _TunedOps(fast, device), fast[0].why_not, fast[0].too_large)
+
+
+# What auto prefers on a GPU where nothing is tuned, and why. Not measured: expected from the
+# kernels' design.
 ON_GPU = {
     "gather_patches": ("cuda", "copies little, so its shorter launch counts"),
     "gather_sigmoid_patches": ("cuda", "works on few pixels, so its shorter launch counts"),
@@ -187,22 +240,30 @@ def choose(
         op: one of :data:`OPS`.
         device: of the tensors.
         dtype: of the floating point tensors.
-        name: a backend, or "auto": ``SMI_FAST_BACKEND`` when that is set, else the first that can.
+        name: a backend, or "auto": ``SMI_FAST_BACKEND`` when that is set; else on a GPU the
+            fastest one for each call, named "tuned", and elsewhere the first that can.
         attention: the size of a call of gather_attention, for which a backend may be too small.
 
     Raises:
         BackendUnavailable: when the named backend, or every one, can't; with the reasons.
     """
     wanted = resolve(name)
-    reasons = []
+    reasons, able = [], []
     for backend in _ORDER[op]:
         if wanted in (AUTO, backend.name):
             reason = backend.why_not(op, device, dtype)
             if reason is None and attention is not None:
                 reason = backend.too_large(attention, device, dtype)
             if reason is None:
-                return backend
-            reasons.append(f"{backend.name}: {reason}")
+                able.append(backend)
+            else:
+                reasons.append(f"{backend.name}: {reason}")
+    fast = tuple(backend for backend in able if backend.name != "reference")
+    ways = len(fast) + (op == "gather_attention" and any(b.name == "triton" for b in fast))
+    if wanted == AUTO and ways > 1 and tuning.is_on(device):
+        return _tuned(fast, device)
+    if able:
+        return able[0]
     raise BackendUnavailable(
         f"no backend can run {op} on {device} in {dtype}: {'; '.join(reasons)}"
     )

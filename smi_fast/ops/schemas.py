@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -72,6 +73,23 @@ def triton_kernel(name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module("smi_fast.kernels"), name)(*arguments)
 
     return kernel
+
+
+def sdpa(op: str) -> Callable[..., Any]:
+    """gather_attention or its gradient by PyTorch's fused kernels, see smi_fast.kernels._sdpa."""
+
+    def kernel(*arguments: Any) -> Any:
+        kernels = importlib.import_module("smi_fast.kernels._sdpa")
+        return getattr(kernels, op.removeprefix("gather_"))(*arguments)
+
+    return kernel
+
+
+@lru_cache(maxsize=64)
+def changed_by(op: str) -> tuple[int, ...]:
+    """The positions of the arguments that an op changes in place."""
+    arguments = getattr(torch.ops.smi_fast, op).default._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
 
 
 _library = torch.library.Library("smi_fast", "DEF")

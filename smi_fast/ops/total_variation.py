@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from smi_fast.ops._checks import as_value_error, expect, expect_index, expect_patches
 from smi_fast.ops.backends import AUTO, Backend, choose
+from smi_fast.ops.constants import constant
+
+NORMS = ("l1", "l2")
 
 
 def total_variation(
@@ -47,34 +50,68 @@ def total_variation(
             with the C++ kernels also a number of ``active`` out of range.
         BackendUnavailable: the backend can't run here.
     """
+    l1, l2 = _norms(images, active, patch_size, backend, NORMS)
+    return l1, l2
+
+
+def variation_norm(
+    images: Tensor, active: Tensor | None, norm: str, *, patch_size: int, backend: str
+) -> Tensor:
+    """One result of :func:`total_variation`, "l1" or "l2", without the cost of the other."""
+    (found,) = _norms(images, active, patch_size, backend, (norm,))
+    return found
+
+
+def _norms(
+    images: Tensor, active: Tensor | None, patch_size: int, backend: str, wanted: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """Some of :data:`NORMS`, in the order of ``wanted``."""
     expect(images.dim() == 4, "images [B, C, H, W]", images)
     if active is not None:
         expect_patches(images, patch_size)
         expect_index("active", active, images)
     chosen = choose("total_variation", images.device, images.dtype, backend)
     try:
-        l1, l2 = _TotalVariation.apply(images, active, patch_size, chosen)
+        norms: tuple[Tensor, ...] = _TotalVariation.apply(
+            images, active, patch_size, chosen, wanted
+        )
     except RuntimeError as error:
         raise as_value_error(error) from None
-    return l1, l2
+    return norms
 
 
 class _TotalVariation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, active: Tensor | None, patch_size: int, backend: Backend
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        images: Tensor,
+        active: Tensor | None,
+        patch_size: int,
+        backend: Backend,
+        wanted: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
         sums = backend.functions.total_variation(images, active, patch_size)
         ctx.save_for_backward(images, active, sums)
-        ctx.patch_size, ctx.backend = patch_size, backend
+        ctx.patch_size, ctx.backend, ctx.wanted = patch_size, backend, wanted
+        ctx.set_materialize_grads(False)
         absolute, norms, counts = sums
-        return (absolute / counts.clamp(min=1)).sum(), norms.sum()
+        return tuple(
+            norms.sum() if norm == "l2" else (absolute / counts.clamp(min=1)).sum()
+            for norm in wanted
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_l1: Tensor, grad_l2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         images, active, sums = ctx.saved_tensors
+        if all(grad is None for grad in given):
+            return (None,) * 5
+        grads = dict(zip(ctx.wanted, given, strict=True))
+        l1, l2 = (grads.get(norm) for norm in NORMS)
+        zero = constant(0.0, sums)
         gradient = ctx.backend.functions.total_variation_backward(
-            grad_l1, grad_l2, images, active, ctx.patch_size, sums
+            zero if l1 is None else l1,
+            zero if l2 is None else l2,
+            *(images, active, ctx.patch_size, sums),
         )
-        return gradient, None, None, None
+        return gradient, None, None, None, None

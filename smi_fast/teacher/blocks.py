@@ -37,7 +37,8 @@ class BlocksOutput(NamedTuple):
     """What :class:`Blocks` returns.
 
     Attributes:
-        tokens: [B, R, D] after the last block; R is the rows that the head reads, or all N.
+        tokens: [B, R, D] after the last block, and in a call also after the norm behind it; R is
+            the rows that the head reads, or all N.
         importance: [B, K], or None when it wasn't asked for.
         taps: tensors by the name of their tap.
     """
@@ -120,22 +121,31 @@ class Blocks:
         way: Way,
         taps: dict[int, dict[str, str]],
         importance: bool,
+        norm: nn.Module,
     ) -> BlocksOutput:
-        """Run all blocks.
+        """Run all blocks, and the norm behind them.
 
         Args:
             x: tokens [B, N, D].
             way: how they run, see :meth:`way`.
             taps: {block: {name: kind}}, see :func:`smi_fast.teacher.taps.parse`.
             importance: also return the importance of each patch.
+            norm: behind the blocks.
         """
-        last = len(self._blocks) - 1
+        last, read = len(self._blocks) - 1, self._rows_read
         found: dict[str, Tensor] = {}
         if self.narrow:
-            return self._narrowed(way, x, taps, importance)
+            output = self._narrowed(way, x, taps, importance)
+            return output._replace(tokens=norm(output.tokens))
+        if way.engine is not None and read is not None and last not in taps:
+            done = max(taps, default=-1) + 1
+            x = self._before(way, x, done, taps, found)
+            x, probabilities = way.engine.run_to_rows(x, done, read, norm, way.rotations)
+            row = self._importance(probabilities) if importance else None
+            return BlocksOutput(x, row, found)
         x = self._before(way, x, last, taps, found)
         x, row = self._last(way, x, taps.get(last, {}), importance, found)
-        return BlocksOutput(x, row, found)
+        return BlocksOutput(norm(x), row, found)
 
     def _narrowed(
         self, way: Way, x: Tensor, taps: dict[int, dict[str, str]], importance: bool

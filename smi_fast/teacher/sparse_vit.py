@@ -17,7 +17,7 @@ from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks, Way
 from smi_fast.teacher.embedding import check_patches, embed
 from smi_fast.teacher.frozen import SharedWeights
-from smi_fast.teacher.head import classes, rows_read
+from smi_fast.teacher.head import classes, logits_of, rows_read
 from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
 from smi_fast.teacher.probe import probe as compare
 from smi_fast.teacher.ragged import check_lengths
@@ -341,11 +341,10 @@ class SparseViT(nn.Module):
         wanted: dict[int, dict[str, str]],
         importance: bool,
     ) -> SparseOutput:
-        x, row, tapped = self._blocks(x, way, wanted, importance)
-        x = self.vit.norm(x)
+        x, row, tapped = self._blocks(x, way, wanted, importance, self.vit.norm)
         if importance and isinstance(self.vit.attn_pool, AttentionPoolLatent):
             row = pool_importance(self.vit.attn_pool, x[:, self.num_prefix_tokens :])
-        return SparseOutput(self.vit.forward_head(x), row, tapped)
+        return SparseOutput(logits_of(self.vit, x), row, tapped)
 
     def _ragged(
         self,

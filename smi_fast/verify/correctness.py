@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +20,8 @@ from smi_fast.verify.call_grid import op_calls
 from smi_fast.verify.cases import OpCall
 from smi_fast.verify.gpu_engine_grid import GPU_STEPS, gpu_engine_calls
 
+# How many processes share a GPU; each of them holds some hundred megabytes of its memory.
+PROCESSES = 8
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKWARD = "_backward"
 
@@ -87,15 +93,38 @@ def ieee_float32() -> Iterator[None]:
             each.fp32_precision = precision
 
 
-def verdicts(device: torch.device, limit: float) -> Iterator[Verdict]:
+def verdicts(
+    device: torch.device, limit: float, seconds: float = math.inf, most: int | None = None
+) -> Iterator[Verdict]:
     """One verdict for each backend, op and data type that runs on a device.
 
-    Each backend runs each op in a process of its own, which may take ``limit`` seconds.
+    Each backend runs each op in a process of its own. On a GPU several of them work at once, which
+    above all compile kernels.
+
+    Args:
+        device: where the backends run.
+        limit: seconds that each process may take.
+        seconds: that all may take together.
+        most: how many calls of each op and data type are checked; all by default.
     """
-    for backend in backends.BACKENDS:
-        for op in dict.fromkeys(call.op for call in _calls(backend)):
-            if _dtypes(backend, op, device):
-                yield from _isolated(backend, op, device, limit)
+    end = time.monotonic() + seconds
+    todo = [
+        (backend, op)
+        for backend in backends.BACKENDS
+        for op in dict.fromkeys(call.op for call in _calls(backend))
+        if _dtypes(backend, op, device)
+    ]
+
+    def found(backend: Backend, op: str) -> Iterator[Verdict]:
+        return _isolated(backend, op, device, min(limit, end - time.monotonic()), most)
+
+    if device.type != "cuda":
+        for pair in todo:
+            yield from found(*pair)
+        return
+    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:
+        for each in as_completed([pool.submit(list, found(*pair)) for pair in todo]):
+            yield from each.result()
 
 
 def _calls(backend: Backend) -> list[OpCall]:
@@ -112,8 +141,10 @@ def _dtypes(backend: Backend, op: str, device: torch.device) -> list[torch.dtype
     return [dtype for dtype in dtypes if backend.why_not(name, device, dtype) is None]
 
 
-def _isolated(backend: Backend, op: str, device: torch.device, limit: float) -> Iterator[Verdict]:
-    arguments = (backend.name, op, str(device))
+def _isolated(
+    backend: Backend, op: str, device: torch.device, limit: float, most: int | None
+) -> Iterator[Verdict]:
+    arguments = (backend.name, op, str(device), most)
     began = _Began("-", 0, op)
     try:
         for message in isolation.messages(_check, *arguments, device=device, limit=limit):
@@ -127,10 +158,16 @@ def _isolated(backend: Backend, op: str, device: torch.device, limit: float) -> 
         yield Verdict(*named, began.number, None, None, (failure,))
 
 
-def _check(send: Callable[[object], None], backend_name: str, op: str, device_name: str) -> None:
+def _check(
+    send: Callable[[object], None],
+    backend_name: str,
+    op: str,
+    device_name: str,
+    most: int | None = None,
+) -> None:
     """Send each call that begins, and the verdict on each data type."""
     backend, device = backends.by_name(backend_name), torch.device(device_name)
-    calls = [call for call in _calls(backend) if call.op == op]
+    calls = [call for call in _calls(backend) if call.op == op][:most]
     for dtype in _dtypes(backend, op, device):
         send(verdict(backend, device, dtype, calls, send))
         if not answers(device):

@@ -1,4 +1,4 @@
-"""The calls of the steps of a block that the Triton kernels are checked on."""
+"""The calls of the engine's steps that the Triton kernels are checked on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from smi_fast.verify.cases import OpCall
+from smi_fast.verify.cases import OpCall, strided
 from smi_fast.verify.engine_grid import engine_calls
 
 # The steps that have Triton kernels.
@@ -23,6 +23,11 @@ GPU_STEPS = (
     "attend_rows_backward",
     "linear_gelu_",
     "multiplied_product_",
+    "cross_entropy",
+    "add_normalize_rows_",
+    "normalize_backward_rows_",
+    "final_norm_",
+    "final_norm_backward_",
 )
 
 # How labels begin of what no Triton kernel computes: concatenated images, and norms inside of
@@ -63,16 +68,19 @@ def _more_calls() -> Iterator[OpCall]:
             yield OpCall(f"{approximate}-{label}", "linear_gelu_", (*linear, approximate))
         yield OpCall(label, "multiplied_product_", (grad, weight.T.contiguous(), factors, out))
         yield OpCall(f"{label}-transposed", "multiplied_product_", (grad, weight.T, factors, out))
+    x, weight, bias = torch.randn(70, 40), torch.randn(200, 40) / 40**0.5, torch.randn(200)
+    grad, (factors, out) = torch.randn(70, 40), torch.randn(2, 70, 200)
+    for side in (64, 128):
+        tiled = x, weight, bias, torch.empty_like(out), out, "none", side
+        yield OpCall(f"tiles-of-{side}", "linear_gelu_", tiled)
+        product = grad, weight.T.contiguous(), factors, out, side
+        yield OpCall(f"tiles-of-{side}", "multiplied_product_", product)
     for rows, width in ((13, 200), (9, 130)):  # more than one tile
-        x, bias, grad = (
-            torch.randn(rows, 2 * width),
-            torch.randn(2 * width),
-            torch.randn(rows, width),
-        )
-        label = f"{rows}x{width}"
+        x, bias = torch.randn(rows, 2 * width), torch.randn(2 * width)
+        grad, label = torch.randn(rows, width), f"{rows}x{width}"
         yield OpCall(label, "swiglu_", (3 * x, bias, torch.empty_like(grad)))
         yield OpCall(label, "swiglu_backward_", (grad, x, torch.empty_like(x)))
-    for half in (True, False):  # more than one program for each token, and heads of their own
+    for half in (True, False):  # more than one program, and heads with angles of their own
         x, bias, angle = torch.randn(2, 5, 3, 9, 64), torch.randn(1152), torch.rand(2, 4, 9, 64)
         rotation = torch.cat([(6 * angle).sin(), (6 * angle).cos()], dim=-1)
         label = f"nine-heads-{'half' if half else 'pairs'}"
@@ -81,3 +89,41 @@ def _more_calls() -> Iterator[OpCall]:
     # Scores above 88, whose exponential overflows float32 unless the largest is subtracted.
     q, q_bias, kv = 20 * torch.randn(1, 1, 64), torch.randn(64), torch.randn(1, 70, 2, 2, 32)
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))
+    yield from _row_calls()
+    for batch, classes in ((5, 10), (47, 33), (3, 1000), (2, 5000), (0, 8)):
+        logits, targets = 3 * torch.randn(batch, classes), torch.randint(classes, (batch,))
+        label = f"{batch}x{classes}"
+        yield OpCall(label, "cross_entropy", (logits, targets))
+        yield OpCall(f"{label}-strided", "cross_entropy", (strided(logits), targets))
+    yield OpCall("large-logits", "cross_entropy", (200 * torch.randn(9, 70), torch.arange(9)))
+
+
+def _row_calls() -> Iterator[OpCall]:
+    """Of the last block, whose first rows alone are computed, and of the norm behind it."""
+    for batch, count, rows, width in (
+        *((2, 7, 1, 96), (3, 5, 2, 200), (1, 1, 1, 64), (2, 4, 4, 40), (33, 3, 1, 384)),
+        (0, 5, 1, 32),
+    ):
+        label = f"{batch}x{count}x{rows}x{width}"
+        tokens, grad, normalized = torch.randn(3, batch, count, width)
+        added, d, n, empty = torch.randn(4, batch * rows, width)
+        bias, weight, shift = torch.randn(3, width)
+        rstd, every = torch.rand(batch * rows), torch.rand(batch * count)
+        whole = grad.flatten(0, 1), normalized.flatten(0, 1), every
+        of_rows = d.unflatten(0, (batch, rows))
+        for centred in (True, False):
+            kind = label if centred else f"rms-{label}"
+            x = tokens[:, :rows], added, bias, 1e-6
+            results = empty, torch.empty_like(empty), rstd
+            yield OpCall(kind, "add_normalize_rows_", (*x, *results, centred))
+            into = torch.empty_like(whole[0])
+            for copy in (None, torch.empty_like(into)):
+                kind = kind if copy is None else f"{kind}-copy"
+                call = of_rows, *whole, into, copy, centred
+                yield OpCall(kind, "normalize_backward_rows_", call)
+                call = d, n, rstd, weight, empty, None if copy is None else added, centred
+                yield OpCall(kind, "final_norm_backward_", call)
+        for moved in (shift, None):
+            sums, results = (d, added, bias), (n, rstd, empty)
+            final = *sums, weight, moved, 1e-6, *results, moved is not None
+            yield OpCall(f"{label}-{moved is None}", "final_norm_", final)

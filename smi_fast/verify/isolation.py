@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 PRELOADED = ["smi_fast.verify.correctness"]
-# Seconds that a process without work left may take to end.
+# Seconds that a process without work left, or one that was killed, may take to end.
 PATIENCE = 10
 
 
@@ -33,8 +33,11 @@ def messages(
         limit: seconds that the process may take.
 
     Raises:
-        Ended: the function raised an error, or its process crashed or took too long.
+        Ended: the function raised an error, its process crashed or took too long, or there is no
+            time for one.
     """
+    if limit <= 0:
+        raise Ended("no time was left for it")
     context: Any = multiprocessing.get_context(_start_method(device))
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(work, theirs, arguments))
@@ -55,7 +58,7 @@ def messages(
         raise Ended(_cause(process.exitcode)) from None
     finally:
         process.kill()
-        process.join()
+        process.join(PATIENCE)  # a driver that hangs may hold a killed process for ever
         ours.close()
 
 

@@ -7,64 +7,89 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from smi_fast import __version__
 from smi_fast.ops import backends
-from smi_fast.verify import correctness, timing
-from smi_fast.verify.correctness import Verdict
+from smi_fast.verify import compare, correctness, gpu_stages
+from smi_fast.verify.stages import Line, Stage, run
 
 LINE = "{:<10} {:<8} {:<29} {:<9} {:>5} {:>9} {:>9}  {}"
 TITLES = ("backend", "device", "op", "dtype", "calls", "error", "budget", "verdict")
 
 
-def verify(out: Path, devices: Sequence[torch.device], limit: float) -> bool:
+def verify(
+    out: Path,
+    devices: Sequence[torch.device],
+    limit: float,
+    seconds: float,
+    stages: Sequence[Stage] = gpu_stages.STAGES,
+    old: Path | None = None,
+) -> bool:
     """Check the kernels of some devices, and time those of GPUs; return whether all are right.
 
     Args:
-        out: JSON lines: one about the machine, one for each verdict and each time, and a summary.
-            Each is on the disk as soon as it is known.
+        out: JSON lines: one about the machine, those of each device, and a summary. Each is on the
+            disk as soon as it is known.
         devices: where to check.
-        limit: seconds that a process may take, of which each op of each backend has its own.
+        limit: seconds that each op of each backend may take on the CPU, in a process of its own.
+        seconds: that the stages of each GPU may take together.
+        stages: of a GPU.
+        old: such a file of an earlier run, with which times are compared.
+
+    Raises:
+        NotComparable: ``old`` isn't such a file.
     """
+    earlier = None if old is None else compare.read(old)
+    lines: list[Line] = []
     with out.open("w") as file:
-        _write(file, "machine", _machine(devices))
-        rows = []
+
+        def write(line: Line) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            lines.append(line)
+
+        write({"kind": "machine", **_machine(devices)})
         print(LINE.format(*TITLES), flush=True)
         for device in devices:
-            for row in correctness.verdicts(device, limit):
-                rows.append(row)
-                print(*_shown(row), sep="\n", flush=True)
-                _write(file, "verdict", asdict(row))
+            for line in _found(device, limit, seconds, stages):
+                named = {"device": str(device), **line}
+                print(*_shown(named), sep="\n", flush=True)
+                write(named)
         reasons = not_run(devices)
         for reason in reasons:
             print(f"not run: {reason}", flush=True)
-        times = 0
-        for device in devices:
-            if device.type == "cuda":
-                wrong = frozenset(
-                    (row.backend, row.op) for row in rows if row.failures and _is_at(row, device)
-                )
-                for entry in timing.entries(device, wrong, limit):
-                    times += 1
-                    print(json.dumps(entry), flush=True)
-                    _write(file, "time", {"device": str(device), **entry})
-        failed = [f"{r.backend} {r.device} {r.op} {r.dtype}" for r in rows if r.failures]
-        counts = {"verdicts": len(rows), "times": times}
+        failed = [_name(line) for line in lines if line.get("failures")]
+        counts = {f"{kind}s": _count(lines, kind) for kind in ("verdict", "time")}
         summary = {"right": not failed, **counts, "failed": failed, "not_run": reasons}
-        _write(file, "summary", summary)
+        write({"kind": "summary", **summary})
+    if earlier is not None:
+        print(*compare.sentences(earlier, lines), sep="\n", flush=True)
     return not failed
 
 
-def _write(file: TextIO, kind: str, fields: dict[str, Any]) -> None:
-    file.write(json.dumps({"kind": kind, **fields}) + "\n")
-    file.flush()
+def _found(
+    device: torch.device, limit: float, seconds: float, stages: Sequence[Stage]
+) -> Iterator[Line]:
+    if device.type == "cuda":
+        yield from run(stages, device, seconds)
+        return
+    for verdict in correctness.verdicts(device, limit):
+        yield {"kind": "verdict", **asdict(verdict)}
 
 
-def _is_at(row: Verdict, device: torch.device) -> bool:
-    return row.device == str(device)
+def _name(line: Line) -> str:
+    """What a line is about, in words."""
+    keys = ["backend", "device", "op", "dtype"]
+    if line["kind"] != "verdict":
+        keys = ["device", "stage", "recipe", "precision", "share"]
+    return " ".join(str(line[key]) for key in keys if key in line)
+
+
+def _count(lines: Sequence[Line], kind: str) -> int:
+    return sum(line["kind"] == kind for line in lines)
 
 
 def _machine(devices: Sequence[torch.device]) -> dict[str, Any]:
@@ -95,10 +120,13 @@ def not_run(devices: Sequence[torch.device]) -> list[str]:
     return reasons
 
 
-def _shown(row: Verdict) -> Iterator[str]:
-    """The line of a verdict in the table, and a line for each failure."""
-    numbers = ("-" if x is None else f"{x:.2e}" for x in (row.error, row.budget))
-    words = (row.backend, row.device, row.op, row.dtype, row.calls, *numbers)
-    yield LINE.format(*words, "FAILED" if row.failures else "ok")
-    for failure in row.failures:
-        yield f"{row.backend} on {row.device}, {row.dtype}: {failure}"
+def _shown(line: Line) -> Iterator[str]:
+    """A line of JSON as it is; of a verdict that of the table, and one for each failure."""
+    if line["kind"] != "verdict":
+        yield json.dumps(line)
+        return
+    numbers = ("-" if line[key] is None else f"{line[key]:.2e}" for key in ("error", "budget"))
+    words = (*(line[key] for key in ("backend", "device", "op", "dtype", "calls")), *numbers)
+    yield LINE.format(*words, "FAILED" if line["failures"] else "ok")
+    for failure in line["failures"]:
+        yield f"{line['backend']} on {line['device']}, {line['dtype']}: {failure}"

@@ -1,6 +1,6 @@
 """Times on a GPU, for ``smi-fast verify``: ops beside their alternatives, and whole iterations.
 
-What :mod:`smi_fast.verify.correctness` has found wrong isn't timed.
+What computes something wrong isn't timed.
 """
 
 from __future__ import annotations
@@ -8,24 +8,27 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smi_fast import recipes
 from smi_fast.engine.precision import FLOAT32, PRECISIONS
 from smi_fast.inversion import SparseInverter
 from smi_fast.inversion.cuda_graph import CapturedCall
+from smi_fast.inversion.state import InversionState
 from smi_fast.ops import backends, reference
 from smi_fast.ops.grid import patch_mask
+from smi_fast.ops.timer import replayed_milliseconds
 from smi_fast.schedules import Dense, Selection
-from smi_fast.verify import isolation
+from smi_fast.verify import isolation, stages
 from smi_fast.verify.cases import OpCall, random_kept
-from smi_fast.verify.correctness import answers
-from smi_fast.verify.gpu_engine_grid import GPU_STEPS
+from smi_fast.verify.correctness import answers, verdict
 
 HEADS, WIDTH, PATCH, SIDE = 6, 64, 16, 224
 # K: all patches of an image, and as many as the published schedule keeps.
@@ -36,8 +39,16 @@ STEPS = (
     *(("reference", kept, FLOAT32) for kept in KEPT),
     *((backends.AUTO, kept, precision) for precision in PRECISIONS for kept in KEPT),
 )
-# Pairs of a backend and an op that compute something wrong.
-Wrong = frozenset[tuple[str, str]]
+# Seconds that iterations are timed for, and their numbers at least and at most.
+SECONDS, FEWEST, MOST = 0.5, 3, 50
+# Iterations of an inversion that is timed, at least as many as are taken.
+ROWS = 200
+# Kernels of PyTorch's attention.
+PINNED = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+)
 # Larger than the L2 cache of any GPU.
 FLUSHED_BYTES = 512 * 2**20
 
@@ -61,13 +72,32 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
+def sustained(call: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    """Milliseconds of a call among others, with the time of the host, and how many were timed."""
+    for _ in range(WARM_UP):
+        call()
+    synchronize(device)
+    count, start = 0, time.perf_counter()
+    while count < FEWEST or (count < MOST and time.perf_counter() - start < SECONDS):
+        call()
+        count += 1
+    synchronize(device)
+    return (time.perf_counter() - start) / count * 1e3, count
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _deit_calls(batch: int) -> Iterator[OpCall]:
+def deit_calls(batch: int) -> Iterator[OpCall]:
     """Calls as large as those of DeiT-S, in float32."""
     images = torch.rand(batch, 3, SIDE, SIDE)
     jitter = torch.tensor([5, -9]).expand(batch, 2), torch.tensor(True).expand(batch)
@@ -104,44 +134,36 @@ def _deit_calls(batch: int) -> Iterator[OpCall]:
     yield OpCall("64 channels of 56 x 56", "batch_norm_matching", (features, *statistic))
 
 
-def entries(device: torch.device, wrong: Wrong, limit: float) -> Iterator[dict[str, Any]]:
-    """All times of a GPU: those of each op and of each iteration from a process of its own.
-
-    An entry that couldn't be timed says why.
-    """
-    for op in dict.fromkeys(call.op for call in _deit_calls(batch=1)):
-        yield from _isolated({"op": op}, _send_op_times, op, wrong, device=device, limit=limit)
-    times: dict[tuple[str, int, str], float | None] = {}
-    for step in STEPS:
-        backend, kept, precision = step
-        named = {"backend": backend, "precision": precision}
-        entry: dict[str, Any] = {"step": f"{kept} of {KEPT[0]} patches", **named}
-        wrong_ones = _wrong_in_step(device, wrong) if backend == backends.AUTO else []
-        if wrong_ones:
-            found = [entry | {"not_timed": f"{', '.join(wrong_ones)} is wrong"}]
-        else:
-            found = list(_isolated(entry, _send_step_time, *step, device=device, limit=limit))
-        yield from found
-        times[step] = found[0].get("milliseconds")
-    dense = times["reference", KEPT[0], FLOAT32]
-    sparse = times[backends.AUTO, KEPT[-1], FLOAT32]
-    if dense is not None and sparse is not None:
-        yield {"step": "dense eager PyTorch over sparse smi_fast", "ratio": dense / sparse}
+def op_entries(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """The times of every op, each in a process of its own."""
+    ops = dict.fromkeys(call.op for call in deit_calls(batch=1))
+    yield from stages.in_turn([({"op": op}, _send_op_times, (op,)) for op in ops], device, seconds)
 
 
-def _isolated(
-    named: dict[str, Any], work: Callable[..., None], *arguments: Any, **options: Any
-) -> Iterator[dict[str, Any]]:
-    device = str(options["device"])
-    try:
-        yield from isolation.messages(work, device, *arguments, **options)
-    except isolation.Ended as reason:
-        yield named | {"not_timed": str(reason)}
+def step_entries(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """The times of iterations, each in a process of its own, and what sparse ones gain."""
+    parts = [
+        (
+            {"step": f"{kept} of {KEPT[0]} patches", "backend": backend, "precision": precision},
+            _send_step_time,
+            (backend, kept, precision),
+        )
+        for backend, kept, precision in STEPS
+    ]
+    times = {}
+    for entry in stages.in_turn(parts, device, seconds):
+        times[entry["backend"], entry["precision"], entry.get("kept")] = entry.get("milliseconds")
+        yield entry
+    dense = times.get(("reference", FLOAT32, KEPT[0]))
+    sparse = times.get((backends.AUTO, FLOAT32, KEPT[-1]))
+    if dense and sparse:
+        what = "dense eager PyTorch over sparse smi_fast"
+        yield {"kind": "time", "step": what, "ratio": dense / sparse}
 
 
-def _send_op_times(send: Callable[[object], None], device: str, op: str, wrong: Wrong) -> None:
+def _send_op_times(send: Callable[[object], None], device: str, op: str) -> None:
     torch.set_float32_matmul_precision("highest")
-    for entry in op_times(torch.device(device), op, wrong):
+    for entry in op_times(torch.device(device), op):
         send(entry)
 
 
@@ -153,52 +175,62 @@ def _send_step_time(send: Callable[[object], None], device: str, *step: Any) -> 
     send(step_time(torch.device(device), teacher, *step))
 
 
-def _wrong_in_step(device: torch.device, wrong: Wrong) -> list[str]:
-    """The ops of an iteration, their gradients and the steps of blocks, that auto would take from a
-    wrong kernel.
-    """
-    found = [f"triton {step}" for step in GPU_STEPS if ("triton", step) in wrong]
-    for op in backends.OPS:
-        chosen = backends.choose(op, device, torch.float32).name
-        names = (op, f"{op}_backward")
-        found += [f"{chosen} {name}" for name in names if (chosen, name) in wrong]
-    return found
-
-
-def op_times(
-    device: torch.device, op: str, wrong: Wrong = frozenset(), batch: int = 32
-) -> Iterator[dict[str, Any]]:
+def op_times(device: torch.device, op: str, batch: int = 32) -> Iterator[dict[str, Any]]:
     """Milliseconds of every way to compute an op, for each of its calls and data types.
 
-    A way that raises an error has its message instead.
+    "milliseconds" are those of a call by itself, with a cold L2 cache, "replayed" those of a call
+    among others in a CUDA graph. A way that raises an error, or is wrong, has a reason instead.
     """
-    for call in _deit_calls(batch):
+    for call in deit_calls(batch):
         if call.op != op:
             continue
         attention = call.op.startswith("gather_attention")
         for dtype in (torch.float32, torch.bfloat16) if attention else (torch.float32,):
             ways = _ways(call.converted(dtype, str(device)), device, dtype)
             times: dict[str, float] = {}
-            failed: dict[str, str] = {}
+            replayed: dict[str, float] = {}
+            failed = wrong_backends(call, device, dtype)
             for way, prepare in ways.items():
-                if (way, op) in wrong:
-                    failed[way] = "it is wrong"
+                if way in failed:
                     continue
                 try:
-                    times[way] = milliseconds(prepare(), device)
+                    prepared = prepare()
+                    times[way] = milliseconds(prepared, device)
+                    if device.type == "cuda":
+                        replayed[way] = replayed_milliseconds(prepared, device)
                 except Exception as problem:
                     failed[way] = isolation.described(problem)
                     if not answers(device):
                         break
             yield {
+                "kind": "time",
                 "op": call.op,
                 "of": f"{batch} images, {call.label}",
                 "dtype": str(dtype).removeprefix("torch."),
                 "milliseconds": times,
+                "replayed": replayed,
                 "failed": failed,
             }
             if not answers(device):
                 raise RuntimeError("the device answers no more")
+
+
+def wrong_backends(call: OpCall, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Why a call isn't to be timed, for each backend that computes it wrong."""
+    return {
+        backend.name: "; ".join(failures)
+        for backend in _running(call, device, dtype)
+        if (failures := verdict(backend, device, dtype, [call]).failures)
+    }
+
+
+def _running(call: OpCall, device: torch.device, dtype: torch.dtype) -> Iterator[backends.Backend]:
+    """The backends but the reference that can run a call."""
+    name = call.op.removesuffix("_backward")
+    for backend in backends.BACKENDS:
+        runs = backend.why_not(name, device, dtype) is None and call.fits(backend, device, dtype)
+        if runs and backend.name != "reference":
+            yield backend
 
 
 def _ways(
@@ -214,16 +246,31 @@ def _ways(
         "eager": lambda: partial(plain, *arguments),
         "torch.compile": lambda: partial(torch.compile(plain, dynamic=False), *arguments),
     }
-    for backend in backends.BACKENDS:
-        name = op.removesuffix("_backward")
-        runs = backend.why_not(name, device, dtype) is None and call.fits(backend, device, dtype)
-        if runs and backend.name != "reference":
-            ways[backend.name] = partial(partial, getattr(backend.functions, op), *arguments)
-    if op == "gather_attention":
-        ways["sdpa"] = lambda: partial(_sdpa, arguments[0])
-    if op == "gather_attention_backward":
-        ways["sdpa"] = lambda: _sdpa_backward(*arguments[:2])
+    for backend in _running(call, device, dtype):
+        ways[backend.name] = partial(partial, getattr(backend.functions, op), *arguments)
+    if op.startswith("gather_attention"):
+        ways["sdpa"] = partial(_sdpa_call, op, arguments)
+        for kind in PINNED if device.type == "cuda" else ():
+            ways[f"sdpa {kind.name.lower()}"] = partial(_sdpa_call, op, arguments, kind)
     return ways
+
+
+def _sdpa_call(
+    op: str, arguments: tuple[Any, ...], kind: SDPBackend | None = None
+) -> Callable[[], object]:
+    """A call of PyTorch's attention, by one of its kernels or by that which it chooses."""
+    plain = partial(_sdpa, arguments[0])
+    with nullcontext() if kind is None else sdpa_kernel(kind):
+        if op != "gather_attention":
+            return _sdpa_backward(*arguments[:2])
+    if kind is None:
+        return plain
+
+    def pinned() -> Tensor:
+        with sdpa_kernel(kind):
+            return plain()
+
+    return pinned
 
 
 def _sdpa(qkv: Tensor) -> Tensor:
@@ -245,7 +292,7 @@ def step_time(
     precision: str = FLOAT32,
     batch: int = 32,
 ) -> dict[str, Any]:
-    """Milliseconds of one iteration.
+    """Milliseconds of one iteration among others.
 
     Args:
         device: where to run.
@@ -255,24 +302,36 @@ def step_time(
         precision: of the teacher's products.
         batch: images inverted together.
     """
+    state = started(teacher.to(device), backend, kept, precision, batch)
+    # Eager PyTorch launches kernel by kernel, as it would without this package.
+    graph = device.type == "cuda" and backend == backends.AUTO
+    step = CapturedCall(state.step, device) if graph else state.step
+    taken, iterations = sustained(step, device)
+    return {
+        "kind": "time",
+        "step": f"{batch} images, {state.kept.shape[1]} patches",
+        "kept": kept,
+        "backend": backend,
+        "precision": precision,
+        "captured": graph,
+        "milliseconds": taken,
+        "iterations": iterations,
+    }
+
+
+def started(
+    teacher: nn.Module, backend: str, kept: int, precision: str, batch: int
+) -> InversionState:
+    """An inversion before its first iteration, see :func:`step_time`."""
     inverter = SparseInverter(
-        teacher.to(device),
+        teacher,
         mean=[0.5] * 3,
         std=[0.25] * 3,
         backend=backend,
         precision=precision,
-        **recipes.smi().options(schedule=Dense(), iterations=WARM_UP + REPEATS),
+        **recipes.smi().options(schedule=Dense(), iterations=ROWS),
     )
     state = inverter.start([0] * batch)
     count = inverter.teacher.num_patches * kept // KEPT[0]
     state.keep(Selection(state.kept[:, :count].contiguous()))
-    # Eager PyTorch launches kernel by kernel, as it would without this package.
-    graph = device.type == "cuda" and backend == backends.AUTO
-    step = CapturedCall(state.step, device) if graph else state.step
-    return {
-        "step": f"{batch} images, {count} patches",
-        "backend": backend,
-        "precision": precision,
-        "captured": graph,
-        "milliseconds": milliseconds(step, device),
-    }
+    return state

@@ -42,6 +42,26 @@ def test_patch_seams(sparse: bool) -> None:
     assert not flat.grad.any()
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_variation_of_active_patches(norm: str) -> None:
+    """A frozen pixel counts only in differences with an active one."""
+    images, active = torch.randn(2, 3, 12, 16, dtype=F64), torch.tensor([[0, 5], [6, 7]])
+    objective, image = smi_fast.TotalVariation(norm=norm), slice(1, 2)
+
+    def plain(x: Tensor) -> Tensor:
+        pairs = (
+            smi_fast.ops.total_variation(x[i : i + 1], active[i : i + 1], patch_size=4)
+            for i in range(2)
+        )
+        return sum(pair[norm == "l2"] for pair in pairs) / 2
+
+    compare(lambda x: objective(loss_inputs(x, active=active)), plain, images)
+    others = images.clone()
+    others[image, :, :3] += 1.0
+    values = [objective(loss_inputs(x[image], active=active[image])) for x in (images, others)]
+    assert torch.equal(*values)
+
+
 def test_variation_target() -> None:
     teacher = smi_fast.SparseViT(make_teacher("deit_tiny_patch16_224", img_size=32, depth=1))
     objective = smi_fast.VariationTarget()

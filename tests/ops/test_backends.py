@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smi_fast import ops
-from smi_fast.ops import backends, native
+from smi_fast.ops import backends, native, tuning
 from smi_fast.ops.backends import BackendUnavailable
 from smi_fast.ops.limits import AttentionSize
 
@@ -20,7 +20,10 @@ A100, H100 = (8, 0, 163 * 1024), (9, 0, 227 * 1024)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An H100 with every backend installed; a test takes away what it wants to miss."""
+    """An H100 with every backend installed and nothing tuned; a test takes away what it wants to
+    miss.
+    """
+    monkeypatch.setattr(tuning, "SETTING", "0")
     monkeypatch.setattr(native, "WHY_NO_CUDA", None)
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     monkeypatch.setattr(backends, "DEFAULT", backends.AUTO)

@@ -153,6 +153,16 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield x, None, None, 1e-6, b, rstd
         if op == "normalize_backward_":
             yield x, a, b, rstd, None if dtype == x.dtype else a
+        last, of_rows = torch.empty(batch, width), torch.empty(batch, 1, width)
+        if op == "add_normalize_rows_":
+            yield x.view(batch, count, -1), a, bias, 1e-6, torch.empty_like(x), b, rstd
+            yield x.view(batch, count, -1)[:, :1], q[:, 0], bias, 1e-6, last, q[:, 0], rstd[:batch]
+        if op == "normalize_backward_rows_":
+            yield of_rows, a, b, rstd, x, None if dtype == x.dtype else a
+        if op == "final_norm_":
+            yield last, q[:, 0], bias, bias, bias, 1e-6, last, rstd[:batch], last
+        if op == "final_norm_backward_":
+            yield last, last, rstd[:batch], bias, last, None if dtype == x.dtype else q[:, 0]
         if op == "gelu_":
             yield derivative, hidden_bias, hidden
             yield derivative, hidden_bias, hidden, "tanh"
@@ -173,10 +183,15 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield q, bias, kv
         if op == "attend_rows_backward":
             yield q, q, bias, kv, probabilities
+        if op == "cross_entropy":
+            yield torch.empty(batch, 1000, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
         if op == "linear_gelu_":
-            yield a, weight, hidden_bias, derivative, hidden
+            for side in (0, 64, 128):
+                yield a, weight, hidden_bias, derivative, hidden, "none", side
         if op == "multiplied_product_":
-            yield a, weight.T if dtype == x.dtype else weight.T.contiguous(), derivative, hidden
+            transposed = weight.T if dtype == x.dtype else weight.T.contiguous()
+            for side in (0, 64, 128):
+                yield a, transposed, derivative, hidden, side
 
 
 def compile_op(capability: int, op: str, dtype: str) -> list[Compiled]:

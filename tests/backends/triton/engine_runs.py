@@ -18,6 +18,7 @@ import torch
 from timm.layers import GELUTanh, GluMlp, QuickGELU, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smi_fast import SparseViT
@@ -25,7 +26,9 @@ from smi_fast.engine import gpu_run
 from smi_fast.engine.folding import FoldedBlock
 from smi_fast.engine.gpu import GpuEngine
 from smi_fast.engine.gpu_steps import BACKEND
+from smi_fast.engine.loss import cross_entropy
 from smi_fast.engine.precision import products_in
+from smi_fast.ops.constants import constant
 from smi_fast.verify.budget import errors
 from smi_fast.verify.cases import random_kept
 from tests.backends.triton import runs
@@ -60,6 +63,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "scale_mlp_norm": True,
     },
 }
+# Images, tokens, and rows of the last block.
+ROWS = ((2, 7, 1), (1, 1, 1), (3, 70, 2), (2, 5, 5), (3, 9, 1))
 SHAPES = ((2, 7), (1, 17), (3, 1), (2, 0), (0, 5))
 
 
@@ -119,21 +124,45 @@ def whole_blocks(precision: str, width: int, heads: int, kind: str | None = None
 
 
 def first_rows(precision: str, width: int, heads: int, kind: str | None = None) -> float:
-    """The same of the first rows after the last block, and of their probabilities."""
+    """The same of the first rows after the last block, or the last two, and maybe a norm; and of
+    their probabilities.
+    """
     _interpret()
     blocks, worst = _blocks(width, heads, **({} if kind is None else KINDS[kind])), 0.0
-    engine, last = GpuEngine(blocks, precision), copy.deepcopy(blocks[-1]).double()
-    for batch, count, rows in ((2, 7, 1), (1, 1, 1), (3, 70, 2), (2, 5, 5)):
-        x = _tokens(batch, count, width)
+    engine, exact = GpuEngine(blocks, precision), copy.deepcopy(blocks).double()
+    norm = type(blocks[0].norm1)(width, eps=0.2).requires_grad_(False)
+    for parameter in norm.parameters():
+        parameter.normal_(1, 0.2)
+    exact_norm = copy.deepcopy(norm).double()
+    for (batch, count, rows), start in zip(ROWS, (2, 1, 0, 1, 2), strict=True):
+        x, behind = _tokens(batch, count, width), None if start == 0 else norm
         z = x.detach().double().requires_grad_()
-        y, probabilities = engine.last_block_rows(x, rows)
+        y, probabilities = engine.run_to_rows(x, start, rows, behind)
         assert y.dtype == probabilities.dtype == torch.float32
         assert not probabilities.requires_grad
-        worst = max(worst, *_errors_of(y, x, last(z)[:, :rows], z))
-        q, k, _ = last.attn.qkv(last.norm1(z)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        exact = (q[:, :, :rows] @ k.mT * last.attn.scale).softmax(dim=-1)
-        worst = max(worst, relative_error(probabilities, exact))
+        before, last = exact[start:-1](z), exact[-1]
+        result = last(before)[:, :rows]
+        worst = max(worst, *_errors_of(y, x, result if behind is None else exact_norm(result), z))
+        qkv = last.attn.qkv(last.norm1(before)).unflatten(2, (3, heads, -1))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+        shares = (q[:, :, :rows] @ k.mT * last.attn.scale).softmax(dim=-1)
+        worst = max(worst, relative_error(probabilities, shares))
     return worst
+
+
+class _Doubling(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def other_norm() -> float:
+    """The error of rows behind a norm with a forward of its own, and of their gradient."""
+    _interpret()
+    blocks, norm = _blocks(96, 2), _Doubling(96).requires_grad_(False)
+    x, exact = _tokens(2, 5, 96), copy.deepcopy(nn.Sequential(*blocks, norm)).double()
+    z = x.detach().double().requires_grad_()
+    rows, _ = GpuEngine(blocks).run_to_rows(x, 0, 1, norm)
+    return max(_errors_of(rows, x, exact(z)[:, :1], z))
 
 
 def in_bfloat16(part: str | None = None) -> list[tuple[float, float]]:
@@ -222,6 +251,12 @@ def memory() -> None:
     with pytest.raises(RuntimeError, match="a second time"):
         of_a.backward(torch.ones_like(of_a))
     del of_a, of_b
+    of_a, of_b = (engine.run_to_rows(x, 1, 1, None)[0] for x in (a, b))
+    of_rows = _gradient(of_a, a)
+    assert not torch.equal(_gradient(of_b, b), of_rows)
+    assert torch.equal(_gradient(engine.run_to_rows(a, 1, 1, None)[0], a), of_rows)
+    with pytest.raises(RuntimeError, match="a second time"):
+        of_a.backward(torch.ones_like(of_a))
     with torch.inference_mode():
         expected_rows = engine.last_block_rows(engine.run(a, 0, 3), 1)
     kept = addresses()
@@ -305,7 +340,9 @@ def images() -> dict[str, float]:
 
 
 def kernels_of_blocks(precision: str) -> Iterator[Counter[str]]:
-    """The kernels of two blocks, of three, and of the first row of one, forward and backward."""
+    """The kernels of two blocks, of three, and of the first row of one and the norm behind it,
+    forward and backward.
+    """
     from triton.runtime.jit import JITFunction
 
     from smi_fast import kernels
@@ -318,12 +355,13 @@ def kernels_of_blocks(precision: str) -> Iterator[Counter[str]]:
     JITFunction.__getitem__ = count
     runs._set_up(functions=kernels)
     engine = GpuEngine(_blocks(192, 3), precision)
-    x = _tokens(2, 47, 192)
+    x, norm = _tokens(2, 47, 192), nn.LayerNorm(192).requires_grad_(False)
     found = []
     for run in (
         lambda: engine.run(x, 0, 2),
         lambda: engine.run(x, 0, 3),
-        lambda: engine.last_block_rows(x, 1)[0],
+        lambda: engine.run_to_rows(x, 2, 1, norm)[0],
+        lambda: engine.run_to_rows(x, 1, 1, norm)[0],
     ):
         run()  # folds
         counter.kernels.clear()
@@ -332,4 +370,23 @@ def kernels_of_blocks(precision: str) -> Iterator[Counter[str]]:
             torch.autograd.grad(y, x, torch.ones_like(y))
         counter.kernels.pop("aten.ones_like.default")
         found.append(Counter(counter.kernels))
+    return found
+
+
+def loss() -> list[float]:
+    """Errors of cross-entropy and of its gradient, with weights, of classes and probabilities."""
+    _interpret()
+    found, classes = [], torch.tensor([3, 0, 11, 3])
+    for targets in (classes, torch.rand(4, 12)):
+        for weight in (1.0, 0.3):
+            x = torch.randn(4, 12, requires_grad=True)
+            z = x.detach().double().requires_grad_()
+            exact = F.cross_entropy(z, targets if targets is classes else targets.double())
+            value = cross_entropy(x, targets)
+            grads = constant(weight, x), constant(weight, z)
+            ours, theirs = (
+                torch.autograd.grad(*pair)
+                for pair in zip((value, exact), (x, z), grads, strict=True)
+            )
+            found += [relative_error(value, exact), relative_error(ours[0], theirs[0])]
     return found

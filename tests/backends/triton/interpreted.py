@@ -276,6 +276,8 @@ def traffic(op: str) -> tuple[int, int]:
             4 * half[:, :, 1:].numel(),
             *((half[:, :1, 0].flatten(2), half[:, :1, 0].flatten(2), channels, kv, shares),),
         ),
+        # Logits are read twice, but the second time from the cache.
+        "cross_entropy": (8 * 40_000, (torch.randn(40, 1000), torch.zeros(40, dtype=torch.int64))),
         "gather_attention": (qkv * 4 // 3, (half, None, None, True)),
         "gather_attention_backward": (qkv * 7 // 3, (half[:, :, 0].flatten(2), half, None, None)),
     }

@@ -47,6 +47,8 @@ BUDGET = {
     "_total_variation_fwd": Budget(32, loads=True),
     "_total_variation_finish": Budget(32),
     "_total_variation_bwd": Budget(16, loads=True, stores=True),
+    "_active_variation_fwd": Budget(24, loads=True),
+    "_active_variation_bwd": Budget(16, loads=True, stores=True),
     "_batch_norm_matching_fwd": Budget(32, loads=True, stores=True),
     "_batch_norm_matching_finish": Budget(32),
     "_batch_norm_matching_bwd": Budget(32, loads=True, stores=True),
@@ -63,6 +65,7 @@ BUDGET = {
     "_rotate": Budget(32),
     "_attend_rows_fwd": Budget(16, loads=True),
     "_attend_rows_bwd": Budget(12, loads=True, stores=True),
+    "_cross_entropy": Budget(32, loads=True, stores=True),
     # As many warps as share the tiles of a product.
     "_linear_gelu": Budget(8, stores=True),
     "_multiplied_product": Budget(8, stores=True),

@@ -15,13 +15,13 @@ MUTANTS = (
         BLOCKS,
         Mutant(
             "gpu-run-bias",
-            "            bias = block.fc2_bias\n",
-            "",
+            "pending = buffers.of_rows, block.fc2_bias",
+            "pending = buffers.of_rows, block.proj_bias",
             "The bias of the MLP is that of attention.",
         ),
         Mutant(
             "gpu-run-last-bias",
-            "        x += self.blocks[-1].fc2_bias\n",
+            "        x += bias\n",
             "",
             "The bias of the last layer is missing.",
         ),
@@ -33,8 +33,8 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-eps",
-            "steps.add_normalize_(x, added, bias, block.eps[1],",
-            "steps.add_normalize_(x, added, bias, block.eps[0],",
+            "steps.add_normalize_(x, *of_attention, mlp_eps,",
+            "steps.add_normalize_(x, *of_attention, eps,",
             "The second norm has the eps of the first.",
         ),
         Mutant(
@@ -106,8 +106,8 @@ MUTANTS = (
         ROWS,
         Mutant(
             "gpu-rows-residual",
-            "        result[:, :rows] = gradient.unflatten(0, q.shape[:2])\n",
-            "",
+            "steps.normalize_backward_rows_(gradient.view(q.shape), d",
+            "steps.normalize_backward_rows_(0 * gradient.view(q.shape), d",
             "The gradient doesn't pass by the last block.",
         ),
         Mutant(
@@ -118,9 +118,29 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-rows-queries",
-            "        of_images[:, :rows] += torch.mm",
-            "        of_images[:, :1] += torch.mm",
+            "for row in range(self.rows):",
+            "for row in range(1):",
             "Only the first row has a gradient by its query.",
+        ),
+        Mutant(
+            "gpu-rows-operand",
+            "saved.rstd, result, operand, centred",
+            "saved.rstd, result, None, centred",
+            "In bfloat16 the blocks before the last one have no gradient.",
+            f"{ENGINE}::test_three_iterations_give_the_images_of_the_cpu_engine",
+        ),
+        Mutant(
+            "gpu-rows-pending",
+            "steps.add_normalize_(x, *pending[1:], block.eps[0]",
+            "steps.add_normalize_(x, None, None, block.eps[0]",
+            "What the block before adds is lost.",
+        ),
+        Mutant(
+            "gpu-rows-norm",
+            "result if behind is None else behind(result)",
+            "result",
+            "A norm that isn't fused is left out.",
+            f"{ENGINE}::test_a_norm_of_another_kind_stays_behind_the_rows",
         ),
         Mutant(
             "gpu-rows-rotation",
@@ -138,8 +158,8 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-rows-settings",
-            "        with products_in(ctx.block.steps.precision):\n",
-            "        if True:\n",
+            "        with products_in(rows.steps.precision):\n            result =",
+            "        if True:\n            result =",
             "The gradient of the last block is in the precision that the process allows.",
             SETTINGS,
         ),
@@ -148,17 +168,17 @@ MUTANTS = (
         "smi_fast/engine/gpu_steps.py",
         f"{ENGINE}::test_kernels_of_blocks",
         Mutant(
-            "gpu-steps-fused",
-            "self.fused = precision != FLOAT32",
-            "self.fused = False",
-            "No step is fused into a product.",
-        ),
-        Mutant(
             "gpu-steps-inner",
             "self.normalize_backward(d_hidden, normalized, block.centred)",
             "d_hidden",
             "The norm inside of the MLP has no gradient.",
             f"{ENGINE}::test_other_norms_and_activations -k inner",
+        ),
+        Mutant(
+            "gpu-steps-fused",
+            "self.fused = precision != FLOAT32",
+            "self.fused = False",
+            "No step is fused into a product.",
         ),
     ),
     *of_file(
@@ -201,6 +221,32 @@ MUTANTS = (
             "self._precision not in ON_CPU",
             "False",
             "What is asked for in tf32 is computed in float32 on a CPU.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/loss.py",
+        f"{ENGINE}::test_the_loss_is_that_of_pytorch",
+        Mutant(
+            "gpu-loss-weight",
+            "gradient if is_one(grad) else gradient * grad.to(gradient.dtype)",
+            "gradient",
+            "The weight of cross-entropy has no effect.",
+        ),
+        Mutant(
+            "gpu-loss-soft",
+            "targets.dtype == torch.int64 and _has_kernel",
+            "_has_kernel",
+            "Probabilities as targets are read as classes.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/ops/constants.py",
+        f"{ENGINE}::test_the_loss_is_that_of_pytorch",
+        Mutant(
+            "constants-one",
+            "scalar.data_ptr() == one.data_ptr() and scalar.shape == one.shape",
+            "scalar.shape == one.shape",
+            "Any weight is taken for 1.",
         ),
     ),
 )

@@ -185,8 +185,8 @@ MUTANTS = (
         ),
         Mutant(
             "views-weight",
-            "value if objective.weight == 1 else objective.weight * value",
-            "value",
+            "else constant(given, value)",
+            "else constant(1, value)",
             "Weights are not read.",
             f"{INVERTER}::test_dense_run_is_the_plain_loop",
         ),

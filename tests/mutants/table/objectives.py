@@ -151,9 +151,9 @@ MUTANTS = (
         ),
         Mutant(
             "cross-entropy",
-            "return F.cross_entropy(inputs.logits, inputs.targets)",
-            'return F.cross_entropy(inputs.logits, inputs.targets, reduction="sum")',
-            "Cross-entropy grows with the batch.",
+            "return cross_entropy(inputs.logits, inputs.targets, inputs.backend)",
+            "return 2 * cross_entropy(inputs.logits, inputs.targets, inputs.backend)",
+            "Cross-entropy is twice the mean.",
             "tests/inversion/test_inverter.py::test_dense_run_is_the_plain_loop",
         ),
         Mutant(
@@ -229,17 +229,16 @@ MUTANTS = (
         PIXELS,
         Mutant(
             "variation-norm",
-            'return l1 if self.norm == "l1" else l2',
-            "return l2",
+            "images, active, self.norm, patch_size",
+            'images, active, "l2", patch_size',
             "norm is not read.",
             "tests/inversion/test_inverter.py::test_l2_norm_and_l1_variation_are_recorded",
         ),
         Mutant(
             "variation-active",
-            "images, active, patch_size=inputs.teacher.patch_size",
-            "images, None, patch_size=inputs.teacher.patch_size",
+            "images, active, self.norm,",
+            "images, None, self.norm,",
             "Frozen pixels count in total variation.",
-            "tests/inversion/test_inverter.py tests/objectives",
         ),
         Mutant(
             "l2-per-image",

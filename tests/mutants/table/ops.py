@@ -266,4 +266,82 @@ MUTANTS = (
             "The shares of phases and the starts of one's own are confused.",
         ),
     ),
+    *of_file(
+        "smi_fast/ops/tuning.py",
+        "tests/ops/test_tuning.py",
+        Mutant(
+            "tuning-slowest",
+            "best = min(times, key=",
+            "best = max(times, key=",
+            "The slowest way is taken.",
+        ),
+        Mutant(
+            "tuning-machine",
+            'choices = found["choices"] if found["machine"] == self.machine else None',
+            'choices = found["choices"]',
+            "The times of another GPU decide.",
+        ),
+        Mutant(
+            "tuning-others",
+            "kept = {**self.choices, **self._read(says=False)}",
+            "kept = self.choices",
+            "A process forgets what another one has found.",
+        ),
+        Mutant(
+            "tuning-whole",
+            'own = self.path.with_name(f"{self.path.name}.{os.getpid()}")',
+            "own = self.path",
+            "A process that is killed while it writes leaves half a file.",
+        ),
+        Mutant(
+            "tuning-capture",
+            "torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()",
+            "False",
+            "A capture is broken by one inside of it.",
+        ),
+        Mutant(
+            "tuning-off",
+            'return SETTING == "1"',
+            "return True",
+            "SMI_FAST_TUNE=0 has no effect.",
+        ),
+        Mutant(
+            "tuning-sizes",
+            """return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]\"""",
+            """return str(value.dtype).removeprefix("torch.")""",
+            "What is fastest for one size is taken for all.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/ops/backends.py",
+        "tests/ops/test_tuning.py",
+        Mutant(
+            "tuned-in-place",
+            "a.clone() if i in changed else a for i, a",
+            "a for i, a",
+            "Adam takes as many steps as its kernels are timed.",
+        ),
+        Mutant(
+            "tuned-names",
+            "if wanted == AUTO and ways > 1 and tuning",
+            "if ways > 0 and tuning",
+            "A backend that was asked for by name isn't the one that runs.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/engine/gpu_steps.py",
+        "tests/ops/test_tuning.py",
+        Mutant(
+            "tuned-products",
+            "ways[tuning.fastest(factors[0].device, key, ways)]()",
+            "tuning.fastest(factors[0].device, key, ways); function()",
+            "The products of the engine are timed, and the shipped way runs.",
+        ),
+        Mutant(
+            "tuned-precision",
+            'key = f"{fused} {self.precision} {tuning',
+            'key = f"{fused} {tuning',
+            "What is fastest in TF32 is taken for float32.",
+        ),
+    ),
 )

@@ -240,4 +240,122 @@ MUTANTS = (
             "A wrong kernel is called right.",
         ),
     ),
+    *of_file(
+        "smi_fast/verify/stages.py",
+        "tests/verify/test_stages.py",
+        Mutant(
+            "stages-first-error",
+            "        except Exception as problem:\n",
+            "        except KeyboardInterrupt as problem:\n",
+            "An error of one stage ends those after it.",
+        ),
+        Mutant(
+            "stages-time",
+            "left = max(0.0, end - start)",
+            "left = seconds",
+            "A stage that hangs takes the time of the others, and the whole has no end.",
+        ),
+        Mutant(
+            "stages-garbage",
+            "if not _is_json(line):",
+            "if False:",
+            "A line that is none ends the report.",
+        ),
+        Mutant(
+            "stages-proof",
+            "if problems and stage.proves:",
+            "if False:",
+            "A check that crashed counts as passed.",
+        ),
+        Mutant(
+            "stages-in-turn",
+            "limit = (end - time.monotonic()) / (len(parts) - index)",
+            "limit = end - time.monotonic()",
+            "The first function that hangs takes the time of all.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/verify/captured.py",
+        "tests/verify/test_captured.py",
+        Mutant(
+            "captured-moments",
+            'names = ("parameters", "exp_avg", "exp_avg_sq", "record", "iteration")',
+            'names = ("parameters", "exp_avg", "record", "iteration")',
+            "A replay that loses Adam's second moment passes.",
+        ),
+        Mutant(
+            "captured-bits",
+            "torch.equal(_bits(one[name]), _bits(other[name]))",
+            "torch.equal(one[name], other[name])",
+            "The sign of zero isn't compared, and NaN never equals NaN.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/verify/compare.py",
+        "tests/verify/test_compare.py",
+        Mutant(
+            "compare-slower",
+            "elif now[name] > SLOWER * milliseconds:",
+            "elif now[name] * SLOWER < milliseconds:",
+            "What has become faster is called slower.",
+        ),
+        Mutant(
+            "compare-ways",
+            'own = [("way", way)] if way else []',
+            "own: list[tuple[str, str]] = []",
+            "The times of all ways to compute an op are one.",
+        ),
+    ),
+    *of_file(
+        "smi_fast/verify/timing.py",
+        "tests/verify/test_timing.py",
+        Mutant(
+            "timing-wrong",
+            "if (failures := verdict(backend, device, dtype, [call]).failures)",
+            "if (failures := ())",
+            "A wrong kernel is timed.",
+        ),
+    ),
+    *of_file(
+        "benchmarks/gpu/steps.py",
+        "tests/test_gpu_benchmark.py",
+        Mutant(
+            "gpu-equal-first",
+            "if not error <= ALLOWED[precision]:",
+            "if False:",
+            "Iterations with another gradient get a time.",
+        ),
+        Mutant(
+            "gpu-whole-run",
+            "sparse = (last * early + (iterations - last) * late) / 1e3",
+            "sparse = iterations * late / 1e3",
+            "Whole runs are told too short: the dense iterations before the stops are left out.",
+        ),
+    ),
+    *of_file(
+        "benchmarks/gpu/parity.py",
+        "tests/test_gpu_benchmark.py",
+        Mutant(
+            "gpu-parity",
+            "if not found[key] < LIMITS[key]]",
+            "if found[key] > 1e9]",
+            "A replay in float64 may be anywhere.",
+        ),
+    ),
+    *of_file(
+        "benchmarks/baselines/strong_dense.py",
+        "tests/test_gpu_benchmark.py",
+        Mutant(
+            "strong-clamp",
+            "self.images.clamp_(self._low, self._high)",
+            "pass",
+            "The strong baseline leaves out a part of the published iteration.",
+        ),
+        Mutant(
+            "strong-frozen",
+            ".to(dtype).requires_grad_(False)",
+            ".to(dtype)",
+            "The strong baseline computes gradients of weights, and is easy to beat.",
+        ),
+    ),
 )

@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant, of_file
 
 EXECUTION = "tests/backends/triton/test_execution.py"
+ROWS = "tests/backends/triton/test_engine.py::test_first_rows_are_those_of_the_block -k float32"
 STEP = f"{EXECUTION}::test_error_of_a_step_is_within_its_budget -k"
 
 MUTANTS = (
@@ -24,8 +25,8 @@ MUTANTS = (
         ),
         Mutant(
             "triton-steps-residual",
-            "        tl.store(x + at, values, mask=exists)\n    centred",
-            "    centred",
+            "        tl.store(out + at, values, mask=exists)\n    centred",
+            "        pass\n    centred",
             "The residual stream lacks what a block adds.",
         ),
         Mutant(
@@ -150,6 +151,65 @@ MUTANTS = (
             "tl.sum(ds[:, None] * k, 0) * scale",
             "tl.sum(ds[:, None] * k, 0)",
             "The gradient of queries lacks the scale.",
+        ),
+    ),
+    *of_file(
+        "kernels/engine_steps.py",
+        f"{STEP} rows_",
+        Mutant(
+            "triton-steps-places",
+            "has = exists & (row % N < R)[:, None]",
+            "has = exists & (row % N < 1)[:, None]",
+            "Of several rows only the first passes its gradient by the norm.",
+        ),
+        Mutant(
+            "triton-steps-images",
+            "(row // N * R + row % N) * D",
+            "(row // N + row % N) * D",
+            "An image's rows get the gradient of another one's.",
+        ),
+        Mutant(
+            "triton-steps-weight",
+            "        d *= tl.load(weight + column, mask=column < D, other=0.0)[None, :]\n",
+            "        d = d\n",
+            "The gradient lacks the weight of the norm behind the blocks.",
+            f"{STEP} final_norm",
+        ),
+        Mutant(
+            "triton-steps-shift",
+            "            result += tl.load(shift + column, mask=column < D, other=0.0)[None, :]\n",
+            "            result = result\n",
+            "The norm behind the blocks lacks its bias.",
+            f"{STEP} final_norm",
+        ),
+        Mutant(
+            "triton-steps-stride",
+            "x_at = (row // R * stride + row % R * D)",
+            "x_at = (row // R * (R * D) + row % R * D)",
+            "Rows are read from the images in front of their own.",
+            ROWS,
+        ),
+    ),
+    *of_file(
+        "kernels/cross_entropy.py",
+        f"{STEP} cross_entropy",
+        Mutant(
+            "triton-loss-largest",
+            "tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)",
+            "tl.exp(largest - larger) + tl.sum(tl.exp(x), 0)",
+            "Large logits overflow.",
+        ),
+        Mutant(
+            "triton-loss-wanted",
+            "tl.where(start + column == target, 1.0, 0.0)",
+            "tl.where(column == target, 1.0, 0.0)",
+            "Classes past the first tile have no gradient of their own.",
+        ),
+        Mutant(
+            "triton-loss-mean",
+            "1 / max(1, batch)",
+            "1.0",
+            "The gradient is that of the sum over images.",
         ),
     ),
     *of_file(

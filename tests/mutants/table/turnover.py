@@ -125,8 +125,8 @@ MUTANTS = (
         TURNOVER,
         Mutant(
             "views-at-work",
-            "loss = loss * inputs.share",
-            "pass",
+            "return weight if share == 1 else weight * share",
+            "return weight",
             "The gradient of an image depends on how many others are at work.",
             NEVER,
         ),
