@@ -9,6 +9,7 @@ from .adam_clamp import adam_clamp_
 from .attend_rows import attend_rows, attend_rows_backward
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
 from .cross_entropy import cross_entropy
+from .embed_tokens import embed_tokens
 from .engine_eva import rotate_, rotate_backward_, swiglu_, swiglu_backward_
 from .engine_products import linear_gelu_, multiplied_product_
 from .engine_steps import (
@@ -35,6 +36,7 @@ __all__ = [
     "batch_norm_matching",
     "batch_norm_matching_backward",
     "cross_entropy",
+    "embed_tokens",
     "final_norm_",
     "final_norm_backward_",
     "gather_attention",

@@ -73,11 +73,12 @@ def _gather_patches_fwd(
 
 @triton.jit
 def _gather_patches_bwd(
-    grad,  # [B, K, C * P * P]
+    grad,  # [B, K, C * P * P], images with a stride
     kept,  # int64 [B, K]
     shift,  # int64 [B, 2], any strides
     flip,  # bool [B], any stride
     images,  # [B, C, H, W]
+    stride,
     K,
     shift_image,
     shift_axis,
@@ -118,8 +119,14 @@ def _gather_patches_bwd(
 
     in_patch = inside < P
     mask = in_patch[:, None, None] & (columns < COLUMNS)[None, :, None] & in_patch[None, None, :]
-    slot = (batch * K + found - 1) * C + channel
-    patch = grad + slot[None, :, None] * (P * P) + inside[:, None, None] * P + inside[None, None, :]
+    slot = (found - 1) * C + channel
+    patch = (
+        grad
+        + batch * stride
+        + slot[None, :, None] * (P * P)
+        + inside[:, None, None] * P
+        + inside[None, None, :]
+    )
     pixels = tl.load(patch, mask=mask & (found > 0)[None, :, None], other=0.0)
     plane = images + (batch * C + channel) * (HEIGHT * WIDTH)
     tl.store(plane + y[:, None, None] * WIDTH + x[None, :, :], pixels, mask=mask)
@@ -169,15 +176,18 @@ def gather_patches_backward(
     batch, count = kept.shape
     channels = grad.shape[2] // patch_size**2
     images = grad.new_empty(batch, channels, height, width)
+    if grad.stride()[1:] != (grad.shape[2], 1):
+        grad = grad.contiguous()
     launch(
         _gather_patches_bwd,
         (height // patch_size, channels, batch),
         grad,
-        grad.contiguous(),
+        grad,
         kept.contiguous(),
         shift,
         flip,
         images,
+        grad.stride(0),
         count,
         *shift.stride(),
         *flip.stride(),

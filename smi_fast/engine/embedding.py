@@ -1,4 +1,4 @@
-"""From patches of pixels to tokens: in C++, as one function of the patches, or in PyTorch."""
+"""From patches of pixels to tokens: in C++, as one function of the patches."""
 
 from __future__ import annotations
 
@@ -20,23 +20,16 @@ class Embedding(NamedTuple):
     Attributes:
         weight: [D, C·P·P].
         bias: [D], or None.
-        prefix: [1, P, D], the tokens in front of the patches, with their positions.
-        table: [N, D], the embedding of each position; None without any.
+        prefix: [1, P, D], the tokens in front of the patches.
+        at: [1, P, D], the embedding of their positions; None without any.
+        table: [N, D], the embedding of each position of a patch; None without any.
     """
 
     weight: Tensor
     bias: Tensor | None
     prefix: Tensor
+    at: Tensor | None
     table: Tensor | None
-
-
-def with_positions(x: Tensor, positions: Tensor, prefix: Tensor, table: Tensor | None) -> Tensor:
-    """The tokens [B, P + K, D] of projected patches x [B, K, D] at positions int64 [B, K]; the
-    other arguments are those of an :class:`Embedding`.
-    """
-    if table is not None:
-        x = x + table[positions]
-    return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
 
 def embed_patches(patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
@@ -49,11 +42,13 @@ class _EmbedPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
         ctx.embedding = embedding
-        tokens: Tensor = _embed_patches(patches, *embedding, positions)
+        weight, bias, prefix, at, table = embedding
+        first = prefix if at is None else prefix + at
+        tokens: Tensor = _embed_patches(patches, weight, bias, first, table, positions)
         return tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, _, prefix, _ = ctx.embedding
+        weight, prefix = ctx.embedding.weight, ctx.embedding.prefix
         return _embed_patches_backward(grad, weight, prefix.shape[1]), None, None

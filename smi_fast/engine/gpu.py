@@ -17,12 +17,13 @@ Nothing here has run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-from smi_fast.engine.embedding import Embedding, with_positions
+from smi_fast.engine.embedding import Embedding
 from smi_fast.engine.folding import first_unfoldable, unfoldable
 from smi_fast.engine.gpu_last_rows import LastRows
 from smi_fast.engine.gpu_run import PlannedRun
@@ -65,8 +66,8 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
 
     def embed(self, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
         """The tokens [B, P + K, D] of patches [B, K, C·P·P] at positions int64 [B, K]."""
-        weight, bias, prefix, table = embedding
-        return with_positions(F.linear(patches, weight, bias), positions, prefix, table)
+        tokens: Tensor = _EmbedPatches.apply(patches, positions, embedding)
+        return tokens
 
     def run(
         self, tokens: Tensor, start: int, stop: int, rotations: Sequence[Tensor] | None = None
@@ -113,3 +114,22 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
     ) -> tuple[Tensor, Tensor]:
         """:meth:`run_to_rows` of the last block, without the norm; there are no offsets."""
         return self.run_to_rows(tokens, len(self._blocks) - 1, rows, None, rotations)
+
+
+class _EmbedPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
+        ctx.embedding = embedding
+        projected = torch.mm(patches.flatten(0, 1), embedding.weight.T)
+        steps = backends.by_name(BACKEND).functions
+        tokens: Tensor = steps.embed_tokens(
+            projected.view(*patches.shape[:2], -1), *embedding[1:], positions
+        )
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # The rows in front of the patches are few: their product costs less than a copy without.
+        every = torch.mm(grad.flatten(0, 1), ctx.embedding.weight)
+        return every.view(*grad.shape[:2], -1)[:, ctx.embedding.prefix.shape[1] :], None, None

@@ -336,6 +336,24 @@ def _biased(qkv: Tensor, q_bias: Tensor) -> Tensor:
     return torch.stack([q + q_bias.view(qkv.shape[3:]), k, v], dim=2)
 
 
+def embed_tokens(
+    projected: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor,
+    at: Tensor | None,
+    table: Tensor | None,
+    positions: Tensor,
+) -> Tensor:
+    """The tokens [B, P + K, D] of projected patches [B, K, D] at positions int64 [B, K].
+
+    The other arguments are those of an :class:`smi_fast.engine.embedding.Embedding`.
+    """
+    patches = projected if bias is None else projected + bias
+    patches = patches if table is None else patches + table[positions]
+    first = prefix if at is None else prefix + at
+    return torch.cat([first.expand(len(patches), -1, -1), patches], dim=1)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy [B] of each row of logits [B, classes] with its class, targets int64 [B].
 

@@ -65,6 +65,10 @@ _TRITON_STEPS = {
         "(Tensor grad, Tensor weight, Tensor factors, Tensor(a!) out, int side=0) -> ()"
     ),
     "cross_entropy": "(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
+    "embed_tokens": (
+        "(Tensor projected, Tensor? bias, Tensor prefix, Tensor? at, Tensor? table,"
+        " Tensor positions) -> Tensor"
+    ),
     "add_normalize_rows_": (
         "(Tensor x, Tensor added, Tensor bias, float eps, Tensor(a!) out, Tensor(b!) normalized,"
         " Tensor(c!) rstd, bool centred=True) -> ()"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from smi_fast.inversion.cuda_graph import CapturedCall
+from smi_fast.inversion.graphs import Graphs, PhaseGraphs
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.state import InversionState
 from smi_fast.objectives import UserTerm
@@ -31,6 +30,7 @@ class Loop:
         stops: iterations of the stops. The iteration before each scores importance.
         progress: shows how far the run is.
         callback: called after each iteration, see :meth:`smi_fast.SparseInverter.invert`.
+        graphs: of the inverter; by default none are kept.
     """
 
     def __init__(
@@ -39,8 +39,10 @@ class Loop:
         stops: frozenset[int],
         progress: Progress,
         callback: Callback | None,
+        graphs: Graphs | None = None,
     ) -> None:
         self._state, self._stops = state, stops
+        self._graphs = Graphs(state.settings) if graphs is None else graphs
         self._progress, self._callback = progress, callback
 
     def run(self, iterations: range) -> Tensor | None:
@@ -79,16 +81,18 @@ class Loop:
 
         The iteration before a stop is in no graph, because only it scores importance.
         """
-        state = self._state
-        graphs: dict[tuple[bool, ...], CapturedCall] = {}
-        importance = None
+        with self._graphs.of(self._state) as phase:
+            return self._replayed_by(phase, iterations)
+
+    def _replayed_by(self, phase: PhaseGraphs, iterations: range) -> Tensor | None:
+        state, importance = self._state, None
         first, saved = iterations.start, state.save()
         for number in iterations:
             try:
                 if number + 1 in self._stops:
                     importance = state.step(score=True, number=number)
                 else:
-                    self._replay(graphs, number)
+                    phase.step(number, iterations.stop - number)
                 self._call_back(number)
             except KeyboardInterrupt:
                 self._settle(first, saved)
@@ -99,14 +103,6 @@ class Loop:
                 self._progress.show(state, number)
                 first, saved = number + 1, state.save()
         return importance
-
-    def _replay(self, graphs: dict[tuple[bool, ...], CapturedCall], number: int) -> None:
-        settings = self._state.settings
-        due = settings.due(number)
-        if due not in graphs:
-            step = partial(self._state.step, number=number)
-            graphs[due] = CapturedCall(step, settings.teacher.device, self._state.generator)
-        graphs[due]()
 
     def _settle(self, first: int, saved: list[Tensor]) -> Tensor | None:
         """Check the iterations since ``saved``.

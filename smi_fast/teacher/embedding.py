@@ -9,7 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.engine import Engine
-from smi_fast.engine.embedding import Embedding, with_positions
+from smi_fast.engine.embedding import Embedding
+from smi_fast.engine.reference import embed_tokens
 
 
 def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> None:
@@ -59,8 +60,10 @@ def embed(
     if engine is None or not isinstance(project.norm, nn.Identity):
         tokens = patch_tokens(vit, patches, positions)
     else:
-        weights = project.proj.weight.flatten(1), project.proj.bias
-        tokens = engine.embed(patches, positions, Embedding(*weights, *_embeddings(vit)))
+        weight, bias = project.proj.weight.flatten(1), project.proj.bias
+        prefix, at, table = _embeddings(vit)
+        embedding = Embedding(weight, bias, prefix, at, table)
+        tokens = engine.embed(patches, positions, embedding)
     embedded: Tensor = vit.norm_pre(tokens)
     return embedded
 
@@ -75,11 +78,11 @@ def patch_tokens(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> 
     """
     project = vit.patch_embed
     x = project.norm(F.linear(patches, project.proj.weight.flatten(1), project.proj.bias))
-    return with_positions(x, positions, *_embeddings(vit))
+    return embed_tokens(x, None, *_embeddings(vit), positions)
 
 
-def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens [1, P, D] with their position embedding, and that of patches [patches, D]."""
+def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Prefix tokens [1, P, D], their position embedding, and that of patches [patches, D]."""
     # timm's distilled teachers make register tokens when asked for them, and never read them.
     distilled = isinstance(vit, VisionTransformerDistilled)
     tokens = [vit.cls_token, vit.dist_token if distilled else vit.reg_token]
@@ -88,8 +91,8 @@ def _embeddings(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
         found = [vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)]
     prefix = torch.cat(found, dim=1) if len(found) > 1 else found[0]
     if vit.pos_embed is None:
-        return prefix, None
+        return prefix, None, None
     if vit.no_embed_class:
-        return prefix, vit.pos_embed[0]
+        return prefix, None, vit.pos_embed[0]
     count = vit.num_prefix_tokens
-    return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]
+    return prefix, vit.pos_embed[:, :count], vit.pos_embed[0, count:]

@@ -24,6 +24,7 @@ GPU_STEPS = (
     "linear_gelu_",
     "multiplied_product_",
     "cross_entropy",
+    "embed_tokens",
     "add_normalize_rows_",
     "normalize_backward_rows_",
     "final_norm_",
@@ -90,6 +91,24 @@ def _more_calls() -> Iterator[OpCall]:
     q, q_bias, kv = 20 * torch.randn(1, 1, 64), torch.randn(64), torch.randn(1, 70, 2, 2, 32)
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))
     yield from _row_calls()
+    for batch, kept, prefix, width in (
+        (2, 5, 1, 96),
+        (3, 1, 2, 200),
+        (1, 47, 5, 384),
+        (2, 0, 1, 8),
+    ):
+        x, bias, (first, at) = (
+            torch.randn(batch, kept, width),
+            torch.randn(width),
+            torch.randn(2, 1, prefix, width),
+        )
+        table, positions = torch.randn(60, width), torch.randint(60, (batch, kept))
+        label = f"{batch}x{kept}x{prefix}x{width}"
+        yield OpCall(label, "embed_tokens", (x, bias, first, at, table, positions))
+        yield OpCall(f"{label}-plain", "embed_tokens", (x, None, first, None, None, positions))
+        yield OpCall(
+            f"{label}-none", "embed_tokens", (x, bias, first[:, :0], None, table, positions)
+        )
     for batch, classes in ((5, 10), (47, 33), (3, 1000), (2, 5000), (0, 8)):
         logits, targets = 3 * torch.randn(batch, classes), torch.randint(classes, (batch,))
         label = f"{batch}x{classes}"

@@ -72,7 +72,7 @@ def check(vit: VisionTransformerDistilled, dtype: torch.dtype) -> None:
 
 def test_a_position_out_of_range_is_refused() -> None:
     patches, positions = inputs(2, 4)
-    weights = Embedding(torch.randn(6, 768), None, torch.randn(1, 1, 6), torch.randn(16, 6))
+    weights = Embedding(torch.randn(6, 768), None, torch.randn(1, 1, 6), None, torch.randn(16, 6))
     positions[1, 2] = 16
     with pytest.raises(RuntimeError, match=r"expected positions in \[0, 16\), got 16 at \[1, 2\]"):
         embed_patches(patches, positions, weights)

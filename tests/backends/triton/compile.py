@@ -183,6 +183,16 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield q, bias, kv
         if op == "attend_rows_backward":
             yield q, q, bias, kv, probabilities
+        if op == "embed_tokens":
+            first, table = torch.empty(1, 1, width), torch.empty(196, width)
+            yield (
+                x.view(batch, count, -1),
+                bias,
+                first,
+                first,
+                table,
+                torch.zeros(batch, count).long(),
+            )
         if op == "cross_entropy":
             yield torch.empty(batch, 1000, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
         if op == "linear_gelu_":

@@ -224,6 +224,16 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/engine/gpu.py",
+        f"{ENGINE}::test_teachers",
+        Mutant(
+            "gpu-embed-prefix",
+            "[:, ctx.embedding.prefix.shape[1] :]",
+            "[:, : grad.shape[1] - ctx.embedding.prefix.shape[1]]",
+            "Patches have the gradient of the tokens in front of theirs.",
+        ),
+    ),
+    *of_file(
         "smi_fast/engine/loss.py",
         f"{ENGINE}::test_the_loss_is_that_of_pytorch",
         Mutant(

@@ -157,12 +157,12 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/engine/embedding.py",
+        "smi_fast/engine/reference.py",
         SUBSET,
         Mutant(
             "sparse-positions",
-            "x = x + table[positions]",
-            "x = x + table[: x.shape[1]]",
+            "patches + table[positions]",
+            "patches + table[: patches.shape[1]]",
             "Patches take the position embeddings of the first cells.",
         ),
     ),
@@ -171,8 +171,8 @@ MUTANTS = (
         SUBSET,
         Mutant(
             "sparse-prefix",
-            "return prefix + vit.pos_embed[:, :count], vit.pos_embed[0, count:]",
-            "return prefix, vit.pos_embed[0, count:]",
+            "return prefix, vit.pos_embed[:, :count], vit.pos_embed[0, count:]",
+            "return prefix, None, vit.pos_embed[0, count:]",
             "The class token has no position embedding.",
         ),
         Mutant(

@@ -191,6 +191,32 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "kernels/embed_tokens.py",
+        f"{STEP} embed_tokens",
+        Mutant(
+            "triton-embed-slot",
+            "row // (P + K) * K + place - P",
+            "row // (P + K) * K + place",
+            "Tokens are those of the next patches.",
+        ),
+        Mutant(
+            "triton-embed-bias",
+            "tl.where(of_patch[:, None], constant[None, :], 0.0)",
+            "constant[None, :]",
+            "The class token has the bias of patches.",
+        ),
+    ),
+    *of_file(
+        "kernels/gather_patches.py",
+        "tests/backends/triton/test_engine.py::test_teachers",
+        Mutant(
+            "triton-patches-stride",
+            "+ batch * stride\n",
+            "+ batch * (K * C * P * P)\n",
+            "Images behind the first have the gradient of other tokens.",
+        ),
+    ),
+    *of_file(
         "kernels/cross_entropy.py",
         f"{STEP} cross_entropy",
         Mutant(
