@@ -10,7 +10,6 @@ import copy
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -25,6 +24,8 @@ from smi_fast.objectives import CrossEntropy, L2Norm, TotalVariation
 
 # Iterations from which on a capture pays, which takes as long as several of them.
 WORTH = 20
+# Iterations of a larger graph, which has one launch for all of them.
+STEPS = 10
 # Phases whose graphs are kept at once: five of each of three sizes of a batch.
 MOST = 15
 # Objectives that read nothing but their inputs. Others may hold tensors of their own, which a graph
@@ -47,7 +48,8 @@ TENSORS = (
 
 
 class PhaseGraphs:
-    """The graphs of one phase, one for each set of objectives that are due.
+    """The graphs of one phase: one for each set of objectives that are due, and where all of them
+    always are one of several iterations.
 
     They read the weights that an engine folded, and hold them, whatever the engine does meanwhile.
 
@@ -58,31 +60,46 @@ class PhaseGraphs:
 
     def __init__(self, state: InversionState, memory: GraphMemory) -> None:
         self._state, self._memory = state, memory
-        self._calls: dict[tuple[bool, ...], CapturedCall] = {}
-        self._held: dict[tuple[bool, ...], tuple[object, ...]] = {}
+        # By the objectives that are due, and the number of iterations.
+        self._calls: dict[tuple[tuple[bool, ...], int], CapturedCall] = {}
+        self._held: dict[tuple[tuple[bool, ...], int], tuple[object, ...]] = {}
         self._taken: Counter[tuple[bool, ...]] = Counter()
 
-    def step(self, number: int, left: int) -> None:
-        """Take an iteration, by a graph where one is worth it.
+    def advance(self, number: int, most: int, left: int) -> int:
+        """Take one iteration or more, by a graph where one is worth it; return how many.
 
         Args:
-            number: of the iteration.
-            left: iterations until the end of the phase, with this one.
+            number: of the next iteration.
+            most: iterations that may be taken before the loop does something else.
+            left: iterations until the end of the phase.
         """
-        state, due = self._state, self._state.settings.due(number)
-        if due not in self._calls and self._taken[due] + left < WORTH:
-            self._taken[due] += 1
-            state.step(number=number)
-            return
-        if due not in self._calls:
-            step = partial(state.step, number=number)
+        settings = self._state.settings
+        due = settings.due(number)
+        always = all(objective.every == 1 for objective in settings.objectives)
+        large = always and most >= STEPS and self._taken[due] + left >= STEPS * WORTH
+        count = STEPS if large and (due, 1) in self._calls else 1
+        self._taken[due] += count
+        if self._taken[due] - count + left < WORTH and (due, count) not in self._calls:
+            self._state.step(number=number)
+        else:
+            self._call(due, count, number)
+        return count
+
+    def _call(self, due: tuple[bool, ...], count: int, number: int) -> None:
+        state, key = self._state, (due, count)
+
+        def iterations() -> None:
+            for _ in range(count):
+                state.step(number=number)
+
+        if key not in self._calls:
             device = state.settings.teacher.device
-            self._calls[due] = CapturedCall(step, device, state.generator, self._memory)
-        call = self._calls[due]
+            self._calls[key] = CapturedCall(iterations, device, state.generator, self._memory)
+        call = self._calls[key]
         replayed = call.captured
         call()
         if not replayed:
-            self._held[due] = state.settings.teacher.derived()
+            self._held[key] = state.settings.teacher.derived()
 
 
 class Graphs:

@@ -77,7 +77,7 @@ class Loop:
         return found.importance
 
     def _replayed(self, iterations: range) -> Tensor | None:
-        """As :meth:`_one_by_one`, with one CUDA graph for each set of objectives that are due.
+        """As :meth:`_one_by_one`, with CUDA graphs.
 
         The iteration before a stop is in no graph, because only it scores importance.
         """
@@ -86,22 +86,28 @@ class Loop:
 
     def _replayed_by(self, phase: PhaseGraphs, iterations: range) -> Tensor | None:
         state, importance = self._state, None
-        first, saved = iterations.start, state.save()
-        for number in iterations:
+        scored = iterations.stop - 1 if iterations.stop in self._stops else None
+        number = first = iterations.start
+        saved = state.save()
+        while number < iterations.stop:
+            check = min(first + CHECK_EVERY, iterations.stop)
             try:
-                if number + 1 in self._stops:
+                if number == scored:
                     importance = state.step(score=True, number=number)
+                    number += 1
                 else:
-                    phase.step(number, iterations.stop - number)
-                self._call_back(number)
+                    most = (check if scored is None else min(check, scored)) - number
+                    most = most if self._callback is None else 1
+                    number += phase.advance(number, most, iterations.stop - number)
+                self._call_back(number - 1)
             except KeyboardInterrupt:
                 self._settle(first, saved)
                 raise
-            if number + 1 == iterations.stop or (number + 1 - iterations.start) % CHECK_EVERY == 0:
+            if number == check:
                 repeated = self._settle(first, saved)
                 importance = importance if repeated is None else repeated
-                self._progress.show(state, number)
-                first, saved = number + 1, state.save()
+                self._progress.show(state, number - 1)
+                first, saved = number, state.save()
         return importance
 
     def _settle(self, first: int, saved: list[Tensor]) -> Tensor | None:

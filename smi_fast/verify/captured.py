@@ -23,8 +23,8 @@ from smi_fast.schedules import Dense, Selection
 from smi_fast.verify.isolation import described
 from smi_fast.zoo import load_cnn, load_teacher
 
-# Enough for a capture and some replays of each graph.
-ITERATIONS = 40
+# Enough for some replays of each graph: in the second batch also of that of several iterations.
+ITERATIONS = 110
 BATCH = 4
 TEACHER = "fashion-canvas"
 

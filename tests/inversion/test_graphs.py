@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smi_fast import CrossEntropy, InversionResult, SparseInverter, TotalVariation
+from smi_fast import CrossEntropy, Dense, InversionResult, SparseInverter, TotalVariation
 from smi_fast.engine.weights import WeightCopy
 from smi_fast.inversion import graphs
 from smi_fast.inversion.graphs import Graphs
@@ -278,3 +278,56 @@ def test_copies_of_an_inverter_have_no_graphs_yet(teacher: VisionTransformer, ma
     assert same(inverted(other, 0), expected) and made.graphs == 6
     inverted(other, 1)
     assert made.graphs == 6, "a copy keeps graphs, too"
+
+
+def test_many_iterations_are_one_replay_where_nothing_comes_between(
+    teacher: VisionTransformer, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 22 iterations without a stop, which are looked at every 5; a graph has 2 or 1 of them."""
+    for name, value in {"STEPS": 2, "WORTH": 0}.items():
+        monkeypatch.setattr(graphs, name, value)
+    monkeypatch.setattr("smi_fast.inversion.loop.CHECK_EVERY", 5)
+    options = {"schedule": Dense(), "iterations": 22}
+    inverter = make(teacher, **options)
+    with one_by_one():
+        expected = inverted(inverter, 0)
+    assert same(inverted(inverter, 0), expected)
+    # 1 2 2, then 2 2 1 three times, 2: the first single one makes its graph.
+    assert made.graphs == 2 and made.replayed == 3 + 3 * 3 + 1
+    seen: list[int] = []
+    called = inverted(inverter, 0, callback=lambda number, *_: seen.append(number))
+    assert same(called, expected) and seen == [*range(22)]
+
+
+def test_large_graphs_are_made_when_they_are_worth_it_and_all_terms_are_always_due(
+    teacher: VisionTransformer, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"STEPS": 2, "WORTH": 10}.items():
+        monkeypatch.setattr(graphs, name, value)
+    monkeypatch.setattr("smi_fast.inversion.loop.CHECK_EVERY", 50)
+    options = {"schedule": Dense(), "iterations": 12}
+    inverter = make(teacher, **options)
+    inverted(inverter, 0)
+    assert (made.graphs, made.replayed) == (1, 12)
+    inverted(inverter, 1)
+    assert (made.graphs, made.replayed) == (2, 12 + 6)
+    seldom = Own()
+    seldom.every = 2
+    options = {**options, "iterations": 40, "objectives": [CrossEntropy(), seldom]}
+    with one_by_one():
+        expected = inverted(make(teacher, **options), 0)
+    assert same(inverted(make(teacher, **options), 0), expected)
+    assert made.graphs == 4, "one of each set of terms"
+
+
+def test_iteration_that_scores_is_in_no_graph(
+    teacher: VisionTransformer, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"STEPS": 2, "WORTH": 0}.items():
+        monkeypatch.setattr(graphs, name, value)
+    monkeypatch.setattr("smi_fast.inversion.loop.CHECK_EVERY", 50)
+    inverter = make(teacher)
+    with one_by_one():
+        expected = inverted(inverter, 0)
+    for _ in range(2):
+        assert same(inverted(inverter, 0), expected)

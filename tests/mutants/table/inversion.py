@@ -220,8 +220,8 @@ MUTANTS = (
         LOOP,
         Mutant(
             "loop-saved",
-            "first, saved = number + 1, state.save()",
-            "first = number + 1",
+            "first, saved = number, state.save()",
+            "first = number",
             "After a NaN the loop goes back to the start of the phase, and repeats too few.",
         ),
         Mutant(
@@ -256,8 +256,8 @@ MUTANTS = (
         ),
         Mutant(
             "loop-last-check",
-            "if number + 1 == iterations.stop or (number",
-            "if (number",
+            "check = min(first + CHECK_EVERY, iterations.stop)",
+            "check = first + CHECK_EVERY",
             "The last iterations of a phase are not checked.",
         ),
     ),
@@ -340,6 +340,16 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "smi_fast/inversion/loop.py",
+        "tests/inversion/test_graphs.py",
+        Mutant(
+            "loop-scored-in-graph",
+            "(check if scored is None else min(check, scored)) - number",
+            "check - number",
+            "A graph runs past the iteration that scores importance.",
+        ),
+    ),
+    *of_file(
         "smi_fast/inversion/graphs.py",
         "tests/inversion/test_graphs.py",
         Mutant(
@@ -362,8 +372,8 @@ MUTANTS = (
         ),
         Mutant(
             "graphs-hold",
-            "self._held[due] = state.settings.teacher.derived()",
-            "self._held[due] = ()",
+            "self._held[key] = state.settings.teacher.derived()",
+            "self._held[key] = ()",
             "A graph reads folded weights whose memory is another's by now.",
         ),
         Mutant(
@@ -380,9 +390,27 @@ MUTANTS = (
         ),
         Mutant(
             "graphs-worth",
-            "self._taken[due] + left < WORTH",
+            "self._taken[due] - count + left < WORTH",
             "left < WORTH",
             "Short phases are never captured, however many batches they have.",
+        ),
+        Mutant(
+            "graphs-large-due",
+            "always = all(objective.every == 1 for objective in settings.objectives)",
+            "always = True",
+            "A term of every third iteration is in all ten of a graph, or in none.",
+        ),
+        Mutant(
+            "graphs-large-worth",
+            "self._taken[due] + left >= STEPS * WORTH",
+            "True",
+            "Ten iterations are captured for a phase of twenty.",
+        ),
+        Mutant(
+            "graphs-large-count",
+            "        return count\n",
+            "        return 1\n",
+            "Iterations that a graph has taken are taken again.",
         ),
         Mutant(
             "graphs-autocast",
