@@ -11,6 +11,7 @@ from .attend_rows import attend_rows, attend_rows_backward
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
 from .cross_entropy import cross_entropy
 from .embed_tokens import embed_tokens
+from .engine_eva import rotate_, rotate_backward_, swiglu_, swiglu_backward_
 from .engine_products import linear_gelu_, multiplied_product_
 from .engine_steps import (
     add_normalize_,
@@ -52,6 +53,10 @@ __all__ = [
     "normalize_backward_",
     "normalize_backward_rows_",
     "pixel_gradient",
+    "rotate_",
+    "rotate_backward_",
+    "swiglu_",
+    "swiglu_backward_",
     "total_variation",
     "total_variation_backward",
 ]

@@ -42,7 +42,7 @@ def tile(ROWS, F: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_F: tl.constexpr)
 
 @triton.jit
 def _add_normalize(
-    x,  # float32 [ROWS, D], or the first R rows of images, each with a stride
+    x,  # [ROWS, D], or the first R rows of images, each with a stride
     added,  # [ROWS, D], or None
     bias,  # float32 [D], or None
     out,  # float32 [ROWS, D], gets the sum; or None
@@ -65,7 +65,7 @@ def _add_normalize(
     x_at = at
     if R is not None:
         x_at = (row // R * stride + row % R * D)[:, None] + column[None, :]
-    values = tl.load(x + x_at, mask=exists, other=0.0)
+    values = tl.load(x + x_at, mask=exists, other=0.0).to(tl.float32)
     if added is not None:
         constant = tl.load(bias + column, mask=column < D, other=0.0)
         values += tl.load(added + at, mask=exists, other=0.0).to(tl.float32) + constant[None, :]

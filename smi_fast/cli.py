@@ -270,6 +270,9 @@ def invert(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     precision: options.Precision = "float32",
+    graph: Annotated[
+        bool, typer.Option(help="Replay iterations on a GPU from CUDA graphs, or take them singly.")
+    ] = True,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -339,6 +342,7 @@ def invert(
             "finish": None if finish is None else EarlyFinish(finish),
             "backend": backend,
             "precision": precision,
+            "graph": graph,
         }
         inverter = SparseInverter(model, **published.options(schedule=stops, **chosen))
         labels = options.labels(ranges, inverter.teacher.num_classes, per_class)

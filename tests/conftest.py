@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast.inversion import loop
+from smi_fast.inversion import graphs, loop
 from smi_fast.ops import backends
 from tests.helpers.host_guard import HostGuard
 from tests.helpers.teachers import tiny_vit
@@ -54,15 +54,18 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             function: Callable[[], object],
             device: torch.device,
             generator: torch.Generator | None,
+            memory: object,
         ) -> None:
             self.function = function
+            self.captured = False
 
         def __call__(self) -> None:
             calls.append(1)
             with HostGuard():
                 self.function()
 
-    monkeypatch.setattr(loop, "CapturedCall", Graph)
+    monkeypatch.setattr(graphs, "CapturedCall", Graph)
+    monkeypatch.setattr(graphs, "WORTH", 0)
     monkeypatch.setattr(loop, "CHECK_EVERY", 2)
     monkeypatch.setattr(loop.Loop, "_can_capture", lambda self: True)
     return calls

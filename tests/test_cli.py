@@ -307,6 +307,23 @@ def test_info_tells_what_each_op_takes_and_why(smi: Smi, monkeypatch: pytest.Mon
     assert "  cpp takes\n    gather_patches       no backend can run" in smi("info")[1]
 
 
+def test_graphs_can_be_switched_off(
+    smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = []
+
+    class Noted(smi_fast.SparseInverter):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            noted.append(options["graph"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("smi_fast.inversion.SparseInverter", Noted)
+    for option in ((), ("--no-graph",)):
+        folder = tmp_path / str(len(option))
+        assert smi.invert(folder, "--classes", "0", "--iterations", 4, *option)[0] == 0
+    assert noted == [True, False]
+
+
 def test_help_names_every_option(smi: Smi) -> None:
     _, out, _ = smi("invert", "--help")
     for option in ("--teacher", "--classes", "--schedule", "--seed", "--resume", "--overwrite"):

@@ -37,6 +37,9 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Forget what was derived from the weights."""
 
+    def derived(self) -> tuple[object, ...]:
+        """What was derived from the weights."""
+
     def embed(self, patches: Tensor, positions: Tensor, embedding: Embedding) -> Tensor:
         """The tokens [B, P + K, D] of patches [B, K, C·P·P] at positions int64 [B, K]."""
 

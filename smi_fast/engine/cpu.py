@@ -24,9 +24,9 @@ from smi_fast.engine.embedding import Embedding, embed_patches
 from smi_fast.engine.folding import (
     MATRICES,
     FoldedBlock,
-    Kind,
-    foldable,
+    first_unfoldable,
     has_eva_steps,
+    unfoldable,
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
@@ -76,16 +76,13 @@ class CpuEngine(FollowsWeights["FoldedRun", "LastBlock"]):
         self._blocks = list(blocks)
         self._precision = precision
         self._stored = stored_type(precision)
-        self._unfoldable = _first_unfoldable(self._blocks)
+        self._unfoldable = first_unfoldable(self._blocks)
         self._has_eva_steps = any(has_eva_steps(block) for block in blocks)
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
         if self._unfoldable is not None:
-            return (
-                f"blocks.{self._unfoldable} has more than LayerNorm or RMSNorm, GELU or SwiGLU, "
-                "and LayerScale"
-            )
+            return unfoldable(self._unfoldable)
         reason = backends.by_name(self.backend).why_not("gather_attention", device, dtype)
         if reason is None and self._has_eva_steps and not native.has_cpu_kernel("rotate_"):
             return "the C++ kernels are of an older version, without the steps of Eva: build anew"
@@ -153,14 +150,6 @@ class CpuEngine(FollowsWeights["FoldedRun", "LastBlock"]):
             rotary = rotations is not None
             self._last[key] = LastBlock(self._blocks[-1], rows, rotary, self._stored)
         return self._last[key](tokens, None if rotations is None else rotations[-1], offsets)
-
-
-def _first_unfoldable(blocks: list[Any]) -> int | None:
-    """The first block that can't be folded, or can't run with the first one."""
-    for index, block in enumerate(blocks):
-        if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):
-            return index
-    return None
 
 
 class FoldedRun:

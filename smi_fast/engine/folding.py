@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -56,6 +57,19 @@ def foldable(block: Any) -> bool:
         and len({layer.out_features for layer in layers[:-1]}) == 1  # k and v have as many heads
         and all(type(scale) in _IDLE_OR_SCALE for scale in scales)
     )
+
+
+def first_unfoldable(blocks: Sequence[Any]) -> int | None:
+    """The first block that can't be folded, or can't run with the first one."""
+    for index, block in enumerate(blocks):
+        if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):
+            return index
+    return None
+
+
+def unfoldable(index: int) -> str:
+    """Why a block is not :func:`foldable`."""
+    return f"blocks.{index} has more than LayerNorm or RMSNorm, GELU or SwiGLU, and LayerScale"
 
 
 class Kind(NamedTuple):
@@ -239,6 +253,22 @@ class FoldedBlock:
             return self
         rounded = {name: getattr(self, name).to(dtype) for name in MATRICES}
         return replace(self, **rounded)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has SwiGLU in the place of GELU."""
+        return len(self.fc1) == 2 * self.fc2.shape[1]
+
+    @property
+    def proj_eps(self) -> float | None:
+        """The eps of the norm in front of proj, where there is one."""
+        return None if self.v_bias is None else self.eps[2]
+
+    @property
+    def fc2_eps(self) -> float | None:
+        """The eps of the norm in front of fc2, where there is one."""
+        without = 2 if self.v_bias is None else 3
+        return self.eps[-1] if len(self.eps) > without else None
 
     def query_bias(self, rotary: bool) -> Tensor:
         """The bias that attention adds: of queries [A], with rotary positions of keys too [2A]."""

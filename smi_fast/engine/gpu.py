@@ -20,13 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smi_fast.engine.embedding import Embedding
-from smi_fast.engine.folding import Kind, foldable
+from smi_fast.engine.folding import first_unfoldable, unfoldable
 from smi_fast.engine.gpu_last_rows import LastRows
 from smi_fast.engine.gpu_run import PlannedRun
 from smi_fast.engine.gpu_steps import BACKEND
@@ -55,13 +53,12 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         super().__init__(blocks)
         self._blocks = list(blocks)
         self._precision, self._attention = precision, attention
-        others = (i for i, block in enumerate(blocks) if not _is_computed(block))
-        self._other = next(others, None)
+        self._unfoldable = first_unfoldable(self._blocks)
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it can't run these blocks on such tokens, or None when it can."""
-        if self._other is not None:
-            return f"blocks.{self._other} has more than LayerNorm or RMSNorm, GELU, and LayerScale"
+        if self._unfoldable is not None:
+            return unfoldable(self._unfoldable)
         reason = backends.by_name(BACKEND).why_not("gather_attention", device, dtype)
         if reason is None and dtype != torch.float32:
             return f"the engine takes a teacher in float32, got {dtype}"
@@ -75,14 +72,15 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
     def run(
         self, tokens: Tensor, start: int, stop: int, rotations: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one; none of
-        them has rotations.
+        """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one; with the
+        rotations of patches in each block of the teacher, or None.
         """
         self._follow_weights()
-        key = start, stop
+        key = start, stop, rotations is not None
         if key not in self._runs:
-            self._runs[key] = PlannedRun(self._blocks[start:stop], self._precision, self._attention)
-        return self._runs[key](tokens)
+            blocks, rotary = self._blocks[start:stop], rotations is not None
+            self._runs[key] = PlannedRun(blocks, self._precision, self._attention, rotary)
+        return self._runs[key](tokens, None if rotations is None else rotations[start:stop])
 
     def run_ragged(self, rows: Tensor, start: int, stop: int, offsets: Tensor) -> Tensor:
         """Never called: on a GPU the rows of images stay padded, see ``Blocks.ragged``."""
@@ -97,14 +95,15 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         rotations: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the blocks from ``start`` on and the norm behind them, and
-        their attention probabilities [B, H, R, N], which have no gradient; there are no rotations.
+        their attention probabilities [B, H, R, N], which have no gradient. With rotations, R is at
+        most the number of prefix tokens.
         """
         self._follow_weights()
-        key = start, rows
+        key = start, rows, rotations is not None
         if key not in self._last:
             arguments = self._blocks[start:], rows, self._precision, self._attention
-            self._last[key] = LastRows(*arguments)
-        return self._last[key](tokens, norm)
+            self._last[key] = LastRows(*arguments, rotations is not None)
+        return self._last[key](tokens, norm, None if rotations is None else rotations[start:])
 
     def last_block_rows(
         self,
@@ -113,18 +112,8 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         rotations: Sequence[Tensor] | None = None,
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`run_to_rows` of the last block, without the norm; there are neither rotations nor
-        offsets.
-        """
-        return self.run_to_rows(tokens, len(self._blocks) - 1, rows, None)
-
-
-def _is_computed(block: Any) -> bool:
-    """Whether the steps here are all that a block has; one of Eva or with inner norms has more."""
-    if type(block) is not Block or type(block.mlp) is not Mlp or not foldable(block):
-        return False
-    kind = Kind.of(block)
-    return not (kind.attention_norm or kind.mlp_norm)
+        """:meth:`run_to_rows` of the last block, without the norm; there are no offsets."""
+        return self.run_to_rows(tokens, len(self._blocks) - 1, rows, None, rotations)
 
 
 class _EmbedPatches(torch.autograd.Function):

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from smi_fast.engine.buffers import Lease
 from smi_fast.engine.folding import is_centred, is_foldable_norm
-from smi_fast.engine.gpu_run import Pending, PlannedRun
-from smi_fast.engine.gpu_steps import Steps
+from smi_fast.engine.gpu_run import Pending, PlannedRun, Turns, turns_like
+from smi_fast.engine.gpu_steps import Normalized, Steps
 from smi_fast.engine.precision import products_in
 
 
@@ -23,32 +24,40 @@ class LastRows:
 
     Args:
         blocks: one or more that :class:`GpuEngine` computes, frozen.
-        rows: R, at least one.
+        rows: R, at least one; where keys are rotated at most the number of prefix tokens.
         precision: of the products.
         attention: the backend of attention in the blocks before the last one.
+        rotary: whether queries and keys are rotated.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], rows: int, precision: str, attention: str
+        self, blocks: Sequence[nn.Module], rows: int, precision: str, attention: str, rotary: bool
     ) -> None:
         *before, last = blocks
         self.rows, self.steps = rows, Steps(precision)
-        self.run = PlannedRun(before, precision, attention) if before else None
+        self.run = PlannedRun(before, precision, attention, rotary) if before else None
         self.block = self.steps.folded(last)
         self.to_q, self.to_kv = self.block.qkv.tensor_split([len(self.block.q_bias)])
+        v_bias = self.block.v_bias
+        self.kv_bias: Tensor | None = None
+        if v_bias is not None:  # the bias of keys cancels in the softmax, or is for rotate_()
+            self.kv_bias = F.pad(v_bias, (len(v_bias), 0)).to(self.block.qkv.dtype)
 
-    def __call__(self, tokens: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, tokens: Tensor, norm: nn.Module | None, rotations: Turns
+    ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the blocks and a norm, for tokens [B, N, D], and their
         attention probabilities [B, H, R, N] in the last block, which have no gradient.
         """
         behind = None if norm is None or is_foldable_norm(norm) else norm
         saves = torch.is_grad_enabled() and tokens.requires_grad
-        result, probabilities = _RunToRows.apply(
-            tokens, self, norm if behind is None else None, saves
-        )
+        fused = norm if behind is None else None
+        result, probabilities = _RunToRows.apply(tokens, self, fused, saves, rotations)
         return result if behind is None else behind(result), probabilities
 
-    def forward(self, pending: Pending, norm: Any) -> tuple[Tensor, Tensor, _Saved]:
+    def forward(
+        self, pending: Pending, norm: Any, rotation: Tensor | None
+    ) -> tuple[Tensor, Tensor, _Saved]:
         """The rows [B, R, D] after the last block and the norm, probabilities, and what backward
         reads.
         """
@@ -59,16 +68,20 @@ class LastRows:
         steps.add_normalize_(x, *pending[1:], block.eps[0], normalized, rstd, centred)
         first = normalized.unflatten(0, (batch, count))[:, :rows].flatten(0, 1)
         q = torch.mm(first, self.to_q.T).unflatten(0, (batch, rows))
-        kv = torch.mm(normalized, self.to_kv.T).view(batch, count, 2, block.heads, -1)
+        kv = F.linear(normalized, self.to_kv, self.kv_bias).view(batch, count, 2, block.heads, -1)
+        if rotation is not None:
+            steps.rotate_(kv, block.k_bias, rotation, block.half)
         attended, probabilities = steps.attend_rows(q, block.q_bias, kv)
+        attended, to_proj = self._normalized(attended.flatten(0, 1), block.proj_eps)
 
         y = x.new_empty(batch * rows, x.shape[1])
         to_mlp, mlp_rstd = new(y.shape), y.new_empty(len(y))
-        added = torch.mm(attended.flatten(0, 1), block.proj.T)
+        added = torch.mm(attended, block.proj.T)
         written = block.eps[1], y, to_mlp, mlp_rstd, centred
         steps.add_normalize_rows_(pending.x[:, :rows], added, block.proj_bias, *written)
-        derivative, hidden = new(2, len(y), block.fc2.shape[1])
+        derivative, hidden = new(len(y), len(block.fc1)), new(len(y), block.fc2.shape[1])
         self.steps.activate(block, to_mlp, derivative, hidden)
+        hidden, to_fc2 = self._normalized(hidden, block.fc2_eps)
         added = torch.mm(hidden, block.fc2.T)
         if norm is None:
             y += added
@@ -84,9 +97,25 @@ class LastRows:
             written = norm.eps, final, final_rstd, result, is_centred(norm)
             steps.final_norm_(y, added, block.fc2_bias, *affine, *written)
         saved = normalized, rstd, q, kv, probabilities, to_mlp, mlp_rstd, derivative
-        return result.unflatten(0, (batch, rows)), probabilities, _Saved(*saved, final, final_rstd)
+        inner = *(to_proj or (None, None)), *(to_fc2 or (None, None))
+        left = _Saved(*saved, final, final_rstd, *inner)
+        return result.unflatten(0, (batch, rows)), probabilities, left
 
-    def backward(self, grad: Tensor, saved: _Saved, norm: Any, operand: Tensor | None) -> Tensor:
+    def _normalized(self, x: Tensor, eps: float | None) -> tuple[Tensor, Normalized | None]:
+        """Rows after a norm inside of the block, if there is one, and what it leaves."""
+        if eps is None:
+            return x, None
+        left = Normalized(torch.empty_like(x), self.block.q_bias.new_empty(len(x)))
+        return self.steps.normalize(x, eps, left, self.block.centred), left
+
+    def backward(
+        self,
+        grad: Tensor,
+        saved: _Saved,
+        norm: Any,
+        operand: Tensor | None,
+        rotation: Tensor | None,
+    ) -> Tensor:
         """The gradient [B·N, D] of tokens in front of the last block, from that of the rows.
 
         Unless it is None, ``operand`` [B·N, D] gets a copy.
@@ -104,13 +133,18 @@ class LastRows:
             final = saved.final, saved.final_rstd, norm.weight, gradient, copy
             steps.final_norm_backward_(grad, *final, is_centred(norm))
         of_rows = gradient if copy is None else copy
-        d_fc1, centred = torch.empty_like(saved.derivative), block.centred
-        self.steps.activate_backward(block, of_rows, saved.derivative, d_fc1)
-        d_to_mlp = torch.mm(d_fc1, block.fc1)
+        centred, (to_proj, to_fc2) = block.centred, saved.inner()
+        d_hidden = of_rows.new_empty(len(of_rows), block.fc2.shape[1])
+        d_gated = torch.empty_like(saved.derivative) if block.gated else None
+        of_mlp = saved.derivative, to_fc2, d_hidden, d_gated
+        d_to_mlp = torch.mm(self.steps.activate_backward(block, of_rows, *of_mlp), block.fc1)
         steps.normalize_backward_(gradient, d_to_mlp, saved.to_mlp, saved.mlp_rstd, copy, centred)
-        d_attended = torch.mm(of_rows, block.proj).view(q.shape)
+        d_attended = torch.mm(of_rows, block.proj)
+        d_attended = self.steps.normalize_backward(d_attended, to_proj, centred).view(q.shape)
         of_attention = q, block.q_bias, saved.kv, saved.probabilities
         d_q, d_kv = steps.attend_rows_backward(d_attended, *of_attention)
+        if rotation is not None:
+            steps.rotate_backward_(d_kv, 1, rotation, block.half)
 
         d_normalized = torch.mm(d_kv.flatten(2).flatten(0, 1), self.to_kv)
         of_images = d_normalized.unflatten(0, saved.kv.shape[:2])
@@ -133,9 +167,13 @@ class _Saved(NamedTuple):
         probabilities: float32 [B, H, R, N].
         to_mlp: [B·R, D], output of the second norm.
         mlp_rstd: float32 [B·R], of it.
-        derivative: [B·R, F], of GELU.
+        derivative: [B·R, F] of GELU, or [B·R, 2F] of SwiGLU.
         final: float32 [B·R, D], output of the norm behind the block, before its weight; or None.
         final_rstd: float32 [B·R], of it; or None.
+        to_proj: output of the norm in front of proj; or None.
+        proj_rstd: float32 [B·R], of it; or None.
+        to_fc2: output of the norm in front of fc2; or None.
+        fc2_rstd: float32 [B·R], of it; or None.
     """
 
     normalized: Tensor
@@ -148,23 +186,32 @@ class _Saved(NamedTuple):
     derivative: Tensor
     final: Tensor | None
     final_rstd: Tensor | None
+    to_proj: Tensor | None
+    proj_rstd: Tensor | None
+    to_fc2: Tensor | None
+    fc2_rstd: Tensor | None
+
+    def inner(self) -> list[Normalized | None]:
+        """What the norms in front of proj and of fc2 left."""
+        pairs = (self.to_proj, self.proj_rstd), (self.to_fc2, self.fc2_rstd)
+        return [None if x is None or r is None else Normalized(x, r) for x, r in pairs]
 
 
 class _RunToRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, rows: LastRows, norm: Any, saves: bool
+        ctx: Any, tokens: Tensor, rows: LastRows, norm: Any, saves: bool, rotations: Turns
     ) -> tuple[Tensor, Tensor]:
         run, pending = rows.run, Pending(tokens.contiguous())
-        ctx.lease = Lease(None, None)
+        rotations = turns_like(rotations, tokens)
+        ctx.lease, ctx.rotation = Lease(None, None), None if rotations is None else rotations[-1]
         with products_in(rows.steps.precision):
             if run is not None:
-                ctx.lease, ctx.attention = (
-                    run.acquire(tokens, saves),
-                    run.attention_for(tokens, saves),
-                )
-                pending = run.forward(pending.x, ctx.lease.buffers, ctx.attention)
-            result, probabilities, saved = rows.forward(pending, norm)
+                ctx.lease = run.acquire(tokens, saves)
+                before = None if rotations is None else rotations[:-1]
+                ctx.with_tokens = run.attention_for(tokens, saves), before
+                pending = run.forward(pending.x, ctx.lease.buffers, *ctx.with_tokens)
+            result, probabilities, saved = rows.forward(pending, norm, ctx.rotation)
         ctx.rows, ctx.norm = rows, norm
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(probabilities)
@@ -173,14 +220,14 @@ class _RunToRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return (None,) * 5
         rows, run, buffers = ctx.rows, ctx.rows.run, ctx.lease.buffers
         saved = _Saved(*ctx.saved_tensors)
         operand = None if run is None else buffers.operand
         with products_in(rows.steps.precision):
-            result = rows.backward(grad, saved, ctx.norm, operand)
+            result = rows.backward(grad, saved, ctx.norm, operand, ctx.rotation)
             if run is not None:
-                run.backward(result, buffers, ctx.attention)
-        return result.unflatten(0, saved.kv.shape[:2]), None, None, None
+                run.backward(result, buffers, *ctx.with_tokens)
+        return result.unflatten(0, saved.kv.shape[:2]), None, None, None, None

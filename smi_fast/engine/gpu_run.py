@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from smi_fast.engine.buffers import Lease
 from smi_fast.engine.folding import FoldedBlock
-from smi_fast.engine.gpu_steps import Steps
+from smi_fast.engine.gpu_steps import Normalized, Steps
 from smi_fast.engine.precision import products_in
 from smi_fast.ops import backends
 from smi_fast.ops.limits import AttentionSize
+
+# The rotation of patches in each block, see smi_fast.teacher.rotary.rotations; None without any.
+Turns = Sequence[Tensor] | None
 
 
 class Pending(NamedTuple):
@@ -39,22 +41,22 @@ class PlannedRun:
         blocks: one or more that :class:`GpuEngine` computes, frozen.
         precision: of the products.
         attention: the backend of attention.
+        rotary: whether queries and keys are rotated.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], precision: str, attention: str) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], precision: str, attention: str, rotary: bool
+    ) -> None:
         self.steps, self.attention = Steps(precision), attention
         self.blocks = [self.steps.folded(block) for block in blocks]
-        # The bias of keys cancels in the softmax, and that of values is in proj_bias.
-        self.qkv_biases = [
-            F.pad(block.q_bias, (0, 2 * len(block.q_bias))).to(block.qkv.dtype)
-            for block in self.blocks
-        ]
+        self.qkv_biases = [_qkv_bias(block, rotary) for block in self.blocks]
+        self.rotary_biases = [block.query_bias(rotary=True) for block in self.blocks if rotary]
         self.free: _Buffers | None = None
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, N, D] after the blocks."""
+    def __call__(self, tokens: Tensor, rotations: Turns) -> Tensor:
+        """Tokens [B, N, D] after the blocks, with the rotation of each where these are rotary."""
         saves = torch.is_grad_enabled() and tokens.requires_grad
-        result: Tensor = _RunBlocks.apply(tokens, self, saves)
+        result: Tensor = _RunBlocks.apply(tokens, self, saves, rotations)
         return result
 
     def acquire(self, tokens: Tensor, saves: bool) -> Lease:
@@ -81,17 +83,27 @@ class PlannedRun:
         )
         return chosen.functions
 
-    def forward(self, tokens: Tensor, buffers: _Buffers, attention: Any) -> Pending:
+    def forward(
+        self, tokens: Tensor, buffers: _Buffers, attention: Any, rotations: Turns
+    ) -> Pending:
         """The tokens [B, N, D] after the blocks, as a sum that is still to be taken."""
         steps, x = self.steps.functions, tokens.flatten(0, 1)
         pending: tuple[Tensor | None, Tensor | None] = (None, None)
-        for block, qkv_bias, saved in zip(self.blocks, self.qkv_biases, buffers.saved, strict=True):
+        for index, (block, saved) in enumerate(zip(self.blocks, buffers.saved, strict=True)):
             to_attention, to_mlp = saved.to_attention, saved.to_mlp
-            (eps, mlp_eps), (rstd, mlp_rstd), centred = block.eps, saved.rstd, block.centred
-            steps.add_normalize_(x, *pending, eps, to_attention, rstd, centred)
-            torch.addmm(qkv_bias, to_attention, block.qkv.T, out=saved.qkv.flatten(2).flatten(0, 1))
-            attended, _ = attention.gather_attention(saved.qkv, None, None, False)
-            torch.mm(attended.flatten(0, 1), block.proj.T, out=buffers.of_rows)
+            (rstd, mlp_rstd), centred, mlp_eps = saved.rstd, block.centred, block.eps[1]
+            steps.add_normalize_(x, *pending, block.eps[0], to_attention, rstd, centred)
+            qkv, qkv_bias = saved.qkv.flatten(2).flatten(0, 1), self.qkv_biases[index]
+            if qkv_bias is None:
+                torch.mm(to_attention, block.qkv.T, out=qkv)
+            else:
+                torch.addmm(qkv_bias, to_attention, block.qkv.T, out=qkv)
+            if rotations is not None:
+                rotary_bias = self.rotary_biases[index]
+                steps.rotate_(saved.qkv, rotary_bias, rotations[index], block.half)
+            attended = attention.gather_attention(saved.qkv, None, None, False)[0].flatten(0, 1)
+            attended = self.steps.normalize(attended, block.proj_eps, saved.to_proj, centred)
+            torch.mm(attended, block.proj.T, out=buffers.of_rows)
             of_attention, normalized = (buffers.of_rows, block.proj_bias), (to_mlp, mlp_rstd)
             if pending[0] is None:  # the tokens are someone else's, so they don't change
                 x = torch.empty_like(x)
@@ -100,28 +112,58 @@ class PlannedRun:
             else:
                 steps.add_normalize_(x, *of_attention, mlp_eps, *normalized, centred)
             self.steps.activate(block, to_mlp, saved.derivative, buffers.hidden)
-            torch.mm(buffers.hidden, block.fc2.T, out=buffers.of_rows)
+            hidden = buffers.hidden
+            hidden = self.steps.normalize(hidden, block.fc2_eps, saved.to_fc2, centred)
+            torch.mm(hidden, block.fc2.T, out=buffers.of_rows)
             pending = buffers.of_rows, block.fc2_bias
         return Pending(x.view_as(tokens), *pending)
 
-    def backward(self, gradient: Tensor, buffers: _Buffers, attention: Any) -> None:
+    def backward(
+        self, gradient: Tensor, buffers: _Buffers, attention: Any, rotations: Turns
+    ) -> None:
         """Change the gradient [B·N, D] of tokens after the blocks into that before them.
 
         The buffers' operand has a copy of it where products are of another data type.
         """
         steps, copy = self.steps.functions, buffers.operand
         operand = gradient if copy is None else copy
-        for block, saved in zip(reversed(self.blocks), reversed(buffers.saved), strict=True):
+        for index in reversed(range(len(self.blocks))):
+            block, saved = self.blocks[index], buffers.saved[index]
             (rstd, mlp_rstd), centred = saved.rstd, block.centred
-            self.steps.activate_backward(block, operand, saved.derivative, buffers.hidden)
-            d_rows = torch.mm(buffers.hidden, block.fc1, out=buffers.of_rows)
+            of_mlp = saved.derivative, saved.to_fc2, buffers.hidden, buffers.d_gated
+            d_fc1 = self.steps.activate_backward(block, operand, *of_mlp)
+            d_rows = torch.mm(d_fc1, block.fc1, out=buffers.of_rows)
             steps.normalize_backward_(gradient, d_rows, saved.to_mlp, mlp_rstd, copy, centred)
-            torch.mm(operand, block.proj, out=buffers.d_attended.flatten(0, 1))
-            d_qkv = attention.gather_attention_backward(buffers.d_attended, saved.qkv, None, None)
+            d_attended = torch.mm(operand, block.proj, out=buffers.d_attended.flatten(0, 1))
+            d_attended = self.steps.normalize_backward(d_attended, saved.to_proj, centred)
+            d_attended = d_attended.view(buffers.d_attended.shape)
+            d_qkv = attention.gather_attention_backward(d_attended, saved.qkv, None, None)
+            if rotations is not None:
+                steps.rotate_backward_(d_qkv, 2, rotations[index], block.half)
             torch.mm(d_qkv.flatten(2).flatten(0, 1), block.qkv, out=d_rows)
             # Nothing reads a copy in front of the first block.
-            last = None if block is self.blocks[0] else copy
+            last = None if index == 0 else copy
             steps.normalize_backward_(gradient, d_rows, saved.to_attention, rstd, last, centred)
+
+
+def turns_like(rotations: Turns, tokens: Tensor) -> Turns:
+    """Rotations as kernels read them, in the data type of tokens."""
+    if rotations is None:
+        return None
+    return [rotation.to(tokens.dtype).contiguous() for rotation in rotations]
+
+
+def _qkv_bias(block: FoldedBlock, rotary: bool) -> Tensor | None:
+    """The bias [3A] that is added to qkv in its product, in the type of products, or None.
+
+    The bias of keys cancels in the softmax, and that of values is in proj_bias unless a norm is in
+    front of proj. With rotary positions a step behind the product adds those of queries and keys.
+    """
+    if rotary and block.v_bias is None:
+        return None
+    none = torch.zeros_like(block.q_bias)
+    biases = none if rotary else block.q_bias, none, none if block.v_bias is None else block.v_bias
+    return torch.cat(biases).to(block.qkv.dtype)
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -136,8 +178,10 @@ class _Saved(NamedTuple):
         to_attention: [B·N, D], output of the first norm.
         to_mlp: [B·N, D], output of the second one.
         rstd: float32 [2, B·N], of both.
-        qkv: [B, N, 3, H, d].
-        derivative: [B·N, F], of GELU.
+        qkv: [B, N, 3, H, d], as attention takes it.
+        derivative: [B·N, F] of GELU, or [B·N, 2F] of SwiGLU.
+        to_proj: output of the norm in front of proj, where there is one.
+        to_fc2: that of the norm in front of fc2.
     """
 
     to_attention: Tensor
@@ -145,6 +189,8 @@ class _Saved(NamedTuple):
     rstd: Tensor
     qkv: Tensor
     derivative: Tensor
+    to_proj: Normalized | None
+    to_fc2: Normalized | None
 
 
 class _Buffers:
@@ -158,6 +204,7 @@ class _Buffers:
         saved: of each block; without a gradient all share one.
         of_rows: [B·N, D], what a product adds to the tokens, or to the gradient.
         hidden: [B·N, F], the hidden layer of the MLP, or its gradient.
+        d_gated: [B·N, 2F], the gradient of the first layer of SwiGLU; None with GELU.
         d_attended: [B, N, H·d], the gradient of attention's output.
         operand: [B·N, D], the gradient in the data type of products; None where it has that type.
     """
@@ -166,20 +213,28 @@ class _Buffers:
         self.key, first = key, blocks[0]
         batch, tokens, saves = key
         rows, width, heads = batch * tokens, len(first.q_bias), first.heads
-        new, channels, hidden = first.qkv.new_empty, len(first.proj_bias), first.fc2.shape[1]
+        new, new32 = first.qkv.new_empty, first.q_bias.new_empty
+        channels, layer, hidden = len(first.proj_bias), len(first.fc1), first.fc2.shape[1]
+
+        def inner(eps: float | None, size: int) -> Normalized | None:
+            return None if eps is None else Normalized(new(rows, size), new32(rows))
+
         self.saved = [
             _Saved(
                 new(rows, channels),
                 new(rows, channels),
-                first.q_bias.new_empty(2, rows),
+                new32(2, rows),
                 new(batch, tokens, 3, heads, width // heads),
-                new(rows, hidden),
+                new(rows, layer),
+                inner(first.proj_eps, width),
+                inner(first.fc2_eps, hidden),
             )
             for _ in (blocks if saves else blocks[:1])
         ]
         if not saves:
             self.saved *= len(blocks)
         self.of_rows, self.hidden = new(rows, channels), new(rows, hidden)
+        self.d_gated = new((rows if saves else 0), layer) if first.gated else None
         self.d_attended = new((batch, tokens, width) if saves else (0, 0, width))
         half = first.qkv.dtype != first.q_bias.dtype
         self.operand = new(rows, channels) if half and saves else None
@@ -187,11 +242,11 @@ class _Buffers:
 
 class _RunBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool, rotations: Turns) -> Tensor:
         ctx.run, ctx.lease = run, run.acquire(tokens, saves)
-        ctx.attention = run.attention_for(tokens, saves)
+        ctx.with_tokens = run.attention_for(tokens, saves), turns_like(rotations, tokens)
         with products_in(run.steps.precision):
-            x, added, bias = run.forward(tokens.contiguous(), ctx.lease.buffers, ctx.attention)
+            x, added, bias = run.forward(tokens.contiguous(), ctx.lease.buffers, *ctx.with_tokens)
         ctx.save_for_backward()
         assert added is not None and bias is not None
         x += added.view_as(x)
@@ -200,7 +255,7 @@ class _RunBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _ = ctx.saved_tensors  # raises when the graph has been freed
         result, operand = (
             grad.clone(memory_format=torch.contiguous_format),
@@ -209,5 +264,5 @@ class _RunBlocks(torch.autograd.Function):
         if operand is not None:
             operand.copy_(result.flatten(0, 1))
         with products_in(ctx.run.steps.precision):
-            ctx.run.backward(result.flatten(0, 1), ctx.lease.buffers, ctx.attention)
-        return result, None, None
+            ctx.run.backward(result.flatten(0, 1), ctx.lease.buffers, *ctx.with_tokens)
+        return result, None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from smi_fast.ops import backends, tuning
 BACKEND = "triton"
 # The sides of tiles that kernels of products can have.
 SIDES = (64, 128)
+
+
+class Normalized(NamedTuple):
+    """What a norm inside of a block leaves for backward: rows [rows, W], float32 rstd [rows]."""
+
+    rows: Tensor
+    rstd: Tensor
 
 
 class Steps:
@@ -43,8 +50,32 @@ class Steps:
             folded = replace(folded, fc2=folded.fc2.T.contiguous().T)
         return folded
 
+    def normalize(
+        self, x: Tensor, eps: float | None, to: Normalized | None, centred: bool
+    ) -> Tensor:
+        """Rows [rows, W] after a norm inside of a block, written into ``to``; x without one."""
+        if eps is None or to is None:
+            return x
+        self.functions.add_normalize_(x, None, None, eps, *to, centred)
+        return to.rows
+
+    def normalize_backward(self, grad: Tensor, of: Normalized | None, centred: bool) -> Tensor:
+        """The gradient [rows, W] in front of a norm inside of a block, from that behind it."""
+        if of is None:
+            return grad
+        gradient = torch.zeros_like(grad, dtype=of.rstd.dtype)
+        copy = None if grad.dtype == gradient.dtype else torch.empty_like(grad)
+        self.functions.normalize_backward_(gradient, grad, *of, copy, centred)
+        return gradient if copy is None else copy
+
     def activate(self, block: FoldedBlock, x: Tensor, derivative: Tensor, hidden: Tensor) -> None:
-        """Write GELU of the MLP's first layer into hidden [rows, F], and its derivative."""
+        """Write the MLP's hidden layer into hidden [rows, F], and the derivatives of GELU [rows, F]
+        or of SwiGLU [rows, 2F].
+        """
+        if block.gated:
+            torch.mm(x, block.fc1.T, out=derivative)
+            self.functions.swiglu_(derivative, block.fc1_bias, hidden)
+            return
 
         def separate() -> None:
             torch.mm(x, block.fc1.T, out=derivative)
@@ -54,16 +85,40 @@ class Steps:
         self._run("linear_gelu_", (x, block.fc1), arguments, separate)
 
     def activate_backward(
-        self, block: FoldedBlock, grad: Tensor, derivative: Tensor, d_fc1: Tensor
-    ) -> None:
-        """Write the gradient of the first layer into d_fc1 [rows, F], from that of the second."""
+        self,
+        block: FoldedBlock,
+        grad: Tensor,
+        derivative: Tensor,
+        normalized: Normalized | None,
+        d_hidden: Tensor,
+        d_gated: Tensor | None,
+    ) -> Tensor:
+        """The gradient of the MLP's first layer, from that of its second.
+
+        Args:
+            block: which one.
+            grad: [rows, D].
+            derivative: what :meth:`activate` wrote.
+            normalized: what the norm in front of the second layer left, where there is one.
+            d_hidden: [rows, F], is written.
+            d_gated: [rows, 2F], is written with SwiGLU.
+        """
+        if normalized is not None or d_gated is not None:
+            torch.mm(grad, block.fc2, out=d_hidden)
+            d_hidden = self.normalize_backward(d_hidden, normalized, block.centred)
+            if d_gated is not None:
+                self.functions.swiglu_backward_(d_hidden, derivative, d_gated)
+                return d_gated
+            self.functions.multiply_(d_hidden, derivative)
+            return d_hidden
 
         def separate() -> None:
-            torch.mm(grad, block.fc2, out=d_fc1)
-            self.functions.multiply_(d_fc1, derivative)
+            torch.mm(grad, block.fc2, out=d_hidden)
+            self.functions.multiply_(d_hidden, derivative)
 
-        arguments = grad, block.fc2, derivative, d_fc1
+        arguments = grad, block.fc2, derivative, d_hidden
         self._run("multiplied_product_", (grad, block.fc2), arguments, separate)
+        return d_hidden
 
     def _run(
         self,

@@ -41,7 +41,16 @@ _STEPS = {
 _TRITON_STEPS = {
     **{
         name: _STEPS[name]
-        for name in ("add_normalize_", "normalize_backward_", "gelu_", "multiply_")
+        for name in (
+            "add_normalize_",
+            "normalize_backward_",
+            "gelu_",
+            "multiply_",
+            "swiglu_",
+            "swiglu_backward_",
+            "rotate_",
+            "rotate_backward_",
+        )
     },
     "attend_rows": "(Tensor q, Tensor q_bias, Tensor kv) -> (Tensor, Tensor)",
     "attend_rows_backward": (

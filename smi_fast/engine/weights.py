@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Run = TypeVar("Run")
@@ -55,6 +56,36 @@ class WeightWatch:
         return {**vars(self), "_state": [], "_held": []}
 
 
+class WeightCopy:
+    """The values of weights at one moment, to notice every change.
+
+    Args:
+        modules: whose parameters and buffers are copied.
+    """
+
+    def __init__(self, modules: nn.Module) -> None:
+        self._modules = modules
+        # The weights too, so that no other gets the address of one that is replaced.
+        self._then = [(weight, weight.clone()) for weight in self._weights()]
+
+    def changed(self) -> bool:
+        """Whether weights have other values, or are elsewhere. The host waits for the device."""
+        now = self._weights()
+        if len(now) != len(self._then):
+            return True
+        if any(a.data_ptr() != b.data_ptr() for a, (b, _) in zip(now, self._then, strict=True)):
+            return True
+        others = [
+            (weight != values).any() for weight, (_, values) in zip(now, self._then, strict=True)
+        ]
+        return bool(torch.stack(others).any())
+
+    def _weights(self) -> list[Tensor]:
+        return [
+            weight.detach() for weight in (*self._modules.parameters(), *self._modules.buffers())
+        ]
+
+
 class FollowsWeights(Generic[Run, Last]):
     """An engine's runs of blocks and of the last block, folded anew after weights have changed.
 
@@ -71,6 +102,10 @@ class FollowsWeights(Generic[Run, Last]):
         """Forget what was folded."""
         self._watch.forget()
         self._runs, self._last = {}, {}
+
+    def derived(self) -> tuple[object, ...]:
+        """What was folded, for whoever is to keep its memory."""
+        return (*self._runs.values(), *self._last.values())
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fold anew: packed weights are in a format of MKL or oneDNN."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from smi_fast.inversion.inputs import one_of
 
-# Calls before the capture, in which libraries set themselves up and kernels are compiled.
-WARM_UP = 3
+# Calls before the first capture, in which libraries set themselves up and kernels are compiled. For
+# later ones on the same stream one is enough, which compiles kernels.
+WARM_UP, LATER_WARM_UP = 3, 1
 
 
 class NotCapturable(RuntimeError):
@@ -22,8 +25,31 @@ def graphs_allowed() -> bool:
     return one_of("SMI_FAST_GRAPH", os.environ.get("SMI_FAST_GRAPH", "1"), ("0", "1")) == "1"
 
 
+class GraphMemory:
+    """The stream and the pool of memory of graphs that never run at the same time.
+
+    Libraries keep memory for each stream, and what one graph needs only while it runs is free for
+    the others.
+
+    Attributes:
+        warm: whether something was captured here before.
+    """
+
+    def __init__(self) -> None:
+        self.warm = False
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Of the current device, which is that of the first graph."""
+        return torch.cuda.Stream()
+
+    @cached_property
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+
 class CapturedCall:
-    """A function that is called as it is three times, and from then on replayed as a CUDA graph.
+    """A function that is called as it is a few times, and from then on replayed as a CUDA graph.
 
     The first calls are calls like any other, so nothing has to be undone after them.
 
@@ -32,6 +58,10 @@ class CapturedCall:
         device: a CUDA device.
         generator: of the device, where the function draws from another one than torch's own. Each
             replay draws new numbers from it.
+        memory: that this graph shares with others; by default its own.
+
+    Attributes:
+        captured: whether there is a graph already.
     """
 
     def __init__(
@@ -39,21 +69,27 @@ class CapturedCall:
         function: Callable[[], object],
         device: torch.device,
         generator: torch.Generator | None = None,
+        memory: GraphMemory | None = None,
     ) -> None:
         self._function, self._device, self._generator = function, device, generator
-        self._stream = torch.cuda.Stream(device)
+        self._memory = GraphMemory() if memory is None else memory
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._calls = 0
+        self._left = LATER_WARM_UP if self._memory.warm else WARM_UP
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
 
     def __call__(self) -> None:
         """Do the function's work.
 
         Raises:
-            NotCapturable: at the fourth call; what the function has done before stays done.
+            NotCapturable: at the first call after those that warm up; what the function has done
+                before stays done.
         """
-        self._calls += 1
         with torch.cuda.device(self._device):
-            if self._calls <= WARM_UP:
+            if self._left:
+                self._left -= 1
                 self._warm_up()
                 return
             if self._graph is None:
@@ -62,18 +98,19 @@ class CapturedCall:
 
     def _warm_up(self) -> None:
         # On the stream of the capture, for which libraries keep memory of its own.
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        current, stream = torch.cuda.current_stream(), self._memory.stream
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             self._function()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         if self._generator is not None:
             graph.register_generator_state(self._generator)
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            memory = self._memory
+            with torch.cuda.graph(graph, pool=memory.pool, stream=memory.stream):
                 self._function()
         except RuntimeError as error:
             raise NotCapturable(
@@ -82,4 +119,5 @@ class CapturedCall:
                 "SparseInverter(graph=False), or SMI_FAST_GRAPH=0 in the environment, runs "
                 "iterations one by one"
             ) from error
+        self._memory.warm = True
         return graph

@@ -15,6 +15,7 @@ from smi_fast.early_finish import EarlyFinish
 from smi_fast.importance import Scores, as_importance
 from smi_fast.inversion.cuda_graph import graphs_allowed
 from smi_fast.inversion.ending import Ending, result_of
+from smi_fast.inversion.graphs import Graphs
 from smi_fast.inversion.inputs import (
     as_sparse,
     as_targets,
@@ -112,8 +113,8 @@ class SparseInverter:
         backend: which implementation of the ops to use, see :mod:`smi_fast.ops.backends`.
         precision: of the teacher's matrix products, as of :class:`SparseViT`. By default that of a
             teacher that is a SparseViT already, and float32 otherwise.
-        graph: capture iterations on CUDA in a CUDA graph. With False, or ``SMI_FAST_GRAPH=0`` in
-            the environment, they run one by one, with the same results.
+        graph: capture iterations on CUDA in CUDA graphs, which serve later batches too. With False,
+            or ``SMI_FAST_GRAPH=0`` in the environment, they run one by one, with the same results.
 
     Raises:
         ValueError: any of these out of range, with what was expected and what came; a teacher in
@@ -189,6 +190,7 @@ class SparseInverter:
         self._sizes = sizes_of(self.schedule, sparse.image_size, sparse.patch_size)
         check_sizes(self.settings, self._sizes)
         check_ragged(self.settings, self.schedule)
+        self._graphs = Graphs(self.settings)
         self._counts = counts
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -281,7 +283,7 @@ class SparseInverter:
             turnover = Turnover(state, tuple(self._counts), stop, progress)
             return turnover.invert(self._remaining)
         display = Progress(self.settings.iterations, progress)
-        loop = Loop(state, frozenset(self._counts), display, callback)
+        loop = Loop(state, frozenset(self._counts), display, callback, self._graphs)
         marks: list[tuple[int, int, float]] = []
         importance, interrupted = None, False
         try:
@@ -314,6 +316,7 @@ class SparseInverter:
     ) -> InversionState:
         """The state before the first iteration, from the same arguments as :meth:`invert`."""
         self.teacher.refresh()
+        self._graphs.begin()
         settings = at_size(self.settings, self._sizes[0])
         teacher = settings.teacher
         given, batch = as_targets(targets, batch, teacher)

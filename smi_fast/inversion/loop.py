@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from smi_fast.inversion.cuda_graph import CapturedCall
+from smi_fast.inversion.graphs import Graphs, PhaseGraphs
 from smi_fast.inversion.progress import Progress
 from smi_fast.inversion.state import InversionState
 from smi_fast.objectives import UserTerm
@@ -31,6 +30,7 @@ class Loop:
         stops: iterations of the stops. The iteration before each scores importance.
         progress: shows how far the run is.
         callback: called after each iteration, see :meth:`smi_fast.SparseInverter.invert`.
+        graphs: of the inverter; by default none are kept.
     """
 
     def __init__(
@@ -39,8 +39,10 @@ class Loop:
         stops: frozenset[int],
         progress: Progress,
         callback: Callback | None,
+        graphs: Graphs | None = None,
     ) -> None:
         self._state, self._stops = state, stops
+        self._graphs = Graphs(state.settings) if graphs is None else graphs
         self._progress, self._callback = progress, callback
 
     def run(self, iterations: range) -> Tensor | None:
@@ -75,38 +77,38 @@ class Loop:
         return found.importance
 
     def _replayed(self, iterations: range) -> Tensor | None:
-        """As :meth:`_one_by_one`, with one CUDA graph for each set of objectives that are due.
+        """As :meth:`_one_by_one`, with CUDA graphs.
 
         The iteration before a stop is in no graph, because only it scores importance.
         """
-        state = self._state
-        graphs: dict[tuple[bool, ...], CapturedCall] = {}
-        importance = None
-        first, saved = iterations.start, state.save()
-        for number in iterations:
+        with self._graphs.of(self._state) as phase:
+            return self._replayed_by(phase, iterations)
+
+    def _replayed_by(self, phase: PhaseGraphs, iterations: range) -> Tensor | None:
+        state, importance = self._state, None
+        scored = iterations.stop - 1 if iterations.stop in self._stops else None
+        number = first = iterations.start
+        saved = state.save()
+        while number < iterations.stop:
+            check = min(first + CHECK_EVERY, iterations.stop)
             try:
-                if number + 1 in self._stops:
+                if number == scored:
                     importance = state.step(score=True, number=number)
+                    number += 1
                 else:
-                    self._replay(graphs, number)
-                self._call_back(number)
+                    most = (check if scored is None else min(check, scored)) - number
+                    most = most if self._callback is None else 1
+                    number += phase.advance(number, most, iterations.stop - number)
+                self._call_back(number - 1)
             except KeyboardInterrupt:
                 self._settle(first, saved)
                 raise
-            if number + 1 == iterations.stop or (number + 1 - iterations.start) % CHECK_EVERY == 0:
+            if number == check:
                 repeated = self._settle(first, saved)
                 importance = importance if repeated is None else repeated
-                self._progress.show(state, number)
-                first, saved = number + 1, state.save()
+                self._progress.show(state, number - 1)
+                first, saved = number, state.save()
         return importance
-
-    def _replay(self, graphs: dict[tuple[bool, ...], CapturedCall], number: int) -> None:
-        settings = self._state.settings
-        due = settings.due(number)
-        if due not in graphs:
-            step = partial(self._state.step, number=number)
-            graphs[due] = CapturedCall(step, settings.teacher.device, self._state.generator)
-        graphs[due]()
 
     def _settle(self, first: int, saved: list[Tensor]) -> Tensor | None:
         """Check the iterations since ``saved``.

@@ -103,12 +103,14 @@ class Collected:
     def _of_parts(self) -> Iterator[Tensor]:
         windows, variation, images = self._windows, self._variation, self._images.detach()
         functions = backends.by_name(BACKEND).functions
-        if windows is not None and variation is not None:
-            if _are_same(windows.kept, variation.active):
-                norms = variation.grad_l1, variation.grad_l2
-                size = windows.patch_size
-                yield functions.pixel_gradient(*windows[:4], *norms, images, size, variation.sums)
-                return
+        if (
+            windows is not None
+            and variation is not None
+            and _are_same(windows.kept, variation.active)
+        ):
+            norms, size = (variation.grad_l1, variation.grad_l2), windows.patch_size
+            yield functions.pixel_gradient(*windows[:4], *norms, images, size, variation.sums)
+            return
         if windows is not None:
             yield functions.gather_patches_backward(*windows, *images.shape[2:])
         if variation is not None:

@@ -99,6 +99,10 @@ class Blocks:
         for candidate in self._engines:
             candidate.refresh()
 
+    def derived(self) -> tuple[object, ...]:
+        """What engines derived from the weights."""
+        return tuple(found for candidate in self._engines for found in candidate.derived())
+
     def engine_for(self, device: torch.device, dtype: torch.dtype) -> Engine | None:
         """The engine for tokens of this device and data type; None for one block after another.
 

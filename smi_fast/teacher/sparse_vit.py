@@ -175,6 +175,10 @@ class SparseViT(nn.Module):
         self._weights.follow()
         self._blocks.refresh()
 
+    def derived(self) -> tuple[object, ...]:
+        """What was derived from weights; it stays in memory while this is held."""
+        return self._blocks.derived()
+
     def requires_grad_(self, requires_grad: bool = True) -> SparseViT:
         """Refuse to train: no weight gradient is ever computed.
 

@@ -16,6 +16,10 @@ GPU_STEPS = (
     "normalize_backward_",
     "gelu_",
     "multiply_",
+    "swiglu_",
+    "swiglu_backward_",
+    "rotate_",
+    "rotate_backward_",
     "attend_rows",
     "attend_rows_backward",
     "linear_gelu_",
@@ -74,6 +78,17 @@ def _more_calls() -> Iterator[OpCall]:
         yield OpCall(f"tiles-of-{side}", "linear_gelu_", tiled)
         product = grad, weight.T.contiguous(), factors, out, side
         yield OpCall(f"tiles-of-{side}", "multiplied_product_", product)
+    for rows, width in ((13, 200), (9, 130)):  # more than one tile
+        x, bias = torch.randn(rows, 2 * width), torch.randn(2 * width)
+        grad, label = torch.randn(rows, width), f"{rows}x{width}"
+        yield OpCall(label, "swiglu_", (3 * x, bias, torch.empty_like(grad)))
+        yield OpCall(label, "swiglu_backward_", (grad, x, torch.empty_like(x)))
+    for half in (True, False):  # more than one program, and heads with angles of their own
+        x, bias, angle = torch.randn(2, 5, 3, 9, 64), torch.randn(1152), torch.rand(2, 4, 9, 64)
+        rotation = torch.cat([(6 * angle).sin(), (6 * angle).cos()], dim=-1)
+        label = f"nine-heads-{'half' if half else 'pairs'}"
+        yield OpCall(label, "rotate_", (x, bias, rotation, half))
+        yield OpCall(label, "rotate_backward_", (x, 2, rotation, half))
     # Scores above 88, whose exponential overflows float32 unless the largest is subtracted.
     q, q_bias, kv = 20 * torch.randn(1, 1, 64), torch.randn(64), torch.randn(1, 70, 2, 2, 32)
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))

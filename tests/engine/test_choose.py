@@ -107,11 +107,8 @@ def test_the_engine_of_gpus_is_chosen(
             (name, options, "cuda", torch.float32, "blocks.0 has more than LayerNorm or RMSNorm")
             for name, options in (
                 ("vit_tiny_patch16_224", {"act_layer": "relu"}),
-                ("vit_tiny_patch16_224", {"scale_mlp_norm": True}),
-                ("vit_tiny_patch16_224", {"scale_attn_norm": True}),
+                ("vit_tiny_patch16_224", {"qk_norm": True}),
                 ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLU}),
-                ("eva02_tiny_patch14_224", {"img_size": 28}),
-                ("vit_small_patch16_dinov3", {}),
             )
         ),
     ],

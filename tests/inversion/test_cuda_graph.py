@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from smi_fast.inversion import cuda_graph
-from smi_fast.inversion.cuda_graph import WARM_UP, CapturedCall, NotCapturable
+from smi_fast.inversion.cuda_graph import (
+    LATER_WARM_UP,
+    WARM_UP,
+    CapturedCall,
+    GraphMemory,
+    NotCapturable,
+)
 
 
 def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +24,7 @@ def test_capture_follows_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
     capturing = []
 
     @contextmanager
-    def capture(graph: object, stream: object) -> Iterator[None]:
+    def capture(graph: object, pool: object, stream: object) -> Iterator[None]:
         capturing.append(True)
         yield
         capturing.pop()
@@ -63,3 +69,22 @@ def test_a_graph_knows_the_generator_before_it_is_captured(
     names = [name for name, *_ in cuda.mock_calls]
     registered = names.index("CUDAGraph().register_generator_state")
     assert "graph" in names[registered:], "registered before the last capture begins"
+
+
+def test_graphs_share_a_stream_and_a_pool_and_later_ones_warm_up_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, calls = MagicMock(), MagicMock()
+    monkeypatch.setattr(cuda_graph.torch, "cuda", cuda)
+    memory = GraphMemory()
+    for expected in (WARM_UP, LATER_WARM_UP):
+        calls.reset_mock()
+        captured = CapturedCall(calls, torch.device("cuda"), memory=memory)
+        while not captured.captured:
+            captured()
+        assert calls.call_count == expected + 1
+    assert cuda.Stream.call_count == cuda.graph_pool_handle.call_count == 1
+    used = {"pool": cuda.graph_pool_handle(), "stream": cuda.Stream()}
+    assert [call.kwargs for call in cuda.graph.call_args_list] == [used, used]
+    CapturedCall(calls, torch.device("cuda"))()
+    assert cuda.Stream.call_count == 3, "by default a graph has memory of its own"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smi_fast import recipes
+from smi_fast.inversion.graphs import Graphs
 from smi_fast.inversion.state import InversionState
 from smi_fast.verify import captured
 from smi_fast.zoo import load_cnn, load_teacher
@@ -36,17 +37,18 @@ def test_equal_runs_have_no_failure(share: float) -> None:
 def test_one_bit_of_one_tensor_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     finished, calls = captured.finished, []
 
-    def changed(state: InversionState) -> dict[str, torch.Tensor]:
-        found = finished(state)
-        calls.append(state.settings)
-        if len(calls) == 2:
+    def changed(state: InversionState, graphs: Graphs) -> dict[str, torch.Tensor]:
+        found = finished(state, graphs)
+        calls.append(graphs)
+        if len(calls) == 4:
             moments = found["exp_avg_sq"]
             moments.flatten()[-1] = moments.flatten()[-1].nextafter(torch.tensor(torch.inf))
         return found
 
     monkeypatch.setattr(captured, "finished", changed)
     line = captured.check(load_teacher("fashion-canvas"), recipes.smi(), 0.5, CPU)
-    assert line["failures"] == ["exp_avg_sq differs"]
+    assert line["failures"] == ["exp_avg_sq of batch 1 differs"]
+    assert calls[0] is calls[2] and calls[1] is calls[3], "graphs are kept from batch to batch"
 
 
 def test_zeros_of_other_signs_differ_and_equal_nan_does_not() -> None:

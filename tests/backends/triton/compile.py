@@ -171,6 +171,17 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             yield derivative, hidden_bias, hidden, "tanh"
         if op == "multiply_":
             yield derivative, hidden
+        if op == "swiglu_":
+            yield derivative, hidden_bias, hidden.view(2 * rows, -1)[:rows]
+        if op == "swiglu_backward_":
+            yield hidden.view(2 * rows, -1)[:rows], derivative, torch.empty_like(derivative)
+        for half in (True, False):
+            rotation = torch.empty(batch, count - 1, 1, 2 * WIDTH)
+            qkv = torch.empty(batch, count, 3, heads, WIDTH, dtype=dtype)
+            if op == "rotate_":
+                yield qkv, torch.empty(2 * width), rotation, half
+            if op == "rotate_backward_":
+                yield qkv, 2, rotation, half
         if op == "attend_rows":
             yield q, bias, kv
         if op == "attend_rows_backward":

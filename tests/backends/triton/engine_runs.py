@@ -10,12 +10,12 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from timm.layers import GELUTanh, QuickGELU, RmsNorm
+from timm.layers import GELUTanh, GluMlp, QuickGELU, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +37,7 @@ from tests.helpers.host_guard import HostGuard
 from tests.helpers.inversions import make
 from tests.helpers.launches import Launches
 from tests.helpers.teachers import (
+    EVA,
     make_teacher,
     random_images,
     relative_error,
@@ -47,11 +48,20 @@ from tests.helpers.teachers import (
 BF16 = torch.bfloat16
 # Width of tokens and number of heads.
 SIZES = ((192, 3), (96, 2), (200, 5))
-# Norms and activations other than LayerNorm and exact GELU.
-KINDS = {
+# Norms and activations other than LayerNorm and exact GELU, SwiGLU, and norms inside of a block.
+KINDS: dict[str, dict[str, Any]] = {
     "rms": {"norm_layer": RmsNorm},
     "tanh": {"act_layer": GELUTanh},
     "quick": {"act_layer": QuickGELU, "norm_layer": RmsNorm},
+    "swiglu": {"mlp_layer": partial(GluMlp, gate_last=False), "act_layer": nn.SiLU},
+    "inner": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "all": {
+        "mlp_layer": SwiGLU,
+        "act_layer": nn.SiLU,
+        "norm_layer": RmsNorm,
+        "scale_attn_norm": True,
+        "scale_mlp_norm": True,
+    },
 }
 # Images, tokens, and rows of the last block.
 ROWS = ((2, 7, 1), (1, 1, 1), (3, 70, 2), (2, 5, 5), (3, 9, 1))
@@ -172,7 +182,7 @@ def in_bfloat16(part: str | None = None) -> list[tuple[float, float]]:
         tokens, grad = torch.randn(2, 2, 47, width)
         engine.run(tokens, 0, len(blocks))
         if part is not None:
-            getattr(engine._runs[0, len(blocks)].blocks[0], part).mul_(1.01)
+            getattr(engine._runs[0, len(blocks), False].blocks[0], part).mul_(1.01)
         leaf = tokens.clone().requires_grad_()
         result = engine.run(leaf, 0, len(blocks))
         ours = result.detach(), torch.autograd.grad(result, leaf, grad)[0]
@@ -226,7 +236,7 @@ def memory() -> None:
     engine = GpuEngine(_blocks(96, 2), "bfloat16")
 
     def addresses() -> list[int]:
-        buffers = engine._runs[0, 3].free
+        buffers = engine._runs[0, 3, False].free
         assert buffers is not None
         return [saved.qkv.data_ptr() for saved in buffers.saved]
 
@@ -259,7 +269,7 @@ def memory() -> None:
         captured = engine.run(a, 0, 3)
         assert torch.equal(_gradient(captured, a), expected[0])
     del captured
-    assert engine._runs[0, 3].free is None, "buffers of a graph are its own"
+    assert engine._runs[0, 3, False].free is None, "buffers of a graph are its own"
     assert torch.equal(_gradient(engine.run(a, 0, 3), a), expected[0])
 
 
@@ -284,7 +294,8 @@ def teacher(name: str, narrow: dict[int, float] | None) -> list[float]:
     """Errors of the logits, the gradient and the importance that a teacher has on kept patches."""
     _interpret()
     torch.manual_seed(0)
-    vit = make_teacher(name, img_size=64, depth=3)
+    patch14 = name in EVA or name.startswith("aimv2")
+    vit = make_teacher(name, **({} if patch14 else {"img_size": 64, "depth": 3}))
     options = {"narrow": narrow, "probe": narrow is None}
     ours, plain = (SparseViT(vit, backend=each, **options) for each in (BACKEND, "reference"))
     assert ours._blocks.engine_for(ours.device, ours.dtype).backend == BACKEND

@@ -230,7 +230,9 @@ def traffic(op: str) -> tuple[int, int]:
     x32, rows, rstd = torch.randn(3, 64, 384), torch.randn(4, 64, 384).bfloat16(), torch.rand(64)
     elements = rows[0].numel()
     sums, kv, channels = torch.ones(3, 4), half[:, :, 1:].contiguous(), torch.rand(128)
-    shares = torch.rand(1, 2, 1, 46)
+    shares, gated = torch.rand(1, 2, 1, 46), torch.randn(2, 64, 768).bfloat16()
+    rotation, biases = torch.rand(1, 45, 1, 128), torch.rand(256)
+    turned = 4 * rotation.numel()
     image, patch, qkv = 4 * x.numel(), 4 * patches.numel(), 2 * half.numel()
     cases = {
         "gather_patches": (2 * patch, (x, kept, *jitter, size)),
@@ -265,6 +267,10 @@ def traffic(op: str) -> tuple[int, int]:
         "normalize_backward_": (14 * elements, (x32[0], rows[0], rows[1], rstd, rows[2])),
         "gelu_": (6 * elements, (rows[0], x32[0, 0], rows[1])),
         "multiply_": (6 * elements, (rows[0], rows[1])),
+        "swiglu_": (10 * elements, (gated[0], torch.rand(768), rows[0])),
+        "swiglu_backward_": (10 * elements, (rows[0], *gated)),
+        "rotate_": (qkv * 4 // 3 + turned, (half.clone(), biases, rotation, True)),
+        "rotate_backward_": (qkv * 4 // 3 + turned, (half.clone(), 2, rotation, False)),
         "attend_rows": (2 * half[:, :, 1:].numel(), (half[:, :1, 0].flatten(2), channels, kv)),
         "attend_rows_backward": (
             4 * half[:, :, 1:].numel(),

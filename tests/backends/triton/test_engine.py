@@ -44,7 +44,7 @@ def test_first_rows_are_those_of_the_block(
 
 
 @pytest.mark.parametrize("kind", engine_runs.KINDS)
-@pytest.mark.parametrize("precision", ["float32", "tf32"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_other_norms_and_activations(interpreted: Run, precision: str, kind: str) -> None:
     for found in (engine_runs.whole_blocks, engine_runs.first_rows):
         assert interpreted(found, precision, 96, 2, kind) < CLOSE[precision]
@@ -92,10 +92,17 @@ def test_it_follows_its_teacher_and_copies_of_it(interpreted: Run) -> None:
         ("deit_tiny_distilled_patch16_224", None),
         ("vit_tiny_patch16_224 average with class token", None),
         ("vit_tiny_patch16_224 no bias", {1: 0.6}),
+        ("eva02_tiny_patch14_224", None),
+        ("eva02_base_patch16_clip_224", None),
+        ("vit_small_patch16_dinov3", None),
+        ("vit_small_patch16_rope_mixed_224", {1: 0.6}),
+        ("aimv2_huge_patch14_224", None),
     ],
 )
 def test_teachers(interpreted: Run, name: str, narrow: dict[int, float] | None) -> None:
-    """With two rows that the head reads, with all, and with fewer tokens from a block on."""
+    """With two rows that the head reads, with all, and with fewer tokens from a block on; with
+    rotary positions of both kinds, SwiGLU, RMSNorm, and norms inside of blocks.
+    """
     assert max(interpreted(engine_runs.teacher, name, narrow)) < 1e-4
 
 

@@ -45,6 +45,13 @@ MUTANTS = (
         "smi_fast/engine/folding.py",
         BLOCKS,
         Mutant(
+            "engine-kinds",
+            "if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):",
+            "if not foldable(block):",
+            "The norms of all blocks are computed as those of the first.",
+            f"{KINDS}::test_norms_of_one_kind_run_together",
+        ),
+        Mutant(
             "folding-kinds-of-norms",
             "(all(map(_is_layer_norm, norms)) or all(map(_is_rms_norm, norms)))",
             "all(_is_layer_norm(norm) or _is_rms_norm(norm) for norm in norms)",
@@ -145,13 +152,6 @@ MUTANTS = (
     *of_file(
         "smi_fast/engine/cpu.py",
         f"{ENGINE}::test_engine_follows_its_teacher",
-        Mutant(
-            "engine-kinds",
-            "if not foldable(block) or Kind.of(block) != Kind.of(blocks[0]):",
-            "if not foldable(block):",
-            "The norms of all blocks are computed as those of the first.",
-            f"{KINDS}::test_norms_of_one_kind_run_together",
-        ),
         Mutant(
             "engine-overlap",
             "buffers, self.free = self.free, None",

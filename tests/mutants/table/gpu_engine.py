@@ -27,8 +27,8 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-run-query-bias",
-            "F.pad(block.q_bias, (0, 2 * len(block.q_bias)))",
-            "F.pad(0 * block.q_bias, (0, 2 * len(block.q_bias)))",
+            "biases = none if rotary else block.q_bias,",
+            "biases = none,",
             "Queries lack their bias.",
         ),
         Mutant(
@@ -43,6 +43,27 @@ MUTANTS = (
             "saved.to_mlp, mlp_rstd, None, centred)",
             "The gradient of attention lacks that of the MLP.",
             f"{ENGINE}::test_bfloat16_is_within_its_budget",
+        ),
+        Mutant(
+            "gpu-run-value-bias",
+            "none if block.v_bias is None else block.v_bias",
+            "none",
+            "The norm inside of attention reads values without their bias.",
+            f"{ENGINE}::test_other_norms_and_activations -k inner",
+        ),
+        Mutant(
+            "gpu-run-rotations",
+            "steps.rotate_backward_(d_qkv, 2, rotations[index], block.half)",
+            "pass",
+            "The gradient of queries and keys stays rotated.",
+            f"{ENGINE}::test_teachers -k dinov3",
+        ),
+        Mutant(
+            "gpu-run-inner",
+            "self.steps.normalize_backward(d_attended, saved.to_proj, centred)",
+            "d_attended",
+            "The norm inside of attention has no gradient.",
+            f"{ENGINE}::test_other_norms_and_activations -k inner",
         ),
         Mutant(
             "gpu-run-overlap",
@@ -122,6 +143,20 @@ MUTANTS = (
             f"{ENGINE}::test_a_norm_of_another_kind_stays_behind_the_rows",
         ),
         Mutant(
+            "gpu-rows-rotation",
+            "steps.rotate_(kv, block.k_bias, rotation, block.half)",
+            "pass",
+            "Keys of the last block aren't rotated.",
+            f"{ENGINE}::test_teachers -k dinov3",
+        ),
+        Mutant(
+            "gpu-rows-value-bias",
+            "F.pad(v_bias, (len(v_bias), 0))",
+            "F.pad(0 * v_bias, (len(v_bias), 0))",
+            "The norm inside of the last attention reads values without their bias.",
+            f"{ENGINE}::test_other_norms_and_activations -k inner",
+        ),
+        Mutant(
             "gpu-rows-settings",
             "        with products_in(rows.steps.precision):\n            result =",
             "        if True:\n            result =",
@@ -132,6 +167,13 @@ MUTANTS = (
     *of_file(
         "smi_fast/engine/gpu_steps.py",
         f"{ENGINE}::test_kernels_of_blocks",
+        Mutant(
+            "gpu-steps-inner",
+            "self.normalize_backward(d_hidden, normalized, block.centred)",
+            "d_hidden",
+            "The norm inside of the MLP has no gradient.",
+            f"{ENGINE}::test_other_norms_and_activations -k inner",
+        ),
         Mutant(
             "gpu-steps-fused",
             "self.fused = precision != FLOAT32",
@@ -164,18 +206,6 @@ MUTANTS = (
     *of_file(
         "smi_fast/engine/gpu.py",
         f"{CHOOSE}::test_the_engine_of_gpus_says_what_it_does_not_run",
-        Mutant(
-            "gpu-eva",
-            "if type(block) is not Block or type(block.mlp) is not Mlp or not foldable(block):",
-            "if not foldable(block):",
-            "The steps of Eva are left out.",
-        ),
-        Mutant(
-            "gpu-inner-norms",
-            "return not (kind.attention_norm or kind.mlp_norm)",
-            "return not kind.mlp_norm",
-            "The norm inside of attention is left out.",
-        ),
         Mutant(
             "gpu-types",
             "if reason is None and dtype != torch.float32:",

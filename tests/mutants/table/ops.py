@@ -355,8 +355,8 @@ MUTANTS = (
         ),
         Mutant(
             "collected-sets",
-            "if _are_same(windows.kept, variation.active):",
-            "if True:",
+            "            and _are_same(windows.kept, variation.active)\n",
+            "",
             "Windows of other patches have no gradient.",
         ),
         Mutant(

@@ -238,4 +238,40 @@ MUTANTS = (
             "The gradient is that of the sum over images.",
         ),
     ),
+    *of_file(
+        "kernels/engine_eva.py",
+        f"{STEP} rotate",
+        Mutant(
+            "triton-eva-prefix",
+            "turns = exists & (patch >= 0)[:, None]",
+            "turns = exists & (patch >= -1)[:, None]",
+            "A prefix token turns as a patch of another image, or as what lies in front of all.",
+        ),
+        Mutant(
+            "triton-eva-heads",
+            "own = head % H * (2 * D)",
+            "own = 0",
+            "All heads turn as the first one.",
+        ),
+        Mutant(
+            "triton-eva-back",
+            "b * sine_b, -a * sine_a",
+            "b * sine_a, -a * sine_b",
+            "The gradient of a pair takes the sine of its other channel.",
+        ),
+        Mutant(
+            "triton-eva-swiglu",
+            "up * (s + silu * (1.0 - s))",
+            "up * s",
+            "The derivative of SwiGLU's gate lacks a part.",
+            f"{STEP} swiglu",
+        ),
+        Mutant(
+            "triton-eva-swiglu-backward",
+            "tl.store(d_x + at_gate + F, d * of_up, mask=exists)",
+            "tl.store(d_x + at_gate + F, d * of_gate, mask=exists)",
+            "Both halves of SwiGLU have the gradient of the gate.",
+            f"{STEP} swiglu",
+        ),
+    ),
 )
