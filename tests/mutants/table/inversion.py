@@ -413,6 +413,12 @@ MUTANTS = (
             "Iterations that a graph has taken are taken again.",
         ),
         Mutant(
+            "graphs-named",
+            "if isinstance(owner, Objective):",
+            "if False:",
+            "Of several objectives nobody knows which one can't be captured.",
+        ),
+        Mutant(
             "graphs-autocast",
             'torch.is_autocast_enabled("cuda"),',
             "",
