@@ -7,6 +7,7 @@ memory that the inverter owns: it is copied there before the phase, and away fro
 from __future__ import annotations
 
 import copy
+import traceback
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from smi_fast.engine.weights import WeightCopy
-from smi_fast.inversion.cuda_graph import CapturedCall, GraphMemory
+from smi_fast.inversion.cuda_graph import CapturedCall, GraphMemory, NotCapturable
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.state import InversionState
-from smi_fast.objectives import CrossEntropy, L2Norm, TotalVariation
+from smi_fast.objectives import CrossEntropy, L2Norm, Objective, TotalVariation
 
 # Iterations from which on a capture pays, which takes as long as several of them.
 WORTH = 20
@@ -72,6 +73,9 @@ class PhaseGraphs:
             number: of the next iteration.
             most: iterations that may be taken before the loop does something else.
             left: iterations until the end of the phase.
+
+        Raises:
+            NotCapturable: an iteration can't be captured; the message names the objective.
         """
         settings = self._state.settings
         due = settings.due(number)
@@ -97,7 +101,13 @@ class PhaseGraphs:
             self._calls[key] = CapturedCall(iterations, device, state.generator, self._memory)
         call = self._calls[key]
         replayed = call.captured
-        call()
+        try:
+            call()
+        except NotCapturable as error:
+            name = _objective_in(error.__cause__)
+            if name is None:
+                raise
+            raise NotCapturable(f"the objective {name} failed: {error}") from error.__cause__
         if not replayed:
             self._held[key] = state.settings.teacher.derived()
 
@@ -176,6 +186,16 @@ class Graphs:
 
     def _forget(self) -> None:
         self._phases, self._tensors, self._weights = {}, {}, None
+
+
+def _objective_in(error: BaseException | None) -> str | None:
+    """The name of the objective that raised an error, or in which something else did."""
+    names = []
+    for frame, _ in traceback.walk_tb(None if error is None else error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Objective):
+            names.append(owner.name)
+    return names[-1] if names else None
 
 
 def _tensors_of(state: InversionState) -> Iterator[tuple[str, Tensor]]:

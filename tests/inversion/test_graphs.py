@@ -17,9 +17,17 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from smi_fast import CrossEntropy, Dense, InversionResult, SparseInverter, TotalVariation
+from smi_fast import (
+    CrossEntropy,
+    Dense,
+    InversionResult,
+    SparseInverter,
+    SparseViT,
+    TotalVariation,
+)
 from smi_fast.engine.weights import WeightCopy
 from smi_fast.inversion import graphs
+from smi_fast.inversion.cuda_graph import NotCapturable
 from smi_fast.inversion.graphs import Graphs
 from smi_fast.objectives import LossInputs, Objective
 from tests.helpers.inversions import make, start
@@ -331,3 +339,47 @@ def test_iteration_that_scores_is_in_no_graph(
         expected = inverted(inverter, 0)
     for _ in range(2):
         assert same(inverted(inverter, 0), expected)
+
+
+class Reads(Objective):
+    """Raises what CUDA raises where the host reads in a capture."""
+
+    name, weight = "reads", 1.0
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return self._value(inputs.images)
+
+    def _value(self, images: Tensor) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("by", ["objective", "teacher"])
+def test_objective_that_cannot_be_captured_is_named(
+    teacher: VisionTransformer, made: Made, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    class Refused:
+        captured = False
+
+        def __init__(self, function: Any, *_: object) -> None:
+            self._function = function
+
+        def __call__(self) -> None:
+            try:
+                self._function()
+            except RuntimeError as error:
+                raise NotCapturable(f"an iteration can't be captured ({error})") from error
+
+    monkeypatch.setattr(graphs, "CapturedCall", Refused)
+    objectives = [CrossEntropy(), *([Reads()] if by == "objective" else [])]
+    inverter = make(teacher, objectives=objectives)
+    if by == "teacher":
+        monkeypatch.setattr(SparseViT, "forward", refuse)
+    with pytest.raises(NotCapturable) as caught:
+        inverted(inverter, 0)
+    said = "an iteration can't be captured (operation not permitted when stream is capturing)"
+    named = "the objective reads failed: " if by == "objective" else ""
+    assert str(caught.value) == named + said
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing")

@@ -198,8 +198,8 @@ MUTANTS = (
         ),
         Mutant(
             "views-first",
-            "rows=own_rows,\n        iteration=",
-            "rows=slice(0, len(own)),\n        iteration=",
+            "rows=own_rows,\n            iteration=",
+            "rows=slice(0, len(own)),\n            iteration=",
             "Every part reads what was drawn for the first.",
         ),
         Mutant(
@@ -411,6 +411,12 @@ MUTANTS = (
             "        return count\n",
             "        return 1\n",
             "Iterations that a graph has taken are taken again.",
+        ),
+        Mutant(
+            "graphs-named",
+            "if isinstance(owner, Objective):",
+            "if False:",
+            "Of several objectives nobody knows which one can't be captured.",
         ),
         Mutant(
             "graphs-autocast",
