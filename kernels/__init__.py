@@ -5,6 +5,7 @@ This package is installed as ``smi_fast.kernels``. It imports triton, so ``smi_f
 only when a kernel is first called.
 """
 
+from .active_variation import pixel_gradient
 from .adam_clamp import adam_clamp_
 from .attend_rows import attend_rows, attend_rows_backward
 from .batch_norm_matching import batch_norm_matching, batch_norm_matching_backward
@@ -51,6 +52,7 @@ __all__ = [
     "multiply_",
     "normalize_backward_",
     "normalize_backward_rows_",
+    "pixel_gradient",
     "rotate_",
     "rotate_backward_",
     "swiglu_",

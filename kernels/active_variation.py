@@ -7,6 +7,8 @@ a program for each patch of the grid, and reads nothing where no patch around is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..ops.grid import NEIGHBOURS
 from ._launch import launch
+from .gather_patches import _nearest_cells, _wrapped
 
 OFFSETS = tl.constexpr(NEIGHBOURS)
 BLOCK_K = 64
@@ -73,6 +76,68 @@ def _here(row, column, WIDTH: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constex
     inside = tl.arange(0, BLOCK_P)
     at = (row * P + inside)[:, None] * WIDTH + (column * P + inside)[None, :]
     return at, (inside < P)[:, None] & (inside < P)[None, :]
+
+
+@triton.jit
+def _slot(kept, cell, K, BLOCK_K: tl.constexpr):
+    """1 + the place of a patch in kept; 0 if it isn't kept."""
+    found = tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        slot = start + tl.arange(0, BLOCK_K)
+        cells = tl.load(kept + slot, mask=slot < K, other=-1).to(tl.int32)
+        found = tl.maximum(found, tl.where(cells == cell, slot + 1, 0))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def _windows(
+    kept,
+    shift,
+    flip,
+    row,
+    column,
+    K,
+    shift_axis,
+    C: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Where the pixels of a patch are in the first channel of gathered windows [K, C, P, P], and
+    which are in a window of a kept patch. The windows of four patches meet in one.
+    """
+    ROWS: tl.constexpr = HEIGHT // P
+    COLUMNS: tl.constexpr = WIDTH // P
+    inside = tl.arange(0, BLOCK_P)
+    down = _wrapped(shift, HEIGHT)
+    right = _wrapped(shift + shift_axis, WIDTH)
+    y = (row * P + down) % HEIGHT
+    x = (column * P + right) % WIDTH
+    above = (y // P - _nearest_cells(down, P) + ROWS) % ROWS
+    left = (x // P - _nearest_cells(right, P) + COLUMNS) % COLUMNS
+    below = (above + 1) % ROWS
+    beside = (left + 1) % COLUMNS
+    lower = (y % P + inside >= P)[:, None]
+    further = (x % P + inside >= P)[None, :]
+    slot = tl.where(
+        lower,
+        tl.where(
+            further,
+            _slot(kept, below * COLUMNS + beside, K, BLOCK_K),
+            _slot(kept, below * COLUMNS + left, K, BLOCK_K),
+        ),
+        tl.where(
+            further,
+            _slot(kept, above * COLUMNS + beside, K, BLOCK_K),
+            _slot(kept, above * COLUMNS + left, K, BLOCK_K),
+        ),
+    )
+    across = (x + inside) % P
+    across = tl.where(tl.load(flip), P - 1 - across, across)
+    at = (slot - 1) * (C * P * P) + ((y + inside) % P * P)[:, None] + across[None, :]
+    return at, (slot > 0) & (inside < P)[:, None] & (inside < P)[None, :]
 
 
 @triton.jit
@@ -146,6 +211,13 @@ def _active_variation_bwd(
     active,  # int64 [B, K]
     sums,  # float32 [3, 4]
     gradient,  # [B, C, HEIGHT, WIDTH]
+    windows,  # [B, K, C * P * P], gradient of the windows of the active patches, or None
+    shift,  # int64 [B, 2], any strides, or None
+    flip,  # bool [B], any stride, or None
+    windows_image,
+    shift_image,
+    shift_axis,
+    flip_image,
     K,
     C: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -163,10 +235,30 @@ def _active_variation_bwd(
     here_active = (bits >> 4) & 1
     at, mask = _here(row, column, WIDTH, P, BLOCK_P)
     read = mask & (tl.arange(0, BLOCK_P)[:, None] < tl.where(bits == 0, 0, P))
+    if windows is not None:
+        window_at, in_window = _windows(
+            active + batch * K,
+            shift + batch * shift_image,
+            flip + batch * flip_image,
+            row,
+            column,
+            K,
+            shift_axis,
+            C,
+            HEIGHT,
+            WIDTH,
+            P,
+            BLOCK_P,
+            BLOCK_K,
+        )
+        windows += batch * windows_image
     for c in tl.static_range(C):
         plane = images + offset + c * (HEIGHT * WIDTH)
         here = tl.load(plane + at, mask=read, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_P, BLOCK_P], tl.float32)
+        if windows is not None:
+            own = windows + c * (P * P) + window_at
+            total = tl.load(own, mask=in_window, other=0.0).to(tl.float32)
         for i in tl.static_range(4):
             norm = tl.load(sums + 4 + i)
             count = tl.load(sums + 8 + i)
@@ -217,13 +309,45 @@ def active_partials(images: Tensor, active: Tensor, patch_size: int) -> Tensor:
 
 
 def active_gradient(
-    grad_l1: Tensor, grad_l2: Tensor, images: Tensor, active: Tensor, patch_size: int, sums: Tensor
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    active: Tensor,
+    patch_size: int,
+    sums: Tensor,
+    windows: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the images, zero away from active patches and their rims."""
+    """Gradient [B, C, H, W] of the images, zero away from active patches and their rims.
+
+    With the gradient [B, K, C·P·P] of the windows of active patches, their shift int64 [B, 2] and
+    flip bool [B], it is also that of the gathered windows.
+    """
     batch, kept = active.shape
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     cells = images.shape[2] // patch_size * (images.shape[3] // patch_size)
     tensors = grad_l1, grad_l2, images.contiguous(), active.contiguous(), sums, gradient
+    jitter: tuple[Any, ...] = (None,) * 7
+    if windows is not None:
+        grad, shift, flip = windows
+        if grad.stride()[1:] != (grad.shape[2], 1):
+            grad = grad.contiguous()
+        jitter = grad, shift, flip, grad.stride(0), *shift.stride(), *flip.stride()
     constants = _constants(images, patch_size)
-    launch(_active_variation_bwd, (cells, batch), images, *tensors, kept, **constants)
+    launch(_active_variation_bwd, (cells, batch), images, *tensors, *jitter, kept, **constants)
     return gradient
+
+
+def pixel_gradient(
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    patch_size: int,
+    sums: Tensor,
+) -> Tensor:
+    """See :func:`smi_fast.engine.reference.pixel_gradient`."""
+    windows = grad, shift, flip
+    return active_gradient(grad_l1, grad_l2, images, kept, patch_size, sums, windows)

@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smi_fast.ops.reference import gather_attention, gather_attention_backward, sum_dtype
+from smi_fast.ops.reference import (
+    gather_attention,
+    gather_attention_backward,
+    gather_patches_backward,
+    sum_dtype,
+    total_variation_backward,
+)
 
 # Slope and cubic coefficient of v in the approximations of gelu_().
 _SIGMOIDS = {"sigmoid": (1.702, 0.0), "tanh": (math.sqrt(8 / math.pi), 0.044715)}
@@ -363,3 +369,24 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     wanted = F.one_hot(targets, logits.shape[1])
     gradient = (values.softmax(dim=1) - wanted) / max(1, len(logits))
     return F.cross_entropy(values, targets, reduction="none"), gradient.to(logits.dtype)
+
+
+def pixel_gradient(
+    grad: Tensor,
+    kept: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    grad_l1: Tensor,
+    grad_l2: Tensor,
+    images: Tensor,
+    patch_size: int,
+    sums: Tensor,
+) -> Tensor:
+    """The gradient [B, C, H, W] that images have by their gathered patches, and by their variation.
+
+    The sum of gather_patches_backward and total_variation_backward, whose arguments these are, for
+    one set of patches.
+    """
+    jitter, side = (shift, flip), images.shape[2:]
+    windows = gather_patches_backward(grad, kept, *jitter, patch_size, *side)
+    return windows + total_variation_backward(grad_l1, grad_l2, images, kept, patch_size, sums)

@@ -69,6 +69,10 @@ _TRITON_STEPS = {
         "(Tensor projected, Tensor? bias, Tensor prefix, Tensor? at, Tensor? table,"
         " Tensor positions) -> Tensor"
     ),
+    "pixel_gradient": (
+        "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, Tensor grad_l1, Tensor grad_l2,"
+        " Tensor images, int patch_size, Tensor sums) -> Tensor"
+    ),
     "add_normalize_rows_": (
         "(Tensor x, Tensor added, Tensor bias, float eps, Tensor(a!) out, Tensor(b!) normalized,"
         " Tensor(c!) rstd, bool centred=True) -> ()"

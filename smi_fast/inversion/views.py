@@ -17,6 +17,7 @@ from smi_fast.importance import ScoreInputs, score
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.sparse_images import confidence
 from smi_fast.objectives import LossInputs, Objective, value_of
+from smi_fast.ops.collected import collected
 from smi_fast.ops.constants import constant
 from smi_fast.teacher import SigmoidImages, SparseOutput
 from smi_fast.teacher.taps import blocks_read
@@ -172,34 +173,37 @@ def _part(
     until = None
     if not inputs.score and settings.finish is None and not _logits_are_read(pairs):
         until = blocks_read(taps, teacher.depth)
-    output = teacher(
-        own if view is None else view,
-        kept,
-        jitter=(shift, flip),
-        importance=inputs.score,
-        taps={*taps, *scored},
-        until=until,
-        # Without logits there are no taps either, see check_ragged.
-        lengths=lengths if until is None else None,
-    )
-    given = LossInputs(
-        images=own if isinstance(own, Tensor) else own.tensor,
-        view=view,
-        logits=output.logits,
-        targets=targets,
-        kept=kept,
-        active=None if inputs.active is None else inputs.active[rows],
-        lengths=lengths,
-        teacher=teacher,
-        space=settings.space,
-        backend=settings.backend,
-        rows=own_rows,
-        iteration=inputs.iteration,
-        iteration_tensor=inputs.iteration_tensor,
-        jitter=(shift, flip),
-        taps=output.taps,
-    )
-    values = [value_of(objective, given) if due else leaf.new_zeros(()) for objective, due in pairs]
+    with collected(leaf) as collector:
+        output = teacher(
+            own if view is None else view,
+            kept,
+            jitter=(shift, flip),
+            importance=inputs.score,
+            taps={*taps, *scored},
+            until=until,
+            # Without logits there are no taps either, see check_ragged.
+            lengths=lengths if until is None else None,
+        )
+        given = LossInputs(
+            images=own if isinstance(own, Tensor) else own.tensor,
+            view=view,
+            logits=output.logits,
+            targets=targets,
+            kept=kept,
+            active=None if inputs.active is None else inputs.active[rows],
+            lengths=lengths,
+            teacher=teacher,
+            space=settings.space,
+            backend=settings.backend,
+            rows=own_rows,
+            iteration=inputs.iteration,
+            iteration_tensor=inputs.iteration_tensor,
+            jitter=(shift, flip),
+            taps=output.taps,
+        )
+        values = [
+            value_of(objective, given) if due else leaf.new_zeros(()) for objective, due in pairs
+        ]
     if len(own) < batch:
         values = [value * (len(own) / batch) for value in values]
     leaves = [leaf] if view is None else [leaf, view]
@@ -207,7 +211,9 @@ def _part(
     weights = [
         _weight(*pair, inputs.share) for pair in zip(settings.objectives, values, strict=True)
     ]
-    found = _gradients(values, weights, [*leaves, *of_taps])
+    with collector.collecting():
+        found = _gradients(values, weights, [*leaves, *of_taps])
+    found[0] = collector.gradient(found[0])
     importance = None
     if output.importance is not None:
         gradients = dict(zip(scored, found[len(leaves) :], strict=False))

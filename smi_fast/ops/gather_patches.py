@@ -16,6 +16,7 @@ from smi_fast.ops._checks import (
     jitter_of_each,
 )
 from smi_fast.ops.backends import AUTO, Backend, choose
+from smi_fast.ops.collected import Collected, Windows, collector_of
 
 
 def gather_patches(
@@ -71,7 +72,9 @@ def gather_patches(
     shift, flip = jitter_of_each(images, shift, flip)
     chosen = choose("gather_patches", images.device, images.dtype, backend)
     try:
-        patches, positions = _GatherPatches.apply(images, kept, shift, flip, patch_size, chosen)
+        collector = collector_of(images, chosen)
+        arguments = kept, shift, flip, patch_size, chosen, collector
+        patches, positions = _GatherPatches.apply(images, *arguments)
     except RuntimeError as error:
         raise as_value_error(error) from None
     return patches, positions
@@ -87,9 +90,11 @@ class _GatherPatches(torch.autograd.Function):
         flip: Tensor,
         patch_size: int,
         backend: Backend,
+        collector: Collected | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(kept, shift, flip)
         ctx.patch_size, ctx.side, ctx.backend = patch_size, images.shape[-2:], backend
+        ctx.collector = collector
         patches, positions = backend.functions.gather_patches(images, kept, shift, flip, patch_size)
         ctx.mark_non_differentiable(positions)
         ctx.set_materialize_grads(False)
@@ -100,7 +105,8 @@ class _GatherPatches(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         gradient = None
         if grad is not None:
-            gradient = ctx.backend.functions.gather_patches_backward(
-                grad, *ctx.saved_tensors, ctx.patch_size, *ctx.side
-            )
-        return gradient, None, None, None, None, None
+            kept, shift, flip = ctx.saved_tensors
+            windows = Windows(grad, kept, shift, flip, ctx.patch_size)
+            if ctx.collector is None or not ctx.collector.take(windows):
+                gradient = ctx.backend.functions.gather_patches_backward(*windows, *ctx.side)
+        return gradient, None, None, None, None, None, None

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from smi_fast.ops._checks import as_value_error, expect, expect_index, expect_patches
 from smi_fast.ops.backends import AUTO, Backend, choose
+from smi_fast.ops.collected import Collected, Variation, collector_of
 from smi_fast.ops.constants import constant
 
 NORMS = ("l1", "l2")
@@ -73,7 +74,7 @@ def _norms(
     chosen = choose("total_variation", images.device, images.dtype, backend)
     try:
         norms: tuple[Tensor, ...] = _TotalVariation.apply(
-            images, active, patch_size, chosen, wanted
+            images, active, patch_size, chosen, wanted, collector_of(images, chosen)
         )
     except RuntimeError as error:
         raise as_value_error(error) from None
@@ -89,10 +90,12 @@ class _TotalVariation(torch.autograd.Function):
         patch_size: int,
         backend: Backend,
         wanted: tuple[str, ...],
+        collector: Collected | None,
     ) -> tuple[Tensor, ...]:
         sums = backend.functions.total_variation(images, active, patch_size)
         ctx.save_for_backward(images, active, sums)
         ctx.patch_size, ctx.backend, ctx.wanted = patch_size, backend, wanted
+        ctx.collector = collector
         ctx.set_materialize_grads(False)
         absolute, norms, counts = sums
         return tuple(
@@ -104,14 +107,17 @@ class _TotalVariation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         images, active, sums = ctx.saved_tensors
+        nothing = (None,) * 5
         if all(grad is None for grad in given):
-            return (None,) * 5
+            return None, *nothing
         grads = dict(zip(ctx.wanted, given, strict=True))
-        l1, l2 = (grads.get(norm) for norm in NORMS)
         zero = constant(0.0, sums)
+        l1, l2 = (zero if grads.get(norm) is None else grads[norm] for norm in NORMS)
+        if active is not None and ctx.collector is not None:
+            part = Variation(l1, l2, active, ctx.patch_size, sums)
+            if ctx.collector.take(part):
+                return None, *nothing
         gradient = ctx.backend.functions.total_variation_backward(
-            zero if l1 is None else l1,
-            zero if l2 is None else l2,
-            *(images, active, ctx.patch_size, sums),
+            l1, l2, images, active, ctx.patch_size, sums
         )
-        return gradient, None, None, None, None
+        return gradient, *nothing

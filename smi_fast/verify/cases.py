@@ -55,6 +55,7 @@ STATISTICS = {
     "batch_norm_matching_backward": (5, 6),
     "add_normalize_": (0, 2, 5),
     "normalize_backward_": (0, 3),
+    "pixel_gradient": (4, 5, 8),
     "add_normalize_rows_": (0, 2, 4, 6),
     "normalize_backward_rows_": (0, 3, 4),
     "final_norm_": (0, 2, 3, 4, 7, 8),

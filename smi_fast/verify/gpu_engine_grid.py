@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from smi_fast.verify.cases import OpCall, strided
+from smi_fast.ops import reference
+from smi_fast.verify.cases import OpCall, random_kept, strided
 from smi_fast.verify.engine_grid import engine_calls
 
 # The steps that have Triton kernels.
@@ -24,6 +25,7 @@ GPU_STEPS = (
     "linear_gelu_",
     "multiplied_product_",
     "cross_entropy",
+    "pixel_gradient",
     "embed_tokens",
     "add_normalize_rows_",
     "normalize_backward_rows_",
@@ -91,6 +93,7 @@ def _more_calls() -> Iterator[OpCall]:
     q, q_bias, kv = 20 * torch.randn(1, 1, 64), torch.randn(64), torch.randn(1, 70, 2, 2, 32)
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))
     yield from _row_calls()
+    yield from _pixel_calls()
     for batch, kept, prefix, width in (
         (2, 5, 1, 96),
         (3, 1, 2, 200),
@@ -146,3 +149,19 @@ def _row_calls() -> Iterator[OpCall]:
             sums, results = (d, added, bias), (n, rstd, empty)
             final = *sums, weight, moved, 1e-6, *results, moved is not None
             yield OpCall(f"{label}-{moved is None}", "final_norm_", final)
+
+
+def _pixel_calls() -> Iterator[OpCall]:
+    for size, (rows, columns), count in (
+        *((7, (3, 3), 4), (4, (3, 4), 5), (5, (1, 4), 3), (2, (2, 2), 0)),
+    ):
+        images = torch.randn(3, 2, rows * size, columns * size)
+        kept = random_kept(3, count, rows * columns)
+        grad, grads = torch.randn(3, count + 1, 2 * size**2)[:, 1:], torch.tensor([0.7, -1.3])
+        shift, flip = torch.randint(-60, 60, (3, 2)), torch.tensor([False, True, True])
+        sums = reference.total_variation(images, kept, size)
+        jitter, label = (kept, shift, flip), f"{size}-{rows}x{columns}-{count}"
+        yield OpCall(label, "pixel_gradient", (grad, *jitter, *grads, images, size, sums))
+        jitter = kept, shift[:1].expand(3, 2), flip[1:2].expand(3)
+        arguments = grad.contiguous(), *jitter, *grads, images, size, sums
+        yield OpCall(f"{label}-expanded", "pixel_gradient", arguments)

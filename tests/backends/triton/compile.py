@@ -119,6 +119,9 @@ def _launches(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                 yield x, some, PATCH
             if op == "total_variation_backward":
                 yield one, one, x, some, PATCH, sums
+            if op == "pixel_gradient" and some is not None:  # pixels are float32 in any precision
+                patches = torch.empty(2, count + 1, 3 * PATCH**2)[:, 1:]
+                yield patches, some, *jitter, one, one, x.float(), PATCH, sums
             if op == "adam_clamp_":
                 rates = torch.tensor(1), one.double(), 0.5, 0.9, 0.0
                 yield x, x, x, x, *rates, channel, channel, some, PATCH

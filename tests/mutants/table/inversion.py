@@ -198,8 +198,8 @@ MUTANTS = (
         ),
         Mutant(
             "views-first",
-            "rows=own_rows,\n        iteration=",
-            "rows=slice(0, len(own)),\n        iteration=",
+            "rows=own_rows,\n            iteration=",
+            "rows=slice(0, len(own)),\n            iteration=",
             "Every part reads what was drawn for the first.",
         ),
         Mutant(

@@ -344,4 +344,32 @@ MUTANTS = (
             "What is fastest in TF32 is taken for float32.",
         ),
     ),
+    *of_file(
+        "smi_fast/ops/collected.py",
+        "tests/ops/test_collected.py",
+        Mutant(
+            "collected-open",
+            "        if not self._open:\n            return False\n",
+            "",
+            "A gradient that an objective asks for lacks what was collected.",
+        ),
+        Mutant(
+            "collected-sets",
+            "            and _are_same(windows.kept, variation.active)\n",
+            "",
+            "Windows of other patches have no gradient.",
+        ),
+        Mutant(
+            "collected-second",
+            "            if self._windows is not None:\n                return False\n",
+            "",
+            "Of two sets of gathered patches only one has a gradient.",
+        ),
+        Mutant(
+            "collected-rest",
+            "(*self._of_parts(), rest)",
+            "(*self._of_parts(),)",
+            "Objectives other than the collected ones have no gradient.",
+        ),
+    ),
 )

@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant, of_file
 
 TRITON = "tests/backends/triton/test_execution.py::test_error_is_within_its_budget -k"
+STEP = "tests/backends/triton/test_execution.py::test_error_of_a_step_is_within_its_budget -k"
 
 MUTANTS = (
     *of_file(
@@ -134,6 +135,20 @@ MUTANTS = (
             "bit = (3 * below + 4)[:, None] + beside[None, :]",
             "bit = (3 * below + 4)[:, None] + 0 * beside[None, :]",
             "The patch beside a pixel's own is taken for its own.",
+        ),
+        Mutant(
+            "triton-active-mirror",
+            "tl.where(tl.load(flip), P - 1 - across, across)",
+            "across",
+            "The gradient of a mirrored window isn't mirrored back.",
+            f"{STEP} pixel_gradient",
+        ),
+        Mutant(
+            "triton-active-window",
+            "lower = (y % P + inside >= P)[:, None]",
+            "lower = (y % P + inside < 0)[:, None]",
+            "All windows of a patch are taken for the upper ones.",
+            f"{STEP} pixel_gradient",
         ),
         Mutant(
             "triton-active-bits",
