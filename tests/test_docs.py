@@ -275,6 +275,24 @@ def test_page_of_schedules_has_the_recorded_speed() -> None:
     assert table("schedule speed", "schedules") == expected and len(expected) == 9
 
 
+def test_page_of_schedules_has_the_recorded_shares() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/schedules.json").read_text())
+    expected = []
+    for name, by_length in recorded["contenders"].items():
+        cells = []
+        for length in ("100", "400"):
+            found = by_length[length]
+            cells.append(f"{found['seconds_per_image']:.3g}")
+            cells += [
+                percent(found[key]["mean"]) for key in ("judge", "judge_of_kept_patches_over_mean")
+            ]
+        least = recorded["seconds_per_image_until_recognised"][name]
+        until = f"{least['seconds']:.3g} ({least['iterations']} iterations)" if least else None
+        expected.append([name, *cells, until or "not reached"])
+    assert table("schedules", "schedules") == expected and len(expected) == 16
+    assert recorded["idle"] and len(recorded["seeds"]) == 3
+
+
 def test_page_of_schedules_has_the_recorded_uneven_batches() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/uneven_batches.json").read_text())
     expected = [
