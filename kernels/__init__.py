@@ -26,6 +26,7 @@ from .engine_steps import (
 from .gather_attention import gather_attention, gather_attention_backward
 from .gather_patches import gather_patches, gather_patches_backward
 from .gather_sigmoid_patches import gather_sigmoid_patches, gather_sigmoid_patches_backward
+from .rows_at import rows_at
 from .total_variation import total_variation, total_variation_backward
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "pixel_gradient",
     "rotate_",
     "rotate_backward_",
+    "rows_at",
     "swiglu_",
     "swiglu_backward_",
     "total_variation",

@@ -18,7 +18,7 @@ from benchmarks import gpu
 from benchmarks.baselines.strong_dense import StrongDense
 from benchmarks.gpu import counters, launches, parity, steps, whole_runs
 from benchmarks.speed.loops import NO_STOPS, Workload, published_loop
-from smi_fast.verify import timing
+from smi_fast.verify import stages, timing
 from smi_fast.zoo import load_teacher
 
 CPU = torch.device("cpu")
@@ -132,6 +132,19 @@ def test_parity_holds_float64_to_the_recording(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(parity, "replay", shifted)
     wrong = parity.parity("patch16", "float64", "cpu")["failures"]
     assert [text.partition(":")[0] for text in wrong] == ["cross_entropy", "kept"]
+
+
+def test_a_precision_that_fails_leaves_the_others() -> None:
+    """In a process of its own, on the CPU, which has no TF32."""
+    (stage,) = (stage for stage in gpu.STAGES if stage.name == "parity")
+    *lines, ended = stages.run([stage], CPU, seconds=200)
+    assert ended["problems"] == [] and len(lines) == 2 * 4
+    failed = {(line["recording"], line["precision"]) for line in lines if line["failures"]}
+    assert failed == {("dense", "tf32"), ("patch16", "tf32")} | {
+        (line["recording"], line["precision"]) for line in lines if "pixels" not in line
+    }
+    exact = [line for line in lines if line["precision"] == "float64"]
+    assert all(line["pixels"] < 1e-6 for line in exact)
 
 
 def test_table_of_kernels_is_that_of_one_iteration() -> None:

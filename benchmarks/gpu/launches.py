@@ -7,11 +7,13 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from smi_fast.engine.precision import BFLOAT16, FLOAT32
 from smi_fast.inversion.cuda_graph import WARM_UP, CapturedCall
 from smi_fast.verify import timing
+from smi_fast.verify.stages import attempt
 
 BATCH, ITERATIONS = 32, 5
 # Kernels that are listed by name; the others are counted.
@@ -24,18 +26,22 @@ def send_launches(send: Callable[[object], None], device_name: str) -> None:
     teacher = timm.create_model("deit_small_patch16_224").to(device)
     for precision in (BFLOAT16, FLOAT32):
         for kept in reversed(timing.KEPT):
-            state = timing.started(teacher, "auto", kept, precision, BATCH)
-            step = CapturedCall(state.step, device)
-            for _ in range(WARM_UP + 1):
-                step()
-            torch.cuda.synchronize(device)
-            milliseconds, _ = timing.sustained(step, device)
-            with profile(activities=[ProfilerActivity.CUDA]) as found:
-                for _ in range(ITERATIONS):
-                    step()
-                torch.cuda.synchronize(device)
             named = {"kind": "launches", "precision": precision, "kept": kept, "batch": BATCH}
-            send({**named, **table(found.key_averages(), ITERATIONS, milliseconds)})
+            attempt(send, named, "not_timed", launches, teacher, precision, kept, device)
+
+
+def launches(teacher: nn.Module, precision: str, kept: int, device: torch.device) -> dict[str, Any]:
+    """The :func:`table` of an iteration."""
+    state = timing.started(teacher, "auto", kept, precision, BATCH)
+    step = CapturedCall(state.step, device)
+    for _ in range(WARM_UP + 1):
+        step()
+    milliseconds, _ = timing.sustained(step, device)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(ITERATIONS):
+            step()
+        torch.cuda.synchronize(device)
+    return table(found.key_averages(), ITERATIONS, milliseconds)
 
 
 def table(events: Iterable[Any], iterations: int, milliseconds: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.baselines.recordings import MEAN, NAMES, STD, Recording, replay
 from smi_fast.engine.precision import FLOAT32, PRECISIONS
+from smi_fast.verify.stages import attempt
 
 FLOAT64 = "float64"
 # What float64 must reach, as on the CPU. Other precisions only say how far they are.
@@ -19,7 +20,8 @@ def send_parity(send: Callable[[object], None], device: str) -> None:
     """Send a line for each recording and precision."""
     for name in NAMES:
         for precision in (FLOAT64, *PRECISIONS):
-            send(parity(name, precision, device))
+            named = {"kind": "parity", "recording": name, "precision": precision}
+            attempt(send, named, "failures", parity, name, precision, device)
 
 
 def parity(name: str, precision: str, device: str) -> dict[str, Any]:
@@ -53,8 +55,7 @@ def parity(name: str, precision: str, device: str) -> dict[str, Any]:
         failures = [f"{key}: {found[key]:.3g}" for key in LIMITS if not found[key] < LIMITS[key]]
         failures += [f"{key}: {share:.3g} agrees" for key, share in shares.items() if share < 1]
     confidence = right.mean().item()
-    named = {"kind": "parity", "recording": name, "precision": precision}
-    return {**named, **found, **shares, "confidence": confidence, "failures": failures}
+    return {**found, **shares, "confidence": confidence, "failures": failures}
 
 
 def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:

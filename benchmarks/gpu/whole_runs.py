@@ -13,6 +13,7 @@ from torch import nn
 from smi_fast import SparseInverter, recipes
 from smi_fast.engine.precision import PRECISIONS
 from smi_fast.schedules import StopSchedule
+from smi_fast.verify.stages import attempt
 from smi_fast.verify.timing import synchronize
 from smi_fast.zoo import load_teacher
 
@@ -27,8 +28,9 @@ def send_whole_runs(send: Callable[[object], None], device: str) -> None:
         trained = name == "fashion-canvas"
         teacher = load_teacher(name) if trained else timm.create_model(name)
         for precision in PRECISIONS:
-            found = whole_run(teacher.to(device), precision, batch, ITERATIONS)
-            send({"kind": "time", "teacher": name, "batch": batch, **found})
+            named = {"kind": "time", "teacher": name, "batch": batch, "precision": precision}
+            run = (teacher.to(device), precision, batch, ITERATIONS)
+            attempt(send, named, "not_timed", whole_run, *run)
 
 
 def whole_run(teacher: nn.Module, precision: str, batch: int, iterations: int) -> dict[str, Any]:
@@ -58,5 +60,5 @@ def whole_run(teacher: nn.Module, precision: str, batch: int, iterations: int) -
         seconds.append(time.perf_counter() - start)
     reached = (result.logits.argmax(1).cpu() == targets).double().mean().item()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    named = {"precision": precision, "iterations": iterations, "peak_bytes": peak}
+    named = {"iterations": iterations, "peak_bytes": peak}
     return {**named, "first": seconds[0], "seconds": seconds[1], "reached": reached}

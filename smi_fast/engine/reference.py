@@ -390,3 +390,14 @@ def pixel_gradient(
     jitter, side = (shift, flip), images.shape[2:]
     windows = gather_patches_backward(grad, kept, *jitter, patch_size, *side)
     return windows + total_variation_backward(grad_l1, grad_l2, images, kept, patch_size, sums)
+
+
+def rows_at(
+    shift: Tensor, flip: Tensor, lr: Tensor, iteration: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each table at an iteration int64 [1], with a first axis of 1.
+
+    The tables are shift int64 [T, ...], flip bool [T, ...] and lr float64 [T].
+    """
+    at_shift, at_flip, at_lr = (table.index_select(0, iteration) for table in (shift, flip, lr))
+    return at_shift, at_flip, at_lr

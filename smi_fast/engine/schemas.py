@@ -73,6 +73,9 @@ _TRITON_STEPS = {
         "(Tensor grad, Tensor kept, Tensor shift, Tensor flip, Tensor grad_l1, Tensor grad_l2,"
         " Tensor images, int patch_size, Tensor sums) -> Tensor"
     ),
+    "rows_at": (
+        "(Tensor shift, Tensor flip, Tensor lr, Tensor iteration) -> (Tensor, Tensor, Tensor)"
+    ),
     "add_normalize_rows_": (
         "(Tensor x, Tensor added, Tensor bias, float eps, Tensor(a!) out, Tensor(b!) normalized,"
         " Tensor(c!) rstd, bool centred=True) -> ()"

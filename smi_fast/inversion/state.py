@@ -17,6 +17,7 @@ from smi_fast.augmentations import name_of
 from smi_fast.inversion.result import FinishedGroup
 from smi_fast.inversion.settings import Settings
 from smi_fast.inversion.sizes import enlarged_parameters
+from smi_fast.inversion.tables import rows_at
 from smi_fast.inversion.views import BatchInputs, evaluate, parts
 from smi_fast.ops.grid import first, patch_mask, spread
 from smi_fast.schedules import Selection
@@ -90,6 +91,8 @@ class InversionState:
     iteration: Tensor = field(init=False)
     record: Tensor = field(init=False)
     _begun: Tensor | None = field(init=False, default=None)
+    # The learning rate [1] of the iteration that was evaluated and not yet taken.
+    _lr: Tensor | None = field(init=False, default=None)
     # The lengths as numbers of the host.
     _numbers: list[int] | None = field(init=False, default=None)
 
@@ -255,7 +258,9 @@ class InversionState:
     def update(self, gradient: Tensor) -> None:
         """Move the parameters along their gradient."""
         settings = self.settings
-        lr = settings.lr.index_select(0, self.iteration)
+        lr, self._lr = self._lr, None
+        if lr is None:
+            lr = settings.lr.index_select(0, self.iteration)
         self.iteration.add_(1)
         # Updates of the parameters since their moments were 0.
         step = self.iteration if self._begun is None else self.iteration - self._begun
@@ -303,10 +308,9 @@ class InversionState:
         at its own iteration, of groups.
         """
         if len(self.groups) == 1:
-            shift, flip = (
-                table.index_select(0, self.iteration)[0] for table in (self.shift, self.flip)
-            )
-            return shift, flip
+            tables = self.shift, self.flip, self.settings.lr
+            shift, flip, self._lr = rows_at(tables, self.iteration, self.settings.backend)
+            return shift[0], flip[0]
         image = torch.arange(len(self.kept), device=self.kept.device)
         size = torch.tensor(self.groups, device=self.kept.device)
         at = self.iteration.repeat_interleave(size)

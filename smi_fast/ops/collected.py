@@ -130,6 +130,9 @@ _current: ContextVar[Collected | None] = ContextVar("collected", default=None)
 def collected(images: Tensor) -> Iterator[Collected]:
     """Ops that are called within it, with these images, can leave parts of their gradient."""
     found = Collected(images)
+    if torch.compiler.is_compiling():  # a compiler fuses by itself, and traces no such variable
+        yield found
+        return
     token = _current.set(found)
     try:
         yield found

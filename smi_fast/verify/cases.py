@@ -25,7 +25,7 @@ from smi_fast.verify.budget import NOISE, SDPA_NOISE, Error, errors
 SPECIFICATION = SimpleNamespace(**{**vars(engine_reference), **vars(reference)})
 
 # Ops that copy numbers: every bit of a result is compared.
-EXACT = ("gather_patches", "gather_patches_backward")
+EXACT = ("gather_patches", "gather_patches_backward", "rows_at")
 
 # The arguments that an op changes in place, by position.
 CHANGED = {
@@ -72,7 +72,7 @@ STATISTICS = {
 }
 
 # The arguments that are float64 whatever the data type of the others, by position.
-DOUBLE = {"adam_clamp_": (5,)}
+DOUBLE = {"adam_clamp_": (5,), "rows_at": (2,)}
 
 # The dimension along which a result stacks quantities of different size; each has its own budget.
 STACKED = {"total_variation": 0, "gather_attention_backward": 2, "attend_backward_": 2}

@@ -26,6 +26,7 @@ GPU_STEPS = (
     "multiplied_product_",
     "cross_entropy",
     "pixel_gradient",
+    "rows_at",
     "embed_tokens",
     "add_normalize_rows_",
     "normalize_backward_rows_",
@@ -94,6 +95,10 @@ def _more_calls() -> Iterator[OpCall]:
     yield OpCall("large-scores", "attend_rows", (q, q_bias, 5 * kv))
     yield from _row_calls()
     yield from _pixel_calls()
+    for shape in ((), (3,), (2, 150)):
+        tables = torch.randint(-30, 30, (9, *shape, 2)), torch.rand(9, *shape) < 0.5
+        lr, label = torch.rand(9, dtype=torch.float64), "x".join(map(str, (9, *shape)))
+        yield OpCall(label, "rows_at", (*tables, lr, torch.tensor([7])))
     for batch, kept, prefix, width in (
         (2, 5, 1, 96),
         (3, 1, 2, 200),

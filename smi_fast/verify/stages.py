@@ -85,6 +85,25 @@ def alone(
     return lines
 
 
+def attempt(
+    send: Callable[[object], None], named: Line, reason: str, line: Callable[..., Line], *given: Any
+) -> None:
+    """Send a line that a function makes of what is given; or its name, with the reason why not.
+
+    Args:
+        send: takes the line.
+        named: a part of it.
+        reason: the key of the reason: "failures" for what is to be proved, else "not_timed".
+        line: makes the rest.
+        given: its arguments.
+    """
+    try:
+        send({**named, **line(*given)})
+    except Exception as problem:
+        said = isolation.described(problem)
+        send({**named, reason: [said] if reason == "failures" else said})
+
+
 def in_turn(
     parts: Sequence[tuple[Line, Callable[..., None], tuple[Any, ...]]],
     device: torch.device,

@@ -196,6 +196,9 @@ def _steps(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                 table,
                 torch.zeros(batch, count).long(),
             )
+        if op == "rows_at":
+            tables = torch.zeros(9, batch, 2).long(), torch.zeros(9, batch).bool()
+            yield *tables, torch.zeros(9).double(), torch.zeros(1).long()
         if op == "cross_entropy":
             yield torch.empty(batch, 1000, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
         if op == "linear_gelu_":

@@ -66,6 +66,7 @@ BUDGET = {
     "_attend_rows_fwd": Budget(16, loads=True),
     "_attend_rows_bwd": Budget(12, loads=True, stores=True),
     "_cross_entropy": Budget(32, loads=True, stores=True),
+    "_rows_at": Budget(4),
     "_embed_tokens": Budget(32, loads=True, stores=True),
     # As many warps as share the tiles of a product.
     "_linear_gelu": Budget(8, stores=True),

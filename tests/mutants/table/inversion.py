@@ -81,8 +81,8 @@ MUTANTS = (
         LOOP,
         Mutant(
             "state-rate",
-            "lr = settings.lr.index_select(0, self.iteration)",
-            "lr = settings.lr[:1].expand(len(self.groups))",
+            "            return shift[0], flip[0]\n",
+            "            self._lr = self.settings.lr[:1]\n            return shift[0], flip[0]\n",
             "Every iteration has the learning rate of the first.",
             f"{RATE}::test_an_inversion_is_torchs_optimizer_with_a_schedule",
         ),

@@ -245,8 +245,8 @@ MUTANTS = (
         "tests/verify/test_stages.py",
         Mutant(
             "stages-first-error",
-            "        except Exception as problem:\n",
-            "        except KeyboardInterrupt as problem:\n",
+            "        except Exception as problem:\n            problems",
+            "        except KeyboardInterrupt as problem:\n            problems",
             "An error of one stage ends those after it.",
         ),
         Mutant(
@@ -266,6 +266,13 @@ MUTANTS = (
             "if problems and stage.proves:",
             "if False:",
             "A check that crashed counts as passed.",
+        ),
+        Mutant(
+            "stages-attempt",
+            "    except Exception as problem:\n        said",
+            "    except KeyboardInterrupt as problem:\n        said",
+            "A precision that fails ends its stage.",
+            "tests/test_gpu_benchmark.py::test_a_precision_that_fails_leaves_the_others",
         ),
         Mutant(
             "stages-in-turn",

@@ -217,6 +217,22 @@ MUTANTS = (
         ),
     ),
     *of_file(
+        "kernels/rows_at.py",
+        f"{STEP} rows_at",
+        Mutant(
+            "triton-tables-row",
+            "tl.load(lr + at + one)",
+            "tl.load(lr + one)",
+            "Every iteration has the first learning rate.",
+        ),
+        Mutant(
+            "triton-tables-tiles",
+            "for start in range(0, COUNT, BLOCK):",
+            "for start in range(0, 1):",
+            "Images behind the first tile have no jitter of their own.",
+        ),
+    ),
+    *of_file(
         "kernels/cross_entropy.py",
         f"{STEP} cross_entropy",
         Mutant(
