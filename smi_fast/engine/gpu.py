@@ -5,6 +5,8 @@
   which with the blocks before are one function. On tensor cores GELU and its derivative are
   fused into the products of the MLP, so that a block takes 14 kernels, forward and backward. In
   float32, where a product takes many times as long, all are cuBLAS's, and a block takes 16.
+- Rotary positions are one kernel more each way. SwiGLU is a kernel of its own in any precision, and
+  a norm inside of attention or of the MLP is one forward and two backward.
 - Only tokens have a gradient.
 - Buffers are allocated once per (batch, tokens). Only the attention ops make their own results.
 - In bfloat16, so are the weights and the bias of queries, rounded once after folding, and what

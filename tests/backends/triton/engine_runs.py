@@ -339,7 +339,9 @@ def images() -> dict[str, float]:
     return {name: float((a - b).abs().mean()) for name, (a, b) in pairs.items()}
 
 
-def kernels_of_blocks(precision: str) -> Iterator[Counter[str]]:
+def kernels_of_blocks(
+    precision: str, kind: str | None = None, rotary: bool = False
+) -> Iterator[Counter[str]]:
     """The kernels of two blocks, of three, and of the first row of one and the norm behind it,
     forward and backward.
     """
@@ -354,14 +356,15 @@ def kernels_of_blocks(precision: str) -> Iterator[Counter[str]]:
 
     JITFunction.__getitem__ = count
     runs._set_up(functions=kernels)
-    engine = GpuEngine(_blocks(192, 3), precision)
+    engine = GpuEngine(_blocks(192, 3, **({} if kind is None else KINDS[kind])), precision)
     x, norm = _tokens(2, 47, 192), nn.LayerNorm(192).requires_grad_(False)
+    rotations = [torch.rand(2, 46, 1, 128)] * 3 if rotary else None
     found = []
     for run in (
-        lambda: engine.run(x, 0, 2),
-        lambda: engine.run(x, 0, 3),
-        lambda: engine.run_to_rows(x, 2, 1, norm)[0],
-        lambda: engine.run_to_rows(x, 1, 1, norm)[0],
+        lambda: engine.run(x, 0, 2, rotations),
+        lambda: engine.run(x, 0, 3, rotations),
+        lambda: engine.run_to_rows(x, 2, 1, norm, rotations)[0],
+        lambda: engine.run_to_rows(x, 1, 1, norm, rotations)[0],
     ):
         run()  # folds
         counter.kernels.clear()

@@ -114,15 +114,22 @@ def test_three_iterations_give_the_images_of_the_cpu_engine(interpreted: Run) ->
 
 
 @pytest.mark.parametrize(
-    ("precision", "of_block", "of_rows"),
-    [("float32", 16, 20), ("tf32", 14, 18), ("bfloat16", 14, 18)],
+    ("precision", "of_block", "of_rows", "parts"),
+    [
+        ("float32", 16, 20, ()),
+        ("tf32", 14, 18, ()),
+        ("bfloat16", 14, 18, ()),
+        ("bfloat16", 18, 22, ("swiglu", True)),
+    ],
 )
-def test_kernels_of_blocks(precision: str, of_block: int, of_rows: int) -> None:
+def test_kernels_of_blocks(
+    precision: str, of_block: int, of_rows: int, parts: tuple[Any, ...]
+) -> None:
     """And none of them waits for the host, or has a shape that depends on data. Between the blocks
     and the last one there is no other.
     """
     with process("0") as call:
-        two, three, rows, joined = call(engine_runs.kernels_of_blocks, precision)
+        two, three, rows, joined = call(engine_runs.kernels_of_blocks, precision, *parts)
     assert three.total() - two.total() == of_block, three - two
     assert rows.total() == of_rows, rows
     assert joined.total() == of_block + of_rows, joined
