@@ -15,6 +15,7 @@ import pytest
 import smi_fast
 from smi_fast import cli
 from smi_fast.inversion.loop import Loop
+from smi_fast.options import CommandError
 from smi_fast.pool import CONTACT_SHEET, LOSS_CURVES, Pool, PoolError
 from smi_fast.pool.settings import make_settings
 from smi_fast.teacher.support import UnsupportedTeacher
@@ -90,7 +91,7 @@ def test_only_errors_of_our_own_classes_are_sentences(
         monkeypatch.setattr(cli, "app", function)
         with pytest.raises((TypeError, RuntimeError), match=r"unsupported operand|out of memory"):
             cli.main()
-    for error in (cli.CommandError("no"), PoolError("no"), UnsupportedTeacher("no")):
+    for error in (CommandError("no"), PoolError("no"), UnsupportedTeacher("no")):
         monkeypatch.setattr(cli, "app", MagicMock(side_effect=error))
         assert smi() == (2, "", "smi-fast: no\n")
 

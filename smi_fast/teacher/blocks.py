@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
 from smi_fast import engine, ops
 from smi_fast.engine import Engine
 from smi_fast.engine.precision import FLOAT32
 from smi_fast.teacher.attention import attend_first_rows, first_row_probabilities, project_qkv
-from smi_fast.teacher.mlp import behind_hidden, hidden_layer
 from smi_fast.teacher.narrowing import most_attended, with_prefix
 from smi_fast.teacher.ragged import RaggedRows
+from smi_fast.teacher.steps import after_attention, after_mlp, hidden
 from smi_fast.teacher.taps import (
     HIDDEN,
     KEYS,
@@ -217,8 +216,8 @@ class Blocks:
                 x, y, out = rows.unpack(x)[:, read], rows.unpack(y)[:, read], out[:, read]
             else:
                 out = rows.pack(out)
-            x = _after_attention(block, x, y, out)
-            x = _after_mlp(block, x, _hidden(block, x))
+            x = after_attention(block, x, y, out)
+            x = after_mlp(block, x, hidden(block, x))
         return BlocksOutput(x, row[:, self._prefix :] if row is not None else None, {})
 
     def _packed(
@@ -276,8 +275,8 @@ class Blocks:
             y = block.norm1(x)
             qkv = project_qkv(block.attn, y, way.rotation(index))
             out, _ = ops.gather_attention(qkv, backend=self._backend)
-            x = _after_attention(block, x, y, out)
-            x = _after_mlp(block, x, _hidden(block, x))
+            x = after_attention(block, x, y, out)
+            x = after_mlp(block, x, hidden(block, x))
         return x
 
     def _last(
@@ -308,8 +307,8 @@ class Blocks:
         block = self._blocks[-1]
         y = block.norm1(x)
         out, probabilities = attend_first_rows(block.attn, y, read, way.rotation(-1))
-        x = _after_attention(block, x[:, :read], y[:, :read], out)
-        return _after_mlp(block, x, _hidden(block, x)), probabilities
+        x = after_attention(block, x[:, :read], y[:, :read], out)
+        return after_mlp(block, x, hidden(block, x)), probabilities
 
     def _importance(self, probabilities: Tensor) -> Tensor:
         """Attention to each patch [B, K], mean over heads: of the class token, or of all patches
@@ -365,49 +364,12 @@ class Blocks:
         parts[OUTPUT] = out.unflatten(2, (block.attn.num_heads, -1))
         if not _BEHIND_ATTENTION & needed:
             return x
-        x = _after_attention(block, x, y, out)
-        parts[HIDDEN] = _hidden(block, x)
-        return _after_mlp(block, x, parts[HIDDEN]) if TOKENS in needed else x
+        x = after_attention(block, x, y, out)
+        parts[HIDDEN] = hidden(block, x)
+        return after_mlp(block, x, parts[HIDDEN]) if TOKENS in needed else x
 
     def _class_row(self, way: Way, x: Tensor, index: int) -> Tensor:
         """The first token's probabilities [B, heads, N] in a block's attention."""
         block = self._blocks[index]
         y, rotation = block.norm1(x), way.rotation(index)
         return first_row_probabilities(block.attn, y, 1, rotation)[0][:, :, 0]
-
-
-def _after_attention(block: Any, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """Tokens [B, R, D] in front of a block's MLP.
-
-    Args:
-        block: which one.
-        x: tokens before the block [B, R, D].
-        y: their first norm [B, R, D].
-        out: attention's output [B, R, H·d].
-    """
-    attention = block.attn
-    out = attention.norm(out)
-    if getattr(attention, "gate", None) is not None:
-        out = out * attention.gate(y).sigmoid()
-    x = x + _layer_scales(block)[0](attention.proj(out))
-    return x
-
-
-def _hidden(block: Any, x: Tensor) -> Tensor:
-    """The hidden layer [B, R, F] of a block's MLP, for the tokens in front of it."""
-    return hidden_layer(block.mlp, block.norm2(x))
-
-
-def _after_mlp(block: Any, x: Tensor, hidden: Tensor) -> Tensor:
-    """Tokens after a block [B, R, D], of those in front of its MLP and of its hidden layer."""
-    return x + _layer_scales(block)[1](behind_hidden(block.mlp, hidden))
-
-
-def _layer_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """LayerScale of a block's attention and of its MLP; in Eva a factor, or None."""
-    if not isinstance(block, EvaBlock):
-        return block.ls1, block.ls2
-    first, second = (
-        (lambda y: y) if gamma is None else gamma.mul for gamma in (block.gamma_1, block.gamma_2)
-    )
-    return first, second

@@ -13,6 +13,24 @@ from smi_fast.engine.embedding import Embedding
 from smi_fast.engine.reference import embed_tokens
 
 
+def check_images(images: Tensor, size: tuple[int, int, int], weight: Tensor) -> None:
+    """Refuse images other than [B, C, H, W] of a size, and unlike a teacher's weight.
+
+    Raises:
+        ValueError: wrong shape, data type or device.
+    """
+    expected = f"[B, {', '.join(map(str, size))}]"
+    if not isinstance(images, Tensor):
+        raise ValueError(f"expected images as a tensor {expected}, got {type(images).__name__}")
+    if images.dim() != 4 or images.shape[1:] != size:
+        raise ValueError(f"expected images {expected} for this teacher, got {list(images.shape)}")
+    if images.dtype != weight.dtype or images.device != weight.device:
+        raise ValueError(
+            f"expected images like the teacher's weights, {weight.dtype} on {weight.device}, "
+            f"got {images.dtype} on {images.device}"
+        )
+
+
 def check_patches(patches: Tensor, kept: Tensor, weight: Tensor, count: int) -> None:
     """Check patches and their places; the range of these only on the CPU, without a wait.
 

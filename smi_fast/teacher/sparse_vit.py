@@ -15,7 +15,7 @@ from smi_fast.ops.backends import AUTO, check_name
 from smi_fast.ops.grid import pixel_mask
 from smi_fast.teacher.attention import pool_importance
 from smi_fast.teacher.blocks import Blocks, Way
-from smi_fast.teacher.embedding import check_patches, embed
+from smi_fast.teacher.embedding import check_images, check_patches, embed
 from smi_fast.teacher.frozen import SharedWeights
 from smi_fast.teacher.head import classes, logits_of, rows_read
 from smi_fast.teacher.narrowing import check_narrow, refuse_narrowed
@@ -291,7 +291,8 @@ class SparseViT(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._weights.follow()
-        self._check_images(images.field if isinstance(images, SigmoidImages) else images)
+        shown = images.field if isinstance(images, SigmoidImages) else images
+        check_images(shown, (self.channels, *self.image_size), self._weight)
         if kept is None:
             kept = self.every_patch(len(images))
         if lengths is not None:
@@ -386,18 +387,3 @@ class SparseViT(nn.Module):
             patch_size=self.patch_size,
             backend=self.backend,
         )
-
-    def _check_images(self, images: Tensor) -> None:
-        size = (self.channels, *self.image_size)
-        expected = f"[B, {', '.join(map(str, size))}]"
-        if not isinstance(images, Tensor):
-            raise ValueError(f"expected images as a tensor {expected}, got {type(images).__name__}")
-        if images.dim() != 4 or images.shape[1:] != size:
-            raise ValueError(
-                f"expected images {expected} for this teacher, got {list(images.shape)}"
-            )
-        if images.dtype != self.dtype or images.device != self.device:
-            raise ValueError(
-                f"expected images like the teacher's weights, {self.dtype} on {self.device}, "
-                f"got {images.dtype} on {images.device}"
-            )

@@ -56,6 +56,10 @@ MUTANTS = (
             "An early exit computes what no tap reads.",
             f"{EXIT}::test_nothing_runs_that_the_last_tap_does_not_need",
         ),
+    ),
+    *of_file(
+        "smi_fast/teacher/steps.py",
+        TAPS,
         Mutant(
             "blocks-norm",
             "out = attention.norm(out)",
@@ -206,8 +210,8 @@ MUTANTS = (
         SUBSET,
         Mutant(
             "sparse-follow",
-            "            self._weights.follow()\n        self._check_images",
-            "            pass\n        self._check_images",
+            "            self._weights.follow()\n        shown",
+            "            pass\n        shown",
             "Weights that are replaced are not noticed.",
             f"{WEIGHTS}::test_changes_are_noticed",
         ),
