@@ -348,6 +348,6 @@ def pixel_gradient(
     patch_size: int,
     sums: Tensor,
 ) -> Tensor:
-    """See :func:`smi_fast.engine.reference.pixel_gradient`."""
+    """See :func:`smi_fast.engine.iteration_reference.pixel_gradient`."""
     windows = grad, shift, flip
     return active_gradient(grad_l1, grad_l2, images, kept, patch_size, sums, windows)

@@ -50,7 +50,7 @@ def _cross_entropy(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`smi_fast.engine.reference.cross_entropy`."""
+    """See :func:`smi_fast.engine.iteration_reference.cross_entropy`."""
     batch, classes = logits.shape
     losses = logits.new_empty(batch, dtype=torch.float32)
     gradient = logits.new_empty(batch, classes)

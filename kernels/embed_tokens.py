@@ -63,7 +63,7 @@ def embed_tokens(
     table: Tensor | None,
     positions: Tensor,
 ) -> Tensor:
-    """See :func:`smi_fast.engine.reference.embed_tokens`."""
+    """See :func:`smi_fast.engine.iteration_reference.embed_tokens`."""
     batch, kept, width = projected.shape
     count = prefix.shape[1]
     tokens = projected.new_empty(batch, count + kept, width)

@@ -43,7 +43,7 @@ def _rows_at(
 def rows_at(
     shift: Tensor, flip: Tensor, lr: Tensor, iteration: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`smi_fast.engine.reference.rows_at`."""
+    """See :func:`smi_fast.engine.iteration_reference.rows_at`."""
     tables = shift.contiguous(), flip.contiguous().view(torch.uint8), lr.contiguous()
     rows = [table.new_empty(1, *table.shape[1:]) for table in tables]
     sizes = rows[0].numel(), rows[1].numel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smi_fast.engine import reference
+from smi_fast.engine import iteration_reference
 from smi_fast.ops import backends
 
 # The backend that reads all tables in one kernel.
@@ -27,4 +27,4 @@ def rows_at(
         if kernels.why_not("rows_at", iteration.device, torch.float32) is None:
             shift, flip, lr = kernels.functions.rows_at(*tables, iteration)
             return shift, flip, lr
-    return reference.rows_at(*tables, iteration)
+    return iteration_reference.rows_at(*tables, iteration)

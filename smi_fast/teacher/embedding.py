@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smi_fast.engine import Engine
 from smi_fast.engine.embedding import Embedding
-from smi_fast.engine.reference import embed_tokens
+from smi_fast.engine.iteration_reference import embed_tokens
 
 
 def check_images(images: Tensor, size: tuple[int, int, int], weight: Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_fast.engine import iteration_reference
 from smi_fast.engine import reference as engine_reference
 from smi_fast.ops import reference
 from smi_fast.ops.backends import Backend
@@ -22,7 +23,9 @@ from smi_fast.ops.limits import AttentionSize
 from smi_fast.verify.budget import NOISE, SDPA_NOISE, Error, errors
 
 # The specification of every op, by the name of the op.
-SPECIFICATION = SimpleNamespace(**{**vars(engine_reference), **vars(reference)})
+SPECIFICATION = SimpleNamespace(
+    **{**vars(engine_reference), **vars(iteration_reference), **vars(reference)}
+)
 
 # Ops that copy numbers: every bit of a result is compared.
 EXACT = ("gather_patches", "gather_patches_backward", "rows_at")

@@ -307,10 +307,10 @@ def test_products_of_the_engine_are_tuned(monkeypatch: pytest.MonkeyPatch, best:
     steps = gpu_steps.Steps("bfloat16")
     monkeypatch.setattr(steps, "functions", Kernels())
     weights = {"fc1": torch.randn(8, 4), "fc1_bias": torch.randn(8), "fc2": torch.randn(4, 8)}
-    block: Any = SimpleNamespace(**weights, approximate="none")
+    block: Any = SimpleNamespace(**weights, approximate="none", gated=False)
     x, derivative, hidden = torch.randn(3, 4), torch.randn(3, 8), torch.randn(3, 8)
     steps.activate(block, x, derivative, hidden)
-    steps.activate_backward(block, x, derivative, hidden)
+    steps.activate_backward(block, x, derivative, None, hidden, None)
     side = int(best.rpartition(" ")[2]) if "tiles" in best else 0
     separate = [("gelu_", 0), ("multiply_", 0)]
     fused = [("linear_gelu_", side), ("multiplied_product_", side)]

@@ -161,7 +161,7 @@ MUTANTS = (
         ),
     ),
     *of_file(
-        "smi_fast/engine/reference.py",
+        "smi_fast/engine/iteration_reference.py",
         SUBSET,
         Mutant(
             "sparse-positions",
