@@ -119,7 +119,7 @@ def test_three_iterations_give_the_images_of_the_cpu_engine(interpreted: Run) ->
         ("float32", 16, 20, ()),
         ("tf32", 14, 18, ()),
         ("bfloat16", 14, 18, ()),
-        ("bfloat16", 18, 22, ("swiglu", True)),
+        ("bfloat16", 24, 28, ("all", True)),
     ],
 )
 def test_kernels_of_blocks(
