@@ -163,7 +163,7 @@ def _active_variation_fwd(
     row = cell // COLUMNS
     column = cell % COLUMNS
     bits = _around(active, row, column, K, COLUMNS, BLOCK_K)
-    # Of a patch that repeats, only the first program counts.
+    # Where a patch repeats, only its first program counts.
     repeats = tl.zeros([BLOCK_K], tl.int32)
     for start in range(0, tl.program_id(0), BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)

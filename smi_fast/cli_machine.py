@@ -51,14 +51,9 @@ def info() -> None:
 
 
 def _choice(op: str, device: torch.device) -> str:
-    import torch
-
     from smi_fast.ops import backends
 
-    try:
-        chosen = backends.choose(op, device, torch.float32).name
-    except backends.BackendUnavailable as error:
-        return str(error)
+    chosen = backends.name_or_reason(op, device)
     first, why = backends.ON_GPU[op]
     if chosen == backends.TUNED:
         return "the fastest for each size, see smi-fast tune"

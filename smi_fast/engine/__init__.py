@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from smi_fast.engine.cpu import CpuEngine, Rotations
+from smi_fast.engine.cpu import CpuEngine
 from smi_fast.engine.embedding import Embedding
 from smi_fast.engine.gpu import GpuEngine
 from smi_fast.engine.memory import keep_products
 from smi_fast.engine.precision import FLOAT32
+from smi_fast.engine.rotations import Rotations
 from smi_fast.ops import backends
 
 keep_products()  # when it is imported, because a product may come before the first engine

@@ -30,6 +30,7 @@ from smi_fast.engine.folding import (
 )
 from smi_fast.engine.memory import keep_freed_memory
 from smi_fast.engine.precision import FLOAT32, ON_CPU, stored_type
+from smi_fast.engine.rotations import Rotations, rotation_like, rotations_like
 from smi_fast.engine.weights import FollowsWeights
 from smi_fast.ops import backends, native
 
@@ -43,8 +44,6 @@ _run_rotary_blocks_backward = torch.ops.smi_fast.run_rotary_blocks_backward_.def
 _last_rotary_block_rows = torch.ops.smi_fast.last_rotary_block_rows.default
 _last_rotary_block_rows_backward = torch.ops.smi_fast.last_rotary_block_rows_backward.default
 
-# The rotation of patches in each block, see smi_fast.teacher.rotary.rotations; None without any.
-Rotations = Sequence[Tensor] | None
 # What an op takes of the tokens beside them: rotations, and whether they pair the channels of two
 # halves; or where each of several concatenated images begins, else None.
 Layout = tuple[list[Tensor], bool] | tuple[Tensor | None]
@@ -187,8 +186,9 @@ class FoldedRun:
         """
         saves = torch.is_grad_enabled() and tokens.requires_grad
         layout: Layout = (offsets,)
-        if rotations is not None:
-            layout = [_like(rotation, tokens) for rotation in rotations], self.blocks[0].half
+        turns = rotations_like(rotations, tokens)
+        if turns is not None:
+            layout = turns, self.blocks[0].half
         result: Tensor = _RunBlocks.apply(tokens, self, saves, layout)
         return result
 
@@ -243,10 +243,6 @@ def _weights(block: FoldedBlock, rotary: bool) -> list[Tensor]:
 
 def _biases(block: FoldedBlock, rotary: bool) -> tuple[Tensor, ...]:
     return block.query_bias(rotary), block.proj_bias, block.fc1_bias, block.fc2_bias
-
-
-def _like(rotation: Tensor, tokens: Tensor) -> Tensor:
-    return rotation.to(tokens.dtype).contiguous()
 
 
 class _RunBlocks(torch.autograd.Function):
@@ -310,7 +306,7 @@ class LastBlock:
         """
         layout: tuple[Any, ...] = (offsets,)
         if rotation is not None:
-            layout = _like(rotation, tokens), self.half
+            layout = rotation_like(rotation, tokens), self.half
         result: tuple[Tensor, Tensor] = _RunLastBlock.apply(tokens, self, layout)
         return result
 

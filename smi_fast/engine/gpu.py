@@ -18,7 +18,6 @@ Nothing here has run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from smi_fast.engine.gpu_last_rows import LastRows
 from smi_fast.engine.gpu_run import PlannedRun
 from smi_fast.engine.gpu_steps import BACKEND
 from smi_fast.engine.precision import FLOAT32
+from smi_fast.engine.rotations import Rotations
 from smi_fast.engine.weights import FollowsWeights
 from smi_fast.ops import backends
 
@@ -71,9 +71,7 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         tokens: Tensor = _EmbedPatches.apply(patches, positions, embedding)
         return tokens
 
-    def run(
-        self, tokens: Tensor, start: int, stop: int, rotations: Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def run(self, tokens: Tensor, start: int, stop: int, rotations: Rotations = None) -> Tensor:
         """Tokens [B, N, D] after the blocks from ``start`` up to ``stop``, at least one; with the
         rotations of patches in each block of the teacher, or None.
         """
@@ -94,7 +92,7 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         start: int,
         rows: int,
         norm: nn.Module | None,
-        rotations: Sequence[Tensor] | None = None,
+        rotations: Rotations = None,
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the blocks from ``start`` on and the norm behind them, and
         their attention probabilities [B, H, R, N], which have no gradient. With rotations, R is at
@@ -111,7 +109,7 @@ class GpuEngine(FollowsWeights[PlannedRun, LastRows]):
         self,
         tokens: Tensor,
         rows: int,
-        rotations: Sequence[Tensor] | None = None,
+        rotations: Rotations = None,
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`run_to_rows` of the last block, without the norm; there are no offsets."""

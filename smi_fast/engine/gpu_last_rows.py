@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from smi_fast.engine.buffers import Lease
 from smi_fast.engine.folding import is_centred, is_foldable_norm
-from smi_fast.engine.gpu_run import Pending, PlannedRun, Turns, turns_like
+from smi_fast.engine.gpu_run import Pending, PlannedRun
 from smi_fast.engine.gpu_steps import Normalized, Steps
 from smi_fast.engine.precision import products_in
+from smi_fast.engine.rotations import Rotations, rotations_like
 
 
 class LastRows:
@@ -44,7 +45,7 @@ class LastRows:
             self.kv_bias = F.pad(v_bias, (len(v_bias), 0)).to(self.block.qkv.dtype)
 
     def __call__(
-        self, tokens: Tensor, norm: nn.Module | None, rotations: Turns
+        self, tokens: Tensor, norm: nn.Module | None, rotations: Rotations
     ) -> tuple[Tensor, Tensor]:
         """The first rows [B, R, D] after the blocks and a norm, for tokens [B, N, D], and their
         attention probabilities [B, H, R, N] in the last block, which have no gradient.
@@ -200,10 +201,10 @@ class _Saved(NamedTuple):
 class _RunToRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, rows: LastRows, norm: Any, saves: bool, rotations: Turns
+        ctx: Any, tokens: Tensor, rows: LastRows, norm: Any, saves: bool, rotations: Rotations
     ) -> tuple[Tensor, Tensor]:
         run, pending = rows.run, Pending(tokens.contiguous())
-        rotations = turns_like(rotations, tokens)
+        rotations = rotations_like(rotations, tokens)
         ctx.lease, ctx.rotation = Lease(None, None), None if rotations is None else rotations[-1]
         with products_in(rows.steps.precision):
             if run is not None:

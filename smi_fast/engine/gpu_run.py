@@ -13,11 +13,9 @@ from smi_fast.engine.buffers import Lease
 from smi_fast.engine.folding import FoldedBlock
 from smi_fast.engine.gpu_steps import Normalized, Steps
 from smi_fast.engine.precision import products_in
+from smi_fast.engine.rotations import Rotations, rotations_like
 from smi_fast.ops import backends
 from smi_fast.ops.limits import AttentionSize
-
-# The rotation of patches in each block, see smi_fast.teacher.rotary.rotations; None without any.
-Turns = Sequence[Tensor] | None
 
 
 class Pending(NamedTuple):
@@ -53,7 +51,7 @@ class PlannedRun:
         self.rotary_biases = [block.query_bias(rotary=True) for block in self.blocks if rotary]
         self.free: _Buffers | None = None
 
-    def __call__(self, tokens: Tensor, rotations: Turns) -> Tensor:
+    def __call__(self, tokens: Tensor, rotations: Rotations) -> Tensor:
         """Tokens [B, N, D] after the blocks, with the rotation of each where these are rotary."""
         saves = torch.is_grad_enabled() and tokens.requires_grad
         result: Tensor = _RunBlocks.apply(tokens, self, saves, rotations)
@@ -84,7 +82,7 @@ class PlannedRun:
         return chosen.functions
 
     def forward(
-        self, tokens: Tensor, buffers: _Buffers, attention: Any, rotations: Turns
+        self, tokens: Tensor, buffers: _Buffers, attention: Any, rotations: Rotations
     ) -> Pending:
         """The tokens [B, N, D] after the blocks, as a sum that is still to be taken."""
         steps, x = self.steps.functions, tokens.flatten(0, 1)
@@ -119,7 +117,7 @@ class PlannedRun:
         return Pending(x.view_as(tokens), *pending)
 
     def backward(
-        self, gradient: Tensor, buffers: _Buffers, attention: Any, rotations: Turns
+        self, gradient: Tensor, buffers: _Buffers, attention: Any, rotations: Rotations
     ) -> None:
         """Change the gradient [B·N, D] of tokens after the blocks into that before them.
 
@@ -144,13 +142,6 @@ class PlannedRun:
             # Nothing reads a copy in front of the first block.
             last = None if index == 0 else copy
             steps.normalize_backward_(gradient, d_rows, saved.to_attention, rstd, last, centred)
-
-
-def turns_like(rotations: Turns, tokens: Tensor) -> Turns:
-    """Rotations as kernels read them, in the data type of tokens."""
-    if rotations is None:
-        return None
-    return [rotation.to(tokens.dtype).contiguous() for rotation in rotations]
 
 
 def _qkv_bias(block: FoldedBlock, rotary: bool) -> Tensor | None:
@@ -242,9 +233,11 @@ class _Buffers:
 
 class _RunBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool, rotations: Turns) -> Tensor:
+    def forward(
+        ctx: Any, tokens: Tensor, run: PlannedRun, saves: bool, rotations: Rotations
+    ) -> Tensor:
         ctx.run, ctx.lease = run, run.acquire(tokens, saves)
-        ctx.with_tokens = run.attention_for(tokens, saves), turns_like(rotations, tokens)
+        ctx.with_tokens = run.attention_for(tokens, saves), rotations_like(rotations, tokens)
         with products_in(run.steps.precision):
             x, added, bias = run.forward(tokens.contiguous(), ctx.lease.buffers, *ctx.with_tokens)
         ctx.save_for_backward()

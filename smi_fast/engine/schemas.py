@@ -38,7 +38,7 @@ _STEPS = {
 
 # Steps that have Triton kernels, each an op of its own as those of smi_fast.ops.schemas. Images are
 # never concatenated there. Those from linear_gelu_ on have no other kernels: they fuse more.
-_TRITON_STEPS = {
+TRITON_STEPS = {
     **{
         name: _STEPS[name]
         for name in (
@@ -146,7 +146,7 @@ for _name, _schema in (_STEPS | _BLOCKS).items():
     _library.define(_name + _schema)
 for _name in _STEPS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-for _name, _schema in _TRITON_STEPS.items():
+for _name, _schema in TRITON_STEPS.items():
     _library.define(_name + TRITON + _schema)
     _library.impl(_name + TRITON, triton_kernel(_name), "CUDA")
 

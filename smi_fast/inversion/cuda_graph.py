@@ -40,7 +40,7 @@ class GraphMemory:
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        """Of the current device, which is that of the first graph."""
+        """A stream of the current device, which is that of the first graph."""
         return torch.cuda.Stream()
 
     @cached_property

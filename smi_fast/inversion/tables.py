@@ -8,9 +8,6 @@ from torch import Tensor
 from smi_fast.engine import iteration_reference
 from smi_fast.ops import backends
 
-# The backend that reads all tables in one kernel.
-BACKEND = "triton"
-
 
 def rows_at(
     tables: tuple[Tensor, Tensor, Tensor], iteration: Tensor, backend: str
@@ -22,9 +19,8 @@ def rows_at(
         iteration: in 0..T - 1.
         backend: as the ops take it; another than "auto" and "triton" leaves it to PyTorch.
     """
-    if not torch.compiler.is_compiling() and backends.resolve(backend) in (backends.AUTO, BACKEND):
-        kernels = backends.by_name(BACKEND)
-        if kernels.why_not("rows_at", iteration.device, torch.float32) is None:
-            shift, flip, lr = kernels.functions.rows_at(*tables, iteration)
-            return shift, flip, lr
+    kernels = backends.step_kernels("rows_at", iteration.device, torch.float32, backend)
+    if kernels is not None:
+        shift, flip, lr = kernels.rows_at(*tables, iteration)
+        return shift, flip, lr
     return iteration_reference.rows_at(*tables, iteration)

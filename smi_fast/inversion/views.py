@@ -275,7 +275,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients, for tensors, of the sum of weights times values; None where that depends on none.
 
-    The sum itself is read by nobody, and would cost several kernels.
+    Nothing reads the sum itself, which would cost several kernels.
     """
     terms = [pair for pair in zip(values, weights, strict=True) if pair[0].requires_grad]
     if not terms:

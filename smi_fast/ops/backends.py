@@ -269,6 +269,24 @@ def choose(
     )
 
 
+def name_or_reason(op: str, device: torch.device) -> str:
+    """The name of the backend that "auto" takes for an op in float32, or why there is none."""
+    try:
+        return choose(op, device, torch.float32).name
+    except BackendUnavailable as error:
+        return str(error)
+
+
+def step_kernels(step: str, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+    """The Triton kernels for a step of an iteration that is none of :data:`OPS`; None where PyTorch
+    computes it: under a compiler, on another device, or where another backend is asked for.
+    """
+    if torch.compiler.is_compiling() or resolve(name) not in (AUTO, "triton"):
+        return None
+    triton = by_name("triton")
+    return triton.functions if triton.why_not(step, device, dtype) is None else None
+
+
 def report(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
     """For each backend the first reason that keeps it from running an op on a device, or None."""
     return {

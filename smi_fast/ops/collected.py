@@ -141,9 +141,7 @@ def collected(images: Tensor) -> Iterator[Collected]:
 
 
 def collector_of(images: Tensor, backend: Any) -> Collected | None:
-    """Who collects the parts of these images' gradient, for an op of this backend; None if nobody
-    does.
-    """
+    """What collects the parts of these images' gradient, for an op of this backend, or None."""
     if torch.compiler.is_compiling() or backend.name != BACKEND:
         return None
     found = _current.get()

@@ -6,33 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
+from smi_fast.engine.schemas import TRITON_STEPS
 from smi_fast.ops import reference
 from smi_fast.verify.cases import OpCall, random_kept, strided
 from smi_fast.verify.engine_grid import engine_calls
 
 # The steps that have Triton kernels.
-GPU_STEPS = (
-    "add_normalize_",
-    "normalize_backward_",
-    "gelu_",
-    "multiply_",
-    "swiglu_",
-    "swiglu_backward_",
-    "rotate_",
-    "rotate_backward_",
-    "attend_rows",
-    "attend_rows_backward",
-    "linear_gelu_",
-    "multiplied_product_",
-    "cross_entropy",
-    "pixel_gradient",
-    "rows_at",
-    "embed_tokens",
-    "add_normalize_rows_",
-    "normalize_backward_rows_",
-    "final_norm_",
-    "final_norm_backward_",
-)
+GPU_STEPS = tuple(TRITON_STEPS)
 
 # How labels begin of what no Triton kernel computes: concatenated images, and norms inside of
 # attention.
@@ -126,7 +106,9 @@ def _more_calls() -> Iterator[OpCall]:
 
 
 def _row_calls() -> Iterator[OpCall]:
-    """Of the last block, whose first rows alone are computed, and of the norm behind it."""
+    """Calls of what the last block has beside the others, and of the norm behind it: only its first
+    rows are computed.
+    """
     for batch, count, rows, width in (
         *((2, 7, 1, 96), (3, 5, 2, 200), (1, 1, 1, 64), (2, 4, 4, 40), (33, 3, 1, 384)),
         (0, 5, 1, 32),

@@ -34,18 +34,10 @@ def send_environment(send: Callable[[object], None], device_name: str) -> None:
         "built_for": torch.cuda.get_arch_list(),
         "float32": torch.backends.cuda.matmul.fp32_precision,
         "backends": backends.report(device),
-        "auto": {op: chosen(op, device) for op in backends.OPS},
+        "auto": {op: backends.name_or_reason(op, device) for op in backends.OPS},
         "driver": driver(),
     }
     send(found)
-
-
-def chosen(op: str, device: torch.device) -> str:
-    """The backend that "auto" takes for an op in float32, or why there is none."""
-    try:
-        return backends.choose(op, device, torch.float32).name
-    except backends.BackendUnavailable as error:
-        return str(error)
 
 
 def driver() -> str:

@@ -130,7 +130,7 @@ def test_number_of_kept_graphs_is_bounded(
 
 @pytest.mark.parametrize("how", ["data", "replaced"])
 def test_other_weights_have_other_graphs(own: VisionTransformer, made: Made, how: str) -> None:
-    """Writes to ``weight.data`` are counted by nobody."""
+    """PyTorch doesn't count writes to ``weight.data`` as versions."""
     inverter = make(own)
     inverted(inverter, 0)
     weight = own.blocks[0].mlp.fc1.weight
@@ -291,7 +291,7 @@ def test_copies_of_an_inverter_have_no_graphs_yet(teacher: VisionTransformer, ma
 def test_many_iterations_are_one_replay_where_nothing_comes_between(
     teacher: VisionTransformer, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 22 iterations without a stop, which are looked at every 5; a graph has 2 or 1 of them."""
+    """A run has 22 iterations and no stop, and is looked at every 5; a graph has 2 or 1 of them."""
     for name, value in {"STEPS": 2, "WORTH": 0}.items():
         monkeypatch.setattr(graphs, name, value)
     monkeypatch.setattr("smi_fast.inversion.loop.CHECK_EVERY", 5)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from smi_fast.ops import backends
 from smi_fast.verify import correctness, gpu_stages, report, stages
 from smi_fast.verify.stages import Line, Stage, alone
 
@@ -151,10 +152,10 @@ def test_stages_of_a_gpu_have_names_of_their_own_and_take_nine_minutes() -> None
 def test_environment_says_what_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda _: None)
     assert gpu_stages.driver() == "nvidia-smi isn't installed"
-    assert gpu_stages.chosen("gather_attention", CPU) in ("cpp", "reference")
+    assert backends.name_or_reason("gather_attention", CPU) in ("cpp", "reference")
 
     def none(*_: Any) -> None:
         raise gpu_stages.backends.BackendUnavailable("no backend can run it")
 
     monkeypatch.setattr(gpu_stages.backends, "choose", none)
-    assert gpu_stages.chosen("gather_attention", CPU) == "no backend can run it"
+    assert backends.name_or_reason("gather_attention", CPU) == "no backend can run it"

@@ -18,7 +18,7 @@ from smi_fast import (
     TotalVariation,
     recipes,
 )
-from smi_fast.engine.schemas import _TRITON_STEPS
+from smi_fast.engine.schemas import TRITON_STEPS
 from smi_fast.inversion.result import InversionResult
 from smi_fast.ops import backends
 from smi_fast.ops.schemas import _SCHEMAS, TRITON, triton_kernel
@@ -70,7 +70,7 @@ def inversion() -> dict[str, float]:
     _set_up()
     for name in (
         *_SCHEMAS,
-        *_TRITON_STEPS,
+        *TRITON_STEPS,
     ):  # tensors of the CPU, whose kernels the interpreter runs
         _library.impl(name + TRITON, triton_kernel(name), "CPU")
     launches = guard.MEMORY.launches

@@ -244,8 +244,8 @@ MUTANTS = (
         ),
         Mutant(
             "gpu-loss-soft",
-            "targets.dtype == torch.int64 and _has_kernel",
-            "_has_kernel",
+            "targets.dtype == torch.int64 and kernels is not None",
+            "kernels is not None",
             "Probabilities as targets are read as classes.",
         ),
     ),
